@@ -1,0 +1,1 @@
+"""upweight: align language models with preferences."""

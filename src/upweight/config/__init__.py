@@ -1,0 +1,44 @@
+"""run.yaml, flags and key=value overrides -> one frozen Run, each value with its origin.
+
+sections.py holds the keys, keys.py their names and flags, written.py YAML in and out, settings.py
+what was said and where, resolve.py what follows from it. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from upweight.config.keys import Flag, flags, values_from_flags
+from upweight.config.resolve import Resolved, dump, leaf_values, load_run
+from upweight.config.sections import (
+    Batch,
+    Checkpoint,
+    Compute,
+    Data,
+    Evaluation,
+    Export,
+    Lora,
+    Loss,
+    Optimizer,
+    Run,
+    Section,
+)
+
+__all__ = [
+    "Batch",
+    "Checkpoint",
+    "Compute",
+    "Data",
+    "Evaluation",
+    "Export",
+    "Flag",
+    "Lora",
+    "Loss",
+    "Optimizer",
+    "Resolved",
+    "Run",
+    "Section",
+    "dump",
+    "flags",
+    "leaf_values",
+    "load_run",
+    "values_from_flags",
+]

@@ -1,0 +1,206 @@
+"""The table of keys: their full and short names, what each takes, and their command-line flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from upweight.config.sections import SECTIONS, Run, Section
+from upweight.config.written import parse_value, write
+from upweight.errors import nearest
+
+SWITCHED = "lora"
+"""The one section that may be off; its own name is a key too, true or false."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One leaf of the configuration.
+
+    `kind` says in words what it takes, `choices` are the words it takes if it takes only some.
+    `is_text`: unquoted numbers are text here. `many`: it takes a list.
+    """
+
+    full: str
+    section: str
+    name: str
+    kind: str
+    choices: tuple[str, ...]
+    is_text: bool
+    many: bool
+    default: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One leaf as a command-line flag.
+
+    `many` flags take one or more words; a `switch` may stand alone and then means true.
+    """
+
+    key: str
+    section: str
+    names: tuple[str, ...]
+    type: str
+    default: str
+    description: str
+    many: bool
+    switch: bool
+
+
+@cache
+def keys() -> dict[str, Key]:
+    """Every leaf by its full name, in the order of a run.yaml; the switch of LoRA among them."""
+    table = {key.full: key for key in _keys_of("", Run)}
+    for section, model in SECTIONS.items():
+        if section == SWITCHED:
+            about = "Train LoRA adapters in place of all weights; any lora key switches it on."
+            kind = "true or false"
+            table[section] = Key(section, section, section, kind, (), False, False, "false", about)
+        table |= {key.full: key for key in _keys_of(section, model)}
+    return table
+
+
+def _keys_of(section: str, model: type[Section]) -> list[Key]:
+    schemas: dict[str, dict[str, Any]] = model.model_json_schema()["properties"]
+    found: list[Key] = []
+    for name, field in model.model_fields.items():
+        if name in SECTIONS and model is Run:
+            continue
+        default = field.get_default(call_default_factory=True, validated_data={})
+        found.append(
+            Key(
+                full=f"{section}.{name}" if section else name,
+                section=section,
+                name=name,
+                kind=_kind(schemas[name]),
+                choices=tuple(_choices(schemas[name])),
+                is_text=_is_text(schemas[name]),
+                many=any(part.get("type") == "array" for part in _parts(schemas[name])),
+                default="required" if field.is_required() else write(default),
+                description=field.description or "",
+            )
+        )
+    return found
+
+
+def _parts(schema: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return schema.get("anyOf", [schema])
+
+
+def _choices(schema: Mapping[str, Any]) -> list[str]:
+    if "anyOf" in schema:
+        return [word for part in schema["anyOf"] for word in _choices(part)]
+    if "items" in schema:
+        return _choices(schema["items"])
+    return schema.get("enum", [schema["const"]] if "const" in schema else [])
+
+
+def _is_text(schema: Mapping[str, Any]) -> bool:
+    inner = schema.get("items") or schema.get("additionalProperties")
+    if isinstance(inner, dict):
+        return _is_text(inner)
+    return any(part.get("type") == "string" for part in _parts(schema))
+
+
+BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+WORDS = {
+    "number": "a number",
+    "integer": "a whole number",
+    "boolean": "true or false",
+    "string": "text",
+    "null": "null",
+}
+
+
+def _kind(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(map(_kind, schema["anyOf"]))
+    choices = _choices(schema)
+    if schema.get("type") == "array":
+        texts = f"a list of {_listing(choices)}" if choices else "a list of texts"
+        return f"{texts} (not empty)" if "minItems" in schema else texts
+    if schema.get("type") == "object":
+        holds = "text or a list of texts" if _is_text(schema) else "value"
+        return f"a mapping {{name: {holds}}}"
+    if choices:
+        return _listing(choices)
+    bounds = [f"{sign} {schema[name]}" for name, sign in BOUNDS.items() if name in schema]
+    return f"{WORDS[schema['type']]} {' and '.join(bounds)}".strip()
+
+
+def _listing(words: Sequence[str]) -> str:
+    *rest, last = words
+    return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def candidates(typed: str) -> list[str]:
+    """The full names that `typed` may stand for: none, one, or several if it is ambiguous."""
+    if typed in keys():
+        return [typed]
+    if typed == "data":
+        return ["data.path"]
+    return [key.full for key in keys().values() if key.name == typed]
+
+
+def unknown_key(typed: str, objective: str) -> str:
+    """What is wrong with a key that is none, and what may have been meant."""
+    section, _, name = typed.rpartition(".")
+    if section not in SECTIONS:
+        words = [*keys(), *SECTIONS, *(key.name for key in keys().values())]
+        guess = nearest(typed, words) or f" The keys are: {', '.join([*_top_level(), *SECTIONS])}."
+        return f"{typed} is not a key of a run.{guess}"
+    own = [key.name for key in keys().values() if key.section == section and key.full != section]
+    thing = f'an option of "{objective}"' if section == "loss" else f"a key of {section}"
+    guess = nearest(name, own)
+    elsewhere = [] if guess else candidates(name)
+    if elsewhere:
+        guess = f" Did you mean {' or '.join(elsewhere)}?"
+    return f"{typed} is not {thing}, which takes: {', '.join(own)}.{guess}"
+
+
+def _top_level() -> list[str]:
+    return [key.name for key in keys().values() if not key.section]
+
+
+def flags() -> list[Flag]:
+    """Every leaf as a flag: `--loss.beta`, and `--beta` too since no other key ends in beta."""
+    found: list[Flag] = []
+    for key in keys().values():
+        names = [key.full]
+        if key.full == "data.path":
+            names.append("data")
+        if candidates(key.name) == [key.full] and key.name != key.full:
+            names.append(key.name)
+        found.append(
+            Flag(
+                key=key.full,
+                section=key.section,
+                names=tuple(f"--{name}" for name in names),
+                type=key.kind,
+                default=key.default,
+                description=key.description,
+                many=key.many,
+                switch=key.kind == WORDS["boolean"],
+            )
+        )
+    return found
+
+
+def values_from_flags(given: Mapping[str, str | Sequence[str] | None]) -> dict[str, Any]:
+    """What flags were given, by key, as values for load_run; None means not given.
+
+    Raises ConfigError where a text in brackets or quotes is not YAML.
+    """
+    values: dict[str, Any] = {}
+    for key, words in given.items():
+        if words is None:
+            continue
+        if isinstance(words, str):
+            words = [words]
+        parsed = [parse_value(word, f"--{key}") for word in words]
+        values[key] = parsed[0] if len(parsed) == 1 else parsed
+    return values

@@ -1,0 +1,241 @@
+"""One Run out of all that was said, with the origin of each of its values.
+
+Settings are laid over each other in the order of their layers, what remains is checked as a
+whole, and all problems are raised together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from upweight.config.keys import SWITCHED, candidates, keys, unknown_key
+from upweight.config.sections import SECTIONS, Run
+from upweight.config.settings import (
+    Layer,
+    Problem,
+    Problems,
+    Setting,
+    collect,
+    read_file,
+    read_override,
+    show,
+)
+from upweight.config.written import write
+from upweight.errors import nearest
+
+EITHER = {"steps": "epochs", "epochs": "steps"}
+"""Two ways to say one thing: in one breath they contradict, otherwise the later one replaces."""
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A complete Run, and for each of its leaves (by full name) where the value came from."""
+
+    run: Run
+    origins: Mapping[str, str]
+
+    def with_value(self, key: str, value: object, origin: str) -> Resolved:
+        """A copy with one leaf set later, such as a learning rate that the recipe chose.
+
+        Raises ConfigError where load_run would.
+        """
+        problems = Problems()
+        before = [
+            Setting(leaf, leaf, kept, Layer(0, self.origins[leaf]))
+            for leaf, kept in leaf_values(self.run).items()
+            if self.origins[leaf] != DEFAULT
+        ]
+        if self.run.lora is not None:
+            before.append(Setting(SWITCHED, SWITCHED, True, Layer(0, DEFAULT)))
+        after = collect({key: value}, Layer(1, origin), problems)
+        return _resolve([*before, *after], problems)
+
+
+def load_run(
+    file: Path | str | None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+    origin_of_values: str = "python",
+    *,
+    required: Sequence[str] = (),
+) -> Resolved:
+    """One Run from a YAML file, values (Python keywords, or flags), and key=value overrides.
+
+    Later wins: default, file, values, overrides. Keys are full names or unique short names, and
+    values may nest. `required` names keys that are optional in general and needed this time.
+
+    Raises ConfigError with one line for each problem there is.
+    """
+    problems = Problems()
+    settings = read_file(Path(file), problems) if file is not None else []
+    prefix = "--" if origin_of_values == "flag" else ""
+    layer = Layer(1, origin_of_values, prefix=prefix, command=True)
+    settings += collect(values or {}, layer, problems)
+    for rank, override in enumerate(overrides, start=2):
+        settings += read_override(override, rank, problems)
+    where = f"{file}: " if file is not None else ""
+    return _resolve(settings, problems, required, where)
+
+
+def _resolve(
+    settings: Sequence[Setting], problems: Problems, required: Sequence[str] = (), where: str = ""
+) -> Resolved:
+    named = [setting for setting in settings if setting.leaf]
+    held = _overlay(named, problems)
+    objective = held["objective"].settled if "objective" in held else "dpo"
+    for setting in settings:
+        if not setting.leaf:
+            problems.at(setting, _unnamed(setting, objective))
+    _contradictions(held, problems)
+    missing = {leaf for leaf in required if leaf not in held or held[leaf].settled is None}
+    run = None
+    try:
+        run = Run.model_validate(_nested(held))
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            leaf = ".".join(map(str, detail["loc"][: 2 if detail["loc"][0] in SECTIONS else 1]))
+            if leaf in held:
+                problems.at(held[leaf], _wrong(held[leaf]))
+            elif detail["type"] == "missing":
+                missing.add(leaf)
+    for leaf in keys():
+        if leaf in missing:
+            said = f"{where}{leaf} is missing, and needed. {keys()[leaf].description}"
+            problems.append(Problem(math.inf, 0, said))
+    problems.raise_any()
+    assert run is not None
+    origins = {
+        leaf: held[leaf].layer.origin if leaf in held else DEFAULT for leaf in leaf_values(run)
+    }
+    return Resolved(run, origins)
+
+
+def _overlay(settings: Iterable[Setting], problems: Problems) -> dict[str, Setting]:
+    """The setting that holds for each leaf."""
+    held: dict[str, Setting] = {}
+    for setting in settings:
+        same = held.get(setting.leaf)
+        if same is not None and same.layer.rank == setting.layer.rank:
+            said = f"{setting.shown} sets {setting.leaf}, and so does {same.shown}{_in(same)}."
+            problems.at(setting, f"{said} Keep one of them.")
+        for other in _opposites(setting, held):
+            if setting.layer.in_one_breath_with(other.layer):
+                said = f"{setting.shown} and {other.shown}{_in(other)} contradict each other."
+                problems.at(setting, f"{said} Keep one of them.")
+            else:
+                del held[other.leaf]
+        held[setting.leaf] = setting
+    return held
+
+
+def _in(setting: Setting) -> str:
+    return f" in line {setting.line}" if setting.line else ""
+
+
+def _opposites(setting: Setting, held: Mapping[str, Setting]) -> list[Setting]:
+    def is_on(other: Setting | None) -> bool:
+        return other is not None and other.settled is not None and other.settled is not False
+
+    if setting.leaf in EITHER:
+        other = held.get(EITHER[setting.leaf])
+        return [other] if other is not None and is_on(setting) and is_on(other) else []
+    if setting.leaf == SWITCHED:
+        options = [other for leaf, other in held.items() if keys()[leaf].section == SWITCHED]
+        return [] if is_on(setting) else [other for other in options if other.leaf != SWITCHED]
+    if keys()[setting.leaf].section == SWITCHED:
+        switch = held.get(SWITCHED)
+        return [switch] if switch is not None and not is_on(switch) else []
+    return []
+
+
+def _unnamed(setting: Setting, objective: object) -> str:
+    names = candidates(setting.typed)
+    if names:
+        return f"{setting.shown} may be {' or '.join(names)}: write one of these in full."
+    return setting.layer.prefix + unknown_key(setting.typed, str(objective))
+
+
+def _wrong(setting: Setting) -> str:
+    key = keys()[setting.leaf]
+    found = setting.settled
+    guess = nearest(found, key.choices) if isinstance(found, str) else ""
+    return f"{setting.shown} must be {key.kind}, found {show(setting.value)}.{guess}"
+
+
+def _contradictions(held: Mapping[str, Setting], problems: Problems) -> None:
+    def given(leaf: str) -> Any:
+        return held[leaf].settled if leaf in held else None
+
+    sets, fraction = given("evaluation.sets"), given("evaluation.fraction")
+    taken = {"train": "is what the training rows are called"}
+    if fraction:
+        taken["heldout"] = "is what evaluation.fraction makes"
+    for name in taken.keys() & (sets if isinstance(sets, dict) else {}):
+        setting = held["evaluation.sets"]
+        said = f'{setting.shown} has a set "{name}", which {taken[name]}; give it another name.'
+        problems.at(setting, said)
+    if given("checkpoint.best") is not None and not sets and not fraction:
+        setting = held["checkpoint.best"]
+        said = f"{setting.shown} needs an evaluation: give evaluation.sets or evaluation.fraction."
+        problems.at(setting, said)
+    if given("data.template") == "none" and given("data.template_options"):
+        setting = held["data.template_options"]
+        said = f"{setting.shown} has no effect with data.template none; keep one of them."
+        problems.at(setting, said)
+
+
+def _nested(held: Mapping[str, Setting]) -> dict[str, Any]:
+    """What is held as Run reads it: a mapping for each section that has keys."""
+    nested: dict[str, Any] = {"data": {}}
+    for leaf, setting in held.items():
+        section, _, name = leaf.rpartition(".")
+        if leaf == SWITCHED:
+            if setting.settled:
+                nested.setdefault(SWITCHED, {})
+        elif section:
+            nested.setdefault(section, {})[name] = setting.settled
+        else:
+            nested[name] = setting.settled
+    return nested
+
+
+def leaf_values(run: Run) -> dict[str, Any]:
+    """Every leaf of a run by its full name; "lora" alone where LoRA is off."""
+    values: dict[str, Any] = {}
+    for name in keys():
+        section, _, leaf = name.rpartition(".")
+        part = getattr(run, section) if section else run
+        if name == SWITCHED:
+            if run.lora is None:
+                values[name] = None
+        elif part is not None:
+            values[name] = getattr(part, leaf)
+    return values
+
+
+def dump(resolved: Resolved) -> str:
+    """The text of a run.yaml that loads back to the same Run, each value with its origin."""
+    lines = ["# Every value of this run, and where it came from."]
+    section = ""
+    for name, value in leaf_values(resolved.run).items():
+        key = keys()[name]
+        origin = "".join(c if c.isprintable() else "?" for c in resolved.origins[name])
+        if key.section != section:
+            section = key.section
+            title = f"# {section}: {(SECTIONS[section].__doc__ or '').strip()}"
+            lines += ["", title] + ([] if name == SWITCHED else [f"{section}:"])
+        if name == "epochs" and resolved.run.steps is not None:
+            # Both would contradict each other when the text is read back.
+            lines.append("# epochs has no say: steps does")
+            continue
+        indent = "  " if key.full != key.name else ""
+        lines.append(f"{indent}{key.name}: {write(value)}  # {origin}")
+    return "\n".join(lines) + "\n"

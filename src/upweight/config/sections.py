@@ -1,0 +1,235 @@
+"""The keys of a run, their ranges and defaults: inert, frozen, and without torch.
+
+Types are strict: true is not the number 1, and 1.5 is not the whole number 1. Text in, text out:
+what a quoted or unquoted value of run.yaml means is settled in written.py before it comes here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Texts = Annotated[list[Text], BeforeValidator(_listed), Field(min_length=1)]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+Trackers = Annotated[list[Tracker], BeforeValidator(_listed)]
+
+
+class Section(BaseModel):
+    """Keys that belong together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """the preferences, and how rows become tokens"""
+
+    path: Texts = Field(description="Files of preferences: JSON, JSONL, Parquet or CSV.")
+    format: Literal["auto", "pair", "responses", "messages"] = Field(
+        default="auto", description="Layout of the rows; auto reads it off their columns."
+    )
+    template: Literal["auto", "chat", "none"] = Field(
+        default="auto",
+        description="Render text with the chat template; auto: where the tokenizer has one.",
+    )
+    template_options: dict[Text, JsonValue] = Field(
+        default_factory=dict[str, JsonValue],
+        description="Extra variables for the chat template, such as enable_thinking.",
+    )
+    max_length: Count | None = Field(
+        default=None,
+        description="Most tokens of prompt and response together; null: the model's limit.",
+    )
+    truncation: Literal["drop", "prompt", "response"] = Field(
+        default="drop", description="What gives way when a row is longer than max_length."
+    )
+    pairing: Literal["adjacent", "all", "extremes"] = Field(
+        default="all", description="Which preferences are made among K scored responses."
+    )
+    min_score_gap: NotNegative = Field(
+        default=0.0, description="Scores that differ by this much or less make no preference."
+    )
+    limit: Count | None = Field(
+        default=None, description="Use only the first so many rows; null: all."
+    )
+
+
+class Loss(Section):
+    """options of the objective"""
+
+    beta: Positive = Field(
+        default=0.1, description="Strength of the pull to the reference, per nat of log-ratio."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        default=0.0, description="Probability that a preference is flipped (conservative DPO)."
+    )
+
+
+class Batch(Section):
+    """how much is computed at once"""
+
+    pairs_per_step: Count = Field(default=64, description="Preferences per optimizer step.")
+    tokens_per_bin: Count = Field(
+        default=8192, description="Tokens per forward pass; bounds memory and changes no result."
+    )
+
+
+class Optimizer(Section):
+    """AdamW and its schedule"""
+
+    learning_rate: Positive | None = Field(
+        default=None, description="Peak learning rate; null: 5e-7 for full training, 1e-5 for LoRA."
+    )
+    weight_decay: NotNegative = Field(default=0.0, description="Decoupled weight decay.")
+    beta1: Share = Field(default=0.9, description="Decay of AdamW's mean of gradients.")
+    beta2: Share = Field(default=0.999, description="Decay of AdamW's mean of squared gradients.")
+    epsilon: Positive = Field(default=1e-8, description="AdamW's guard against division by zero.")
+    max_grad_norm: Positive | None = Field(
+        default=1.0, description="Norm that gradients are clipped to; null: no clipping."
+    )
+    warmup: Share = Field(default=0.1, description="Share of the steps over which the rate rises.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="How the learning rate falls after the warmup."
+    )
+
+
+def _twice_the_rank(validated: dict[str, Any]) -> float:
+    return 2.0 * validated.get("rank", 16)
+
+
+class Lora(Section):
+    """low-rank adapters; null trains all weights"""
+
+    rank: Count = Field(default=16, description="Rank of every adapter.")
+    alpha: Positive = Field(
+        default_factory=_twice_the_rank,
+        description="Adapters are scaled by alpha / rank; left out, alpha is twice the rank.",
+    )
+    dropout: Share = Field(default=0.0, description="Dropout on what enters the adapters.")
+    targets: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
+        default="all-linear", description="Names of the modules that get an adapter."
+    )
+
+
+class Compute(Section):
+    """hardware and arithmetic"""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Arithmetic of the forward pass; master weights stay float32."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where the model runs."
+    )
+    attention: Literal["auto", "dense", "parts", "varlen"] = Field(
+        default="auto", description="How forest attention is computed; changes speed and no result."
+    )
+    sharing: bool = Field(
+        default=True,
+        description="Compute a prompt once for all of its responses where that is exact.",
+    )
+    threads: Count | None = Field(
+        default=None, description="CPU threads; null: torch's own choice."
+    )
+    checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass to save memory."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that comes with the model."
+    )
+
+
+class Evaluation(Section):
+    """what is measured on held-out preferences"""
+
+    sets: dict[Text, Texts] = Field(
+        default_factory=dict[str, list[str]],
+        description="Named evaluation sets: a name and its file or files.",
+    )
+    fraction: Share = Field(
+        default=0.0, description='Share of the prompts held out of training as the set "heldout".'
+    )
+    every: Count | None = Field(
+        default=None, description="Steps between evaluations; null: about ten in a run."
+    )
+    samples: Annotated[int, Field(ge=0)] = Field(
+        default=4, description="Prompts that policy and reference answer at each evaluation."
+    )
+    max_new_tokens: Count = Field(default=64, description="Longest sampled answer, in tokens.")
+    temperature: Positive = Field(default=1.0, description="Sampling temperature.")
+
+
+class Checkpoint(Section):
+    """what is kept to resume from"""
+
+    every: Count | None = Field(
+        default=None, description="Steps between checkpoints; null: chosen by the recipe."
+    )
+    keep: Count = Field(default=2, description="How many of the latest checkpoints are kept.")
+    best: Text | None = Field(
+        default=None, description="Evaluation metric whose best checkpoint is kept too; null: none."
+    )
+
+
+class Export(Section):
+    """the model that is written at the end"""
+
+    merge: bool = Field(
+        default=False, description="Merge a LoRA adapter into the weights it adapts."
+    )
+
+
+class Run(Section):
+    """Everything one run is told, complete: each default is filled in, each value is in range."""
+
+    model: Text = Field(description="The model to align: a hub id, a folder or a .gguf file.")
+    reference: Text | None = Field(
+        default=None, description="The reference model; null: the model itself as it starts."
+    )
+    out: Text | None = Field(
+        default=None, description="Folder of the run's results; train needs it."
+    )
+    objective: Literal["dpo"] = Field(default="dpo", description="What is optimized.")
+    epochs: Positive = Field(default=1.0, description="Passes over the preferences.")
+    steps: Count | None = Field(
+        default=None, description="Optimizer steps, in place of epochs; null: epochs decides."
+    )
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
+        default=0, description="Seed of everything random."
+    )
+    resume: bool = Field(default=False, description="Go on from the last checkpoint in out.")
+    track: Trackers = Field(
+        default_factory=list[Tracker], description="Trackers that also get the metrics."
+    )
+    log_every: Count = Field(default=1, description="Steps between logged lines of metrics.")
+    data: Data
+    loss: Loss = Loss()
+    batch: Batch = Batch()
+    optimizer: Optimizer = Optimizer()
+    lora: Lora | None = None
+    compute: Compute = Compute()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    export: Export = Export()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": Data,
+    "loss": Loss,
+    "batch": Batch,
+    "optimizer": Optimizer,
+    "lora": Lora,
+    "compute": Compute,
+    "evaluation": Evaluation,
+    "checkpoint": Checkpoint,
+    "export": Export,
+}

@@ -1,0 +1,147 @@
+"""The account of a set of rows: each one read is used or dropped for a reason that is counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from upweight.data.trees import TreeNotes
+from upweight.errors import DataError
+from upweight.types import Dropped, Tree
+
+REASONS: dict[str, str] = {
+    "bad_unicode": "text that is not Unicode: half of a surrogate pair",
+    "prompt_mismatch": "chosen and rejected do not continue the same prompt",
+    "not_assistant": "the last message is not the assistant's",
+    "empty_prompt": "no prompt, and no beginning-of-text token to stand for it",
+    "empty_response": "a response without a word",
+    "identical_responses": "responses that are the same, as text or as tokens after cutting",
+    "no_preference": "no two responses of which one is preferred",
+    "template": "the chat template refuses the conversation",
+    "stop_in_response": "a response whose text holds a special token",
+    "boundary": "prompt and response do not come apart under this template or tokenizer",
+    "too_long": "longer than max_length",
+    "unpaired": "in no preference, by its score or the pairing asked for",
+}
+"""Why a row is dropped or a response left out, as the account's reader is told."""
+
+_NUM_EXAMPLES = 5
+_PERCENTILES = (50, 90, 99)
+
+
+@dataclass
+class Account:
+    """What became of the rows of one set.
+
+    `dropped` counts rows by reason, `examples` holds the first few of each as (row, detail).
+    `left_out` counts the responses of used rows that are not used. `truncated` counts prompts and
+    responses that were cut, and the cut responses by their side in preferences (chosen, rejected).
+    `boundary_repaired` counts rows whose prompt gave white space to the responses, `rewritten`
+    responses whose content the chat template changed, `special_in_prompt` rows that hold a special
+    token's text before the template adds any (rendered twice, perhaps), `duplicates` rows that say
+    the same as an earlier one and are used, `unused_columns` rows by the columns that no layout
+    reads. `lengths` are in tokens: each prompt, and the two sides of each preference.
+    """
+
+    read: int = 0
+    used: int = 0
+    dropped: dict[str, int] = field(default_factory=dict[str, int])
+    examples: dict[str, list[tuple[str, str]]] = field(
+        default_factory=dict[str, list[tuple[str, str]]]
+    )
+    left_out: dict[str, int] = field(default_factory=dict[str, int])
+    truncated: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("prompt", "response", "chosen", "rejected"), 0)
+    )
+    appended_stop: int = 0
+    boundary_repaired: int = 0
+    rewritten: int = 0
+    special_in_prompt: int = 0
+    duplicates: int = 0
+    preferences: int = 0
+    responses: int = 0
+    lengths: dict[str, list[int]] = field(
+        default_factory=lambda: {"prompt": [], "chosen": [], "rejected": []}
+    )
+    unused_columns: dict[str, int] = field(default_factory=dict[str, int])
+
+    def drop(self, dropped: Dropped) -> None:
+        assert dropped.reason in REASONS, dropped
+        self.dropped[dropped.reason] = self.dropped.get(dropped.reason, 0) + 1
+        shown = self.examples.setdefault(dropped.reason, [])
+        if len(shown) < _NUM_EXAMPLES:
+            shown.append((str(dropped.row), dropped.detail))
+
+    def add(self, tree: Tree, notes: TreeNotes) -> None:
+        """Counts what a used row's tree holds and what was done to it."""
+        for reason in notes.left_out.values():
+            assert reason in REASONS, reason
+            self.left_out[reason] = self.left_out.get(reason, 0) + 1
+        self.appended_stop += notes.num_appended
+        self.boundary_repaired += notes.repaired
+        self.rewritten += notes.num_rewritten
+        self.special_in_prompt += notes.special_in_prompt
+        self.preferences += len(tree.preferences)
+        self.responses += len(tree.responses)
+        sides = {
+            "chosen": [p.chosen for p in tree.preferences],
+            "rejected": [p.rejected for p in tree.preferences],
+        }
+        cut = {k for k, num in enumerate(notes.response_cut) if num}
+        self.truncated["prompt"] += notes.prompt_cut > 0
+        self.truncated["response"] += len(cut)
+        self.lengths["prompt"].append(len(tree.prompt))
+        for side, ks in sides.items():
+            self.truncated[side] += len(cut.intersection(ks))
+            self.lengths[side] += [len(tree.responses[k]) for k in ks]
+
+    def check(self) -> Account:
+        """The account itself, once read == used + dropped holds."""
+        assert self.read == self.used + sum(self.dropped.values()), (self.read, self.used)
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """One set of account.json; lengths as percentiles, empty where there is nothing."""
+        self.check()
+        return {
+            "read": self.read,
+            "used": self.used,
+            "dropped": dict(self.dropped),
+            "examples": {
+                reason: [list(e) for e in shown] for reason, shown in self.examples.items()
+            },
+            "left_out": dict(self.left_out),
+            "truncated": dict(self.truncated),
+            "appended_stop": self.appended_stop,
+            "boundary_repaired": self.boundary_repaired,
+            "rewritten": self.rewritten,
+            "special_in_prompt": self.special_in_prompt,
+            "duplicates": self.duplicates,
+            "preferences": self.preferences,
+            "responses": self.responses,
+            "lengths": {side: percentiles(found) for side, found in self.lengths.items()},
+            "unused_columns": dict(self.unused_columns),
+        }
+
+
+def percentiles(values: Sequence[int]) -> Mapping[str, int]:
+    """p50, p90, p99 and max: the smallest value that so many percent do not exceed."""
+    if not values:
+        return {}
+    ordered = sorted(values)
+    found = {f"p{q}": ordered[math.ceil(q * len(ordered) / 100) - 1] for q in _PERCENTILES}
+    return found | {"max": ordered[-1]}
+
+
+def require_used(account: Account, what: str) -> None:
+    """Raises DataError, with what became of the rows, where none is left to use."""
+    if account.used:
+        return
+    lines = [
+        f"  {num} x {reason}: {REASONS[reason]} ({row}: {detail})"
+        for reason, num in sorted(account.dropped.items(), key=lambda x: -x[1])
+        for row, detail in account.examples[reason][:1]
+    ]
+    raise DataError("\n".join([f"{what}: none of {account.read} rows can be used.", *lines]))

@@ -1,0 +1,260 @@
+"""A row's columns as what its layout says they are, or a DataError that says what they are."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from upweight.errors import DataError
+from upweight.types import Message, RowId, Text
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What a layout must have, and may have."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return self.required + self.optional
+
+
+_TEMPLATE = ("tools", "template_options", "chat_template_kwargs")
+COLUMNS: dict[str, Columns] = {
+    "pair": Columns(("chosen", "rejected"), ("prompt", "weight", *_TEMPLATE)),
+    "responses": Columns(("prompt", "responses"), ("scores", "preferences", *_TEMPLATE)),
+    "messages": Columns(("messages",), _TEMPLATE),
+}
+
+
+def detect(row: Row, row_id: RowId) -> str:
+    """The layout that the row's columns make: the first of COLUMNS whose required ones are there.
+
+    Raises DataError when there is none, saying what is there and what each layout needs.
+    """
+    filled = {name for name, value in row.items() if value is not None}
+    for names in (filled, set(row)):
+        for layout, columns in COLUMNS.items():
+            if names.issuperset(columns.required):
+                return layout
+    needs = "; ".join(f"{layout} needs {_words(c.required)}" for layout, c in COLUMNS.items())
+    required = [name for columns in COLUMNS.values() for name in columns.required]
+    raise DataError(
+        f"{row_id} is of no known layout (it has: {listed(row)}). Allowed: {needs}."
+        f"{_misspelt(row, required)}"
+    )
+
+
+def require(row: Row, layout: str, row_id: RowId) -> None:
+    """Raises DataError for the first required column that is not there."""
+    required = COLUMNS[layout].required
+    for name in required:
+        if name not in row:
+            raise DataError(
+                f'{row_id} has no "{name}" (it has: {listed(row)}). The {layout} layout needs '
+                f"{_words(required)}.{_misspelt(row, required)}"
+            )
+
+
+def text_or_messages(value: Any, where: str, row_id: RowId) -> Text:
+    """Text as it is, a message or a list of messages as a tuple, null as empty text."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return (message(value, where, row_id),)
+    if isinstance(value, list | tuple):
+        return conversation(value, where, row_id)
+    raise _wrong_type(value, where, row_id, "text, a list of messages, or one message")
+
+
+def conversation(value: Any, where: str, row_id: RowId) -> tuple[Message, ...]:
+    turns = list_of(value, where, row_id, "a list of messages")
+    return tuple(message(turn, f"{where}[{i}]", row_id) for i, turn in enumerate(turns))
+
+
+def message(value: Any, where: str, row_id: RowId) -> Message:
+    """A message with one text as its content and without nulls: columnar files fill in a null for
+    every key that another row has."""
+    if not isinstance(value, Mapping):
+        raise _wrong_type(value, where, row_id, 'a message: {"role": ..., "content": ...}')
+    turn = cast(dict[str, Any], _without_nulls(value))
+    if "content" in value and "tool_calls" not in turn:
+        turn.setdefault("content", "")
+    needed = ("role",) if "tool_calls" in turn else ("role", "content")
+    for name in needed:
+        if name not in turn:
+            raise DataError(
+                f'{row_id}: {where} has no "{name}" (it has: {listed(value)}). '
+                'A message is {"role": ..., "content": ...}.'
+            )
+    if not isinstance(turn["role"], str):
+        raise _wrong_type(turn["role"], f"{where}.role", row_id, "text")
+    if "content" in turn:
+        turn["content"] = _content(turn["content"], f"{where}.content", row_id)
+    return turn
+
+
+def _content(value: Any, where: str, row_id: RowId) -> str:
+    """Text, or the texts of a list of parts, which many templates would print as a Python list."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise _wrong_type(value, where, row_id, "text")
+    texts: list[str] = []
+    for i, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise DataError(
+                f"{row_id}: {where}[{i}] is {shown(part)}; only parts of text can be learned "
+                'from: {"type": "text", "text": ...}.'
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def list_of(value: Any, where: str, row_id: RowId, allowed: str) -> list[Any]:
+    """A list, or a text that is one in JSON: what a cell of a CSV file can hold."""
+    if isinstance(value, str):
+        value = _from_json(value, where, row_id, allowed)
+    if not isinstance(value, list | tuple):
+        raise _wrong_type(value, where, row_id, allowed)
+    return list(value)
+
+
+def mapping(value: Any, where: str, row_id: RowId, allowed: str) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        value = _from_json(value, where, row_id, allowed)
+    if not isinstance(value, Mapping):
+        raise _wrong_type(value, where, row_id, allowed)
+    return cast(Mapping[str, Any], value)
+
+
+def number(value: Any, where: str, row_id: RowId) -> float:
+    """A finite number, or text that is one."""
+    try:
+        found = float(value) if isinstance(value, int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise DataError(f"{row_id}: {where} is {shown(value)}; allowed: a finite number.")
+    return found
+
+
+def weight(value: Any, where: str, row_id: RowId) -> float:
+    """How much a preference counts, 1 where nothing is said."""
+    if value is None or value == "":
+        return 1.0
+    found = number(value, where, row_id)
+    if found <= 0:
+        raise DataError(
+            f"{row_id}: {where} is {shown(value)}; allowed: a number above 0. "
+            "Remove what should not count."
+        )
+    return found
+
+
+def tools(row: Row, row_id: RowId) -> tuple[Mapping[str, Any], ...]:
+    """The tool definitions that the chat template renders; a row without any has none."""
+    value = row.get("tools")
+    if value is None or value == "":
+        return ()
+    listed = list_of(value, "tools", row_id, "a list of tool definitions")
+    return tuple(
+        cast(Mapping[str, Any], _without_nulls(mapping(t, f"tools[{i}]", row_id, "an object")))
+        for i, t in enumerate(listed)
+    )
+
+
+def template_options(row: Row, row_id: RowId) -> Mapping[str, Any] | None:
+    """The row's own variables of the chat template."""
+    names = [
+        n for n in ("template_options", "chat_template_kwargs") if row.get(n) not in (None, "")
+    ]
+    if len(names) == 2:
+        raise DataError(
+            f"{row_id} has template_options and chat_template_kwargs, which are two names of one "
+            "thing. Keep one."
+        )
+    if not names:
+        return None
+    value = mapping(row[names[0]], names[0], row_id, "an object")
+    return cast(Mapping[str, Any], _without_nulls(value)) or None
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a value of nested lists and objects, the keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from texts_in(key)
+            yield from texts_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from texts_in(inner)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(v) for v in value]
+    return value
+
+
+def _from_json(value: str, where: str, row_id: RowId, allowed: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise _wrong_type(value, where, row_id, allowed) from None
+
+
+def _wrong_type(value: Any, where: str, row_id: RowId, allowed: str) -> DataError:
+    return DataError(f"{row_id}: {where} is {shown(value)}; allowed: {allowed}.")
+
+
+_KINDS = {
+    bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list",
+    tuple: "a list", dict: "an object", type(None): "null",
+}  # fmt: skip
+
+
+def shown(value: Any) -> str:
+    """What a value is and its beginning, in ASCII: it may hold what a terminal cannot print."""
+    try:
+        text = json.dumps(value, default=str)
+    except (ValueError, TypeError, RecursionError):
+        text = repr(value)
+    kind = _KINDS.get(type(value), f"of type {type(value).__name__}")
+    return kind if value is None else f"{kind} ({text if len(text) <= 60 else text[:57] + '...'})"
+
+
+def _words(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def listed(row: Mapping[Any, Any]) -> str:
+    names = ", ".join(map(str, row)) or "nothing"
+    # A name may hold half of a surrogate pair, which no terminal prints.
+    return names.encode("utf-8", "backslashreplace").decode()
+
+
+def _misspelt(row: Row, required: Iterable[str]) -> str:
+    missing = [name for name in required if name not in row]
+    known = {name for columns in COLUMNS.values() for name in columns.all}
+    for name in row:
+        match = [] if name in known else difflib.get_close_matches(str(name), missing, n=1)
+        if match:
+            return f' Is "{name}" meant to be "{match[0]}"?'
+    return ""

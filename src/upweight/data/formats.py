@@ -1,0 +1,232 @@
+"""Rows to examples: one pure function per layout.
+
+    pair       {prompt, chosen, rejected}, as text or messages; without a prompt column the prompt
+               is what chosen and rejected share
+    responses  {prompt, responses: [{text, score, weight}, ...]}, K >= 1, optionally with
+               preferences: [[chosen, rejected], ...]
+    messages   {messages}: the last message, the assistant's, is the response
+
+Every layout also takes tools and template_options (or chat_template_kwargs), and pair a weight. A
+row that is not what its layout says is a DataError; a row that is, but cannot be learned from, is a
+Dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from upweight.data.columns import (
+    Row,
+    conversation,
+    list_of,
+    listed,
+    message,
+    number,
+    require,
+    shown,
+    template_options,
+    text_or_messages,
+    texts_in,
+    tools,
+    weight,
+)
+from upweight.data.preferences import Pairing, clipped, with_preferences
+from upweight.data.prompts import explicit, implicit
+from upweight.errors import DataError
+from upweight.types import Dropped, Example, Preference, Response, RowId, Text
+
+
+def pair(row: Row, row_id: RowId) -> Example | Dropped:
+    """{prompt, chosen, rejected}, each as text or messages; without a prompt, what both share.
+
+    Raises DataError where a column is missing or of another type.
+    """
+    require(row, "pair", row_id)
+    chosen = text_or_messages(row["chosen"], "chosen", row_id)
+    rejected = text_or_messages(row["rejected"], "rejected", row_id)
+    if row.get("prompt") is None:
+        split = implicit(chosen, rejected, row_id)
+    else:
+        prompt = text_or_messages(row["prompt"], "prompt", row_id)
+        split = explicit(prompt, (chosen, rejected), ("chosen", "rejected"), row_id)
+    if isinstance(split, Dropped):
+        return split
+    prompt, (chosen, rejected) = split
+    preference = Preference(0, 1, weight(row.get("weight"), "weight", row_id))
+    answers = (Response(chosen), Response(rejected))
+    return _example(row, row_id, prompt, answers, (preference,))
+
+
+def responses(row: Row, row_id: RowId) -> Example | Dropped:
+    """{prompt, responses: [{text | messages | content, score, weight}, ...]}, K >= 1.
+
+    A response may also be a plain string, and its score stand in a list `scores`. Preferences are
+    those of the column `preferences` ([chosen, rejected] or [chosen, rejected, weight], counted
+    from 0), or none: `with_preferences` makes them from the scores. A response's weight multiplies
+    that of the preferences it is in.
+    Raises DataError where a column is missing or of another type.
+    """
+    require(row, "responses", row_id)
+    prompt = text_or_messages(row["prompt"], "prompt", row_id)
+    items = list_of(row["responses"], "responses", row_id, "a list of responses")
+    if not items:
+        return Dropped(row_id, "empty_response", "responses is an empty list")
+    scores = _scores(row, len(items), row_id)
+    names = [f"responses[{i}]" for i in range(len(items))]
+    answers = [_response(item, name, row_id) for item, name in zip(items, names, strict=True)]
+    preferences = _preferences(row, len(items), row_id)
+    split = explicit(prompt, [a.content for a in answers], names, row_id)
+    if isinstance(split, Dropped):
+        return split
+    prompt, contents = split
+    for name, answer, score in zip(names, answers, scores, strict=True):
+        if score is not None and answer.score is not None:
+            raise DataError(f"{row_id} has a score in {name} and one in scores. Keep one.")
+    answers = tuple(
+        Response(content, a.score if score is None else score, a.weight)
+        for content, a, score in zip(contents, answers, scores, strict=True)
+    )
+    return _example(row, row_id, prompt, answers, preferences)
+
+
+def messages(row: Row, row_id: RowId) -> Example | Dropped:
+    """{messages}: a conversation whose last message, the assistant's, is the response (K = 1)."""
+    require(row, "messages", row_id)
+    turns = conversation(row["messages"], "messages", row_id)
+    if not turns or turns[-1]["role"] != "assistant":
+        last = f"ends with a {turns[-1]['role']} message" if turns else "is empty"
+        return Dropped(row_id, "not_assistant", f"the conversation {last}, not with an answer")
+    return _example(row, row_id, turns[:-1], (Response(turns[-1:]),), ())
+
+
+FORMATS: dict[str, Callable[[Row, RowId], Example | Dropped]] = {
+    "pair": pair,
+    "responses": responses,
+    "messages": messages,
+}
+
+
+def example_of(
+    row: Row, row_id: RowId, layout: str, *, pairing: Pairing = "all", min_gap: float | int = 0.0
+) -> Example | Dropped:
+    """One row as an example with its preferences, or why it cannot be one.
+
+    `layout` is a key of FORMATS. Raises DataError where the row is not of that layout.
+    """
+    example = FORMATS[layout](row, row_id)
+    if isinstance(example, Dropped):
+        return example
+    return _bad_unicode(example) or with_preferences(example, pairing, min_gap)
+
+
+def prompt_of(row: Row, row_id: RowId) -> Example | Dropped:
+    """An example of no responses, from a row of any layout or one that is only a prompt."""
+    if row.get("prompt") is not None:
+        prompt = text_or_messages(row["prompt"], "prompt", row_id)
+    elif "messages" in row:
+        turns = conversation(row["messages"], "messages", row_id)
+        prompt = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+    elif "chosen" in row and "rejected" in row:
+        example = pair(row, row_id)
+        if isinstance(example, Dropped):
+            return example
+        prompt = example.prompt
+    else:
+        raise DataError(
+            f"{row_id} has no prompt (it has: {listed(row)}). Allowed: prompt, as text or a list "
+            "of messages; messages; or chosen and rejected that share a prompt."
+        )
+    example = _example(row, row_id, prompt, (), ())
+    return _bad_unicode(example) or example
+
+
+def _bad_unicode(example: Example) -> Dropped | None:
+    contents = [answer.content for answer in example.responses]
+    for text in texts_in([example.prompt, contents, example.tools, example.template_options]):
+        if not text.isascii() and _has_surrogate(text):
+            detail = f"half of a surrogate pair in {clipped(text)}"
+            return Dropped(example.row, "bad_unicode", detail)
+    return None
+
+
+def _example(
+    row: Row,
+    row_id: RowId,
+    prompt: Text,
+    answers: tuple[Response, ...],
+    preferences: tuple[Preference, ...],
+) -> Example:
+    return Example(
+        prompt, answers, preferences, row_id, tools(row, row_id), template_options(row, row_id)
+    )
+
+
+def _response(item: Any, where: str, row_id: RowId) -> Response:
+    if item is None or isinstance(item, str):
+        return Response(item or "")
+    if not isinstance(item, Mapping):
+        raise DataError(
+            f"{row_id}: {where} is {shown(item)}; allowed: text, or an object with text, "
+            "messages or content, and score and weight."
+        )
+    score, own_weight = item.get("score"), weight(item.get("weight"), f"{where}.weight", row_id)
+    names = [n for n in ("text", "messages", "content") if item.get(n) is not None]
+    if "role" in item:
+        rest = {k: v for k, v in item.items() if k not in ("score", "weight")}
+        content: Text = (message(rest, where, row_id),)
+    elif len(names) == 1:
+        content = text_or_messages(item[names[0]], f"{where}.{names[0]}", row_id)
+    elif not names and {"text", "messages", "content"}.intersection(item):
+        content = ""
+    else:
+        raise DataError(
+            f"{row_id}: {where} has {' and '.join(names) or 'no text'} (it has: "
+            f"{listed(item)}). A response has one of text, messages, "
+            "content."
+        )
+    found = None if score is None else number(score, f"{where}.score", row_id)
+    return Response(content, found, own_weight)
+
+
+def _scores(row: Row, num_responses: int, row_id: RowId) -> list[float | None]:
+    if row.get("scores") in (None, ""):
+        return [None] * num_responses
+    listed = list_of(row["scores"], "scores", row_id, "a list of numbers")
+    if len(listed) != num_responses:
+        raise DataError(
+            f"{row_id} has {len(listed)} scores for {num_responses} responses. "
+            "Give one for each; null where there is none."
+        )
+    return [None if s is None else number(s, f"scores[{i}]", row_id) for i, s in enumerate(listed)]
+
+
+def _preferences(row: Row, num_responses: int, row_id: RowId) -> tuple[Preference, ...]:
+    if row.get("preferences") in (None, ""):
+        return ()
+    found: list[Preference] = []
+    for i, item in enumerate(list_of(row["preferences"], "preferences", row_id, "a list of pairs")):
+        where = f"preferences[{i}]"
+        entry: list[Any] = list(item) if isinstance(item, list | tuple) else []
+        numbers = all(isinstance(x, int) and not isinstance(x, bool) for x in entry[:2])
+        if len(entry) not in (2, 3) or not numbers or entry[0] == entry[1]:
+            raise DataError(
+                f"{row_id}: {where} is {shown(item)}; allowed: [chosen, rejected] or "
+                "[chosen, rejected, weight], the numbers of two responses, counted from 0."
+            )
+        if not all(0 <= x < num_responses for x in entry[:2]):
+            raise DataError(
+                f"{row_id}: {where} is {shown(item)}, and the responses are numbered 0 to "
+                f"{num_responses - 1}."
+            )
+        own_weight = weight(entry[2], f"{where}[2]", row_id) if len(entry) == 3 else 1.0
+        found.append(Preference(entry[0], entry[1], own_weight))
+    return tuple(found)
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

@@ -1,0 +1,123 @@
+"""Which responses are preferred to which: stated by the row, or made from scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from upweight.types import Dropped, Example, Preference, Text
+
+Pairing = Literal["all", "adjacent", "extremes"]
+
+
+def preferences_from_scores(
+    scores: Sequence[float | int | None], pairing: Pairing, min_gap: float | int = 0.0
+) -> tuple[Preference, ...]:
+    """Which response is preferred to which, by scores that differ by strictly more than min_gap.
+
+    all: every such pair. adjacent: each response against the best of those more than the gap below
+    it (all of them where several tie). extremes: one pair, the best against the worst, the first
+    of each where several tie. A response without a score (None) is in no preference.
+    """
+    scored = [(s, i) for i, s in enumerate(scores) if s is not None]
+
+    def above(a: float | int, b: float | int) -> bool:
+        # 0.8 - 0.6 is a little more than 0.2 in floating point; a gap of 0.2 means what it says.
+        return a - b > min_gap and not math.isclose(a - b, min_gap, rel_tol=1e-9)
+
+    if pairing == "extremes":
+        if not scored:
+            return ()
+        best, worst = max(scored, key=lambda x: (x[0], -x[1])), min(scored)
+        return (Preference(best[1], worst[1]),) if above(best[0], worst[0]) else ()
+    found: list[Preference] = []
+    for score, i in scored:
+        below = [(s, j) for s, j in scored if above(score, s)]
+        if pairing == "adjacent" and below:
+            top = max(s for s, _ in below)
+            below = [(s, j) for s, j in below if s == top]
+        found += [Preference(i, j) for _, j in below]
+    return tuple(found)
+
+
+def left_out(example: Example) -> dict[int, str]:
+    """The responses that no preference may use, and why: empty, or equal to an earlier one."""
+    reasons: dict[int, str] = {}
+    for i, first in enumerate(_first_equal(example)):
+        if is_empty(example.responses[i].content):
+            reasons[i] = "empty_response"
+        elif first != i:
+            reasons[i] = "identical_responses"
+    return reasons
+
+
+def with_preferences(example: Example, pairing: Pairing, min_gap: float | int) -> Example:
+    """The example with its preferences: those it states, or else those that its scores make.
+
+    None of them uses a response of `left_out`. What is stated about a copy is said of the first of
+    its kind instead. Each weighs what was stated times the weights of its two responses.
+    """
+    out = left_out(example)
+    answers = example.responses
+    if example.preferences:
+        first = _first_equal(example)
+        moved = (
+            replace(p, chosen=first[p.chosen], rejected=first[p.rejected])
+            for p in example.preferences
+        )
+        kept = (p for p in moved if p.chosen != p.rejected)
+        made = tuple(p for p in kept if p.chosen not in out and p.rejected not in out)
+    else:
+        scores = [None if i in out else a.score for i, a in enumerate(answers)]
+        made = preferences_from_scores(scores, pairing, min_gap)
+    weighted = (
+        replace(p, weight=p.weight * answers[p.chosen].weight * answers[p.rejected].weight)
+        for p in made
+    )
+    return replace(example, preferences=tuple(weighted))
+
+
+def unusable(example: Example, *, require_preferences: bool) -> Dropped | None:
+    """Why nothing can be learned from the example, or None."""
+    out = left_out(example)
+    num_usable = len(example.responses) - len(out)
+    if example.preferences or (num_usable and not require_preferences):
+        return None
+    if num_usable < 2 and out:
+        reason = "empty_response" if "empty_response" in out.values() else "identical_responses"
+        shown = " | ".join(clipped(a.content) for a in example.responses[:3])
+        return Dropped(example.row, reason, shown)
+    scores = [a.score for a in example.responses]
+    if all(s is None for s in scores):
+        detail = f"responses: {len(scores)}, none with a score, and no preferences"
+    else:
+        detail = f"no two scores differ by more than the gap: {clipped(scores)}"
+    return Dropped(example.row, "no_preference", detail)
+
+
+def is_empty(content: Text) -> bool:
+    """No word, no tool call, no thought in any message: nothing, or white space."""
+    if isinstance(content, str):
+        return not content.strip()
+    said = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
+    return all(_is_blank(turn.get(key)) for turn in content for key in said)
+
+
+def clipped(content: Any, length: int = 60) -> str:
+    """The beginning of a text or conversation in ASCII, for a line of the account."""
+    text = content if isinstance(content, str) else json.dumps(content, default=str)
+    return ascii(text if len(text) <= length else text[: length - 3] + "...")
+
+
+def _first_equal(example: Example) -> list[int]:
+    """For each response the index of the first that is equal to it."""
+    first: dict[str, int] = {}
+    keys = (json.dumps(a.content, sort_keys=True, default=str) for a in example.responses)
+    return [first.setdefault(key, i) for i, key in enumerate(keys)]
+
+
+def _is_blank(value: Any) -> bool:
+    return not value or (isinstance(value, str) and not value.strip())

@@ -1,0 +1,52 @@
+"""Everything upweight raises on purpose.
+
+UpweightError                 a user's mistake or a refusal; printed without a traceback, exit 2
+├── ConfigError               an unknown key, a wrong value, keys that contradict each other
+├── DataError                 a file or row that cannot be read as what it is said to be
+├── ModelError                a model folder, tokenizer, template or adapter that cannot be used
+├── OutputError               a folder in use, no space, a file that cannot be written
+└── Refusal                   training would be silently wrong; carries a diagnosis code (UW101 ...)
+
+Our own bugs are assertions and keep their traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UpweightError(Exception):
+    """Says where, what was found, what is allowed and what to do. `str(error)` is what is shown."""
+
+    code: str | None = None
+
+
+class ConfigError(UpweightError):
+    """The configuration cannot be what the user meant."""
+
+
+class DataError(UpweightError):
+    """A data file or row is not readable as the format it is read with."""
+
+
+class ModelError(UpweightError):
+    """A model, tokenizer, template or adapter cannot be used as asked."""
+
+
+class OutputError(UpweightError):
+    """The output folder cannot be used or written to."""
+
+
+class Refusal(UpweightError):
+    """The run would finish and be wrong. `code` is one of the diagnosis codes, such as "UW107"."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{message}  Run: upweight explain {code}")
+        self.code = code
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """A trailing ' Did you mean X?' for the allowed word most like `word`, or ''."""
+    matches = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean {matches[0]}?" if matches else ""

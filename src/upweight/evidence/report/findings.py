@@ -1,0 +1,134 @@
+"""What the records say about the run, as numbers: the questions that several sections ask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from upweight.evidence.records import LedgerRow, Measurement, Records
+from upweight.stats import Interval, accuracy_interval, mean_interval, sign_test
+
+ACCURACY = "rewards/accuracies"
+HELD_OUT = "heldout"
+
+
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """The last finite value of a metric, its interval where one is recorded, and its step."""
+
+    value: float
+    low: float | None
+    high: float | None
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class LengthRule:
+    """How well the rule "the longer (or shorter) answer is the better one" does on a set.
+
+    `lead` is the policy's accuracy minus the rule's on the same preferences. The policy is right
+    more often than the rule on `num_more` prompts and less often on `num_fewer`; `p` is the exact
+    sign test's for that split.
+    """
+
+    longer: bool
+    accuracy: Interval
+    lead: Interval
+    num_more: int
+    num_fewer: int
+    p: float
+
+
+def main_set(records: Records) -> str | None:
+    """The set that the headline speaks about: the held-out one, else the first that there is."""
+    if HELD_OUT in records.evals:
+        return HELD_OUT
+    return next(iter(records.evals), None)
+
+
+def latest(rows: Sequence[Measurement], key: str, bounds: str | None = None) -> Latest | None:
+    """The last finite value of `key`; its interval is read from the keys `bounds`_low and _high."""
+    for row in reversed(rows):
+        value = row.values.get(key, math.nan)
+        if math.isfinite(value):
+            low = row.values.get(f"{bounds or key}_low", math.nan)
+            high = row.values.get(f"{bounds or key}_high", math.nan)
+            known = math.isfinite(low) and math.isfinite(high)
+            return Latest(value, low if known else None, high if known else None, row.step)
+    return None
+
+
+def ledger_of(records: Records, set_name: str) -> list[LedgerRow]:
+    """The set's rows of its last evaluation whose margin is a number."""
+    return [r for r in records.ledger if r.set == set_name and math.isfinite(r.margin)]
+
+
+def accuracy(records: Records, set_name: str) -> Latest | None:
+    """The set's last accuracy; its interval comes from the ledger where none was logged."""
+    found = latest(records.evals.get(set_name, ()), ACCURACY)
+    rows = ledger_of(records, set_name)
+    if found is None or found.low is not None or not rows or rows[0].step != found.step:
+        return found
+    interval = accuracy_interval([r.margin for r in rows], [prompt_of(r) for r in rows])
+    return Latest(found.value, interval.low, interval.high, found.step)
+
+
+def accuracy_before(records: Records, set_name: str) -> float | None:
+    """The accuracy at step 0, if an evaluation was made there."""
+    rows = records.evals.get(set_name, ())
+    return rows[0].values.get(ACCURACY) if rows and rows[0].step == 0 else None
+
+
+def num_preferences(records: Records, set_name: str) -> int | None:
+    """How many preferences the set's last evaluation was made on."""
+    rows = [r for r in records.ledger if r.set == set_name]
+    if rows:
+        return len(rows)
+    account = records.accounts.get(set_name)
+    return account.preferences if account else None
+
+
+def prompt_of(row: LedgerRow) -> str:
+    """What makes two ledger rows rows of one prompt: its text where recorded, else the row."""
+    return row.row if row.prompt_text is None else row.prompt_text
+
+
+def length_rule(rows: Sequence[LedgerRow]) -> LengthRule | None:
+    """The better of the two length rules on these preferences; None without preferences."""
+    if not rows:
+        return None
+    gaps = [float(r.tokens_chosen - r.tokens_rejected) for r in rows]
+    longer = sum(gap > 0 for gap in gaps) >= sum(gap < 0 for gap in gaps)
+    gaps = gaps if longer else [-gap for gap in gaps]
+    prompts = [prompt_of(r) for r in rows]
+    # A tie is half right: the difference of two signs is twice the difference in rightness.
+    leads = [(_sign(row.margin) - _sign(gap)) / 2 for row, gap in zip(rows, gaps, strict=True)]
+    by_prompt: dict[str, float] = {}
+    for prompt, lead in zip(prompts, leads, strict=True):
+        by_prompt[prompt] = by_prompt.get(prompt, 0.0) + lead
+    num_more = sum(value > 0 for value in by_prompt.values())
+    num_fewer = sum(value < 0 for value in by_prompt.values())
+    return LengthRule(
+        longer=longer,
+        accuracy=accuracy_interval(gaps, prompts),
+        lead=mean_interval(leads, prompts),
+        num_more=num_more,
+        num_fewer=num_fewer,
+        p=sign_test(num_more, num_fewer),
+    )
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def last_step(records: Records) -> int | None:
+    """The largest step that anything is recorded for."""
+    rows = [rows[-1] for rows in (records.train, *records.evals.values()) if rows]
+    return max((row.step for row in rows), default=None)
+
+
+def is_unfinished(records: Records) -> bool:
+    """Whether the environment, which a run completes when it ends, lacks its end."""
+    return bool(records.environment) and not records.environment.get("finished")

@@ -1,0 +1,268 @@
+"""The curves of a run: a table of charts, each a list of metric keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from upweight.evidence.records import Measurement, Records
+from upweight.evidence.report.charts import Chart, Event, Guide, Series, line_chart
+from upweight.evidence.report.findings import last_step, main_set
+from upweight.evidence.report.markup import esc, number, reading
+from upweight.evidence.report.scales import running_mean, smoothing_window
+
+_MOST_SETS_IN_ONE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One metric as a line: the key, what the legend calls it, and its colour class.
+
+    A `smooth` line of many training steps is drawn with its running mean.
+    """
+
+    key: str
+    name: str
+    tone: str
+    dashed: bool = False
+    smooth: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One chart. `train` lines are drawn from the training steps, `evals` once per set.
+
+    `bounds` is the key before _low and _high of the interval that the evaluation lines carry.
+    """
+
+    title: str
+    unit: str
+    reading: str
+    train: tuple[Line, ...] = ()
+    evals: tuple[Line, ...] = ()
+    bounds: str = ""
+    guides: tuple[Guide, ...] = ()
+    percent: bool = False
+    log: bool = False
+    include: tuple[float, ...] = ()
+
+
+def _train(key: str) -> tuple[Line, ...]:
+    return (Line(key, "train", "t-train"),)
+
+
+CURVES = (
+    Curve(
+        "Loss",
+        "nats per preference",
+        "Lower is better; training falling while an evaluation set rises is overfitting.",
+        _train("loss"),
+        (Line("loss", "", ""),),
+        guides=(Guide(math.log(2), "ln 2: equal to the reference"),),
+    ),
+    Curve(
+        "Reward margin",
+        "beta × nats",
+        "How much more the policy upweighted chosen answers than rejected ones; 0 before training.",
+        _train("rewards/margins"),
+        (Line("rewards/margins", "", ""),),
+        include=(0.0,),
+    ),
+    Curve(
+        "Accuracy",
+        "share of preferences",
+        "Share of preferences whose chosen answer has the higher reward, a tie counting one half; "
+        "the band is its 95 % interval.",
+        _train("rewards/accuracies"),
+        (Line("rewards/accuracies", "", ""),),
+        bounds="rewards/accuracies",
+        guides=(Guide(0.5, "chance"),),
+        percent=True,
+        include=(1.0,),
+    ),
+    Curve(
+        "Sampled KL",
+        "nats per answer",
+        "How far the policy's own answers have moved from the reference; the band is the 95 % "
+        "interval.",
+        evals=(Line("kl", "", ""),),
+        bounds="kl",
+        include=(0.0,),
+    ),
+    Curve(
+        "Gradient norm",
+        "before clipping",
+        "A steady or falling level is healthy; growing spikes mean too high a learning rate.",
+        _train("grad_norm"),
+        log=True,
+    ),
+    Curve(
+        "Learning rate",
+        "",
+        "The schedule as it was applied, warmup included.",
+        (Line("learning_rate", "train", "t-train", smooth=False),),
+        include=(0.0,),
+    ),
+    Curve(
+        "Scored length",
+        "tokens per answer",
+        "Mean scored tokens of the training answers; a lasting gap means that length itself was "
+        "preferred in the data.",
+        (
+            Line("tokens/chosen", "chosen", "t-chosen"),
+            Line("tokens/rejected", "rejected", "t-rejected", dashed=True),
+        ),
+        include=(0.0,),
+    ),
+    Curve(
+        "Sampled length",
+        "tokens per answer",
+        "Mean length of what the policy says against what the reference says to the same prompts.",
+        evals=(
+            Line("length", "policy", "t-policy"),
+            Line("reference_length", "reference", "t-reference", dashed=True),
+        ),
+        include=(0.0,),
+    ),
+    Curve(
+        "Throughput",
+        "tokens per second",
+        "Speed of the training steps; a fall means something else took the machine.",
+        _train("tokens_per_second"),
+        include=(0.0,),
+    ),
+)
+
+
+def curves(records: Records) -> str:
+    """Every curve that has a value, in a grid; the others are named."""
+    if not records.train and not records.evals:
+        return '<p class="empty">No step and no evaluation is recorded yet.</p>'
+    charts: list[str] = []
+    missing: list[str] = []
+    for curve in CURVES:
+        drawn = [c for c in map(line_chart, _charts(curve, records)) if c]
+        charts += drawn
+        if not drawn:
+            missing.append(curve.title.lower())
+        if curve.title == "Accuracy":
+            charts += filter(None, map(line_chart, _log_ratio_charts(records)))
+    absent = f"Not recorded in this run: {', '.join(missing)}." if missing else ""
+    return (
+        reading(
+            "Every chart runs over optimizer steps. Point at one to read its values; press a "
+            "name in a legend to hide its line."
+        )
+        + f'<div class="grid">{"".join(charts)}</div>'
+        + (f'<p class="empty">{esc(absent)}</p>' if absent else "")
+    )
+
+
+def _charts(curve: Curve, records: Records) -> Iterator[Chart]:
+    """One chart with all sets, or one per set where their lines would hide each other."""
+    trained = tuple(_series(line, records.train) for line in curve.train)
+    sets = list(records.evals)
+    guides = _guides(curve, records)
+    crowded = len(sets) > (_MOST_SETS_IN_ONE if len(curve.evals) == 1 else 1) and curve.evals
+    for group in [[name] for name in sets] if crowded else [sets]:
+        evaluated = tuple(
+            _series(line, records.evals[name], name, curve.bounds, sets.index(name))
+            for name in group
+            for line in curve.evals
+        )
+        title = f"{curve.title}: {group[0]}" if crowded else curve.title
+        yield Chart(
+            title=title,
+            unit=curve.unit,
+            reading=curve.reading,
+            series=(*trained, *evaluated),
+            guides=guides,
+            events=epochs(records.train),
+            percent=curve.percent,
+            log=curve.log,
+            include=(*curve.include, *(guide.value for guide in guides)),
+            domain=_domain(records),
+        )
+
+
+def _domain(records: Records) -> tuple[float, float]:
+    """All charts span the same steps, so that they can be compared by eye."""
+    starts = [rows[0].step for rows in (records.train, *records.evals.values()) if rows]
+    return float(min(starts)), float(last_step(records) or 0)
+
+
+def _guides(curve: Curve, records: Records) -> tuple[Guide, ...]:
+    # ln 2 is where DPO's loss starts; another objective starts elsewhere.
+    if curve.title == "Loss" and records.setting("objective") not in ("dpo", None):
+        return ()
+    return curve.guides
+
+
+def _series(
+    line: Line, rows: Sequence[Measurement], set_name: str = "", bounds: str = "", index: int = 0
+) -> Series:
+    points = [(float(r.step), r.values[line.key]) for r in rows if line.key in r.values]
+    low, high = f"{bounds}_low", f"{bounds}_high"
+    band = [
+        (float(r.step), r.values[low], r.values[high])
+        for r in rows
+        if bounds and low in r.values and high in r.values
+    ]
+    return Series(
+        name=line.name or set_name,
+        points=points,
+        tone=line.tone or f"t-{index % 5 + 1}",
+        band=band,
+        dashed=line.dashed,
+        marked=bool(set_name),
+        smooth=line.smooth and not set_name,
+    )
+
+
+def _log_ratio_charts(records: Records) -> Iterator[Chart]:
+    """Change of the chosen and rejected log-prob: on the training steps and on each set."""
+    sources = [("train", records.train)] + list(records.evals.items())
+    keys = (
+        Line("logratios/chosen", "chosen", "t-chosen"),
+        Line("logratios/rejected", "rejected", "t-rejected", dashed=True),
+    )
+    shown = main_set(records)
+    for name, rows in sources:
+        is_train = name == "train" and rows is records.train
+        yield Chart(
+            title=f"Change of log-prob: {name}",
+            unit="nats per answer",
+            reading="Log-prob under the policy minus under the reference: preferences are learned "
+            "by the gap, and healthily when chosen stays near or above 0.",
+            series=tuple(_series(key, rows, "" if is_train else name) for key in keys),
+            guides=(Guide(0.0, "as the reference"),),
+            events=epochs(records.train),
+            include=(0.0,),
+            domain=_domain(records),
+            note=displacement_note(rows) if name == shown or (is_train and shown is None) else "",
+        )
+
+
+def displacement_note(rows: Sequence[Measurement]) -> str:
+    """What it means that the chosen answers fell, by the line's end; '' when they did not."""
+    points = [(float(r.step), r.values.get("logratios/chosen", math.nan)) for r in rows]
+    means = running_mean(points, smoothing_window(len(points)))
+    ends = [mean for _, mean in means if math.isfinite(mean)]
+    if not ends or ends[-1] >= 0:
+        return ""
+    return (
+        f"Chosen ended {number(-ends[-1])} nats below the reference. The loss only sees the "
+        "gap, so it can widen while both fall; what both lose goes to answers that are in no pair "
+        "(likelihood displacement)."
+    )
+
+
+def epochs(rows: Sequence[Measurement]) -> tuple[Event, ...]:
+    """Where a new pass over the data begins; none when there is one pass or more than ten."""
+    starts = [
+        Event(float(now.step), f"epoch {math.floor(now.epoch) + 1}")
+        for before, now in zip(rows, rows[1:], strict=False)
+        if math.floor(now.epoch) > math.floor(before.epoch) and now is not rows[-1]
+    ]
+    return tuple(starts) if len(starts) <= 9 else ()

@@ -1,0 +1,194 @@
+"""The measured numbers: comparison with the reference, key numbers, evaluation sets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from upweight.evidence.records import Records
+from upweight.evidence.report.findings import (
+    accuracy,
+    accuracy_before,
+    latest,
+    main_set,
+    num_preferences,
+)
+from upweight.evidence.report.markup import (
+    count,
+    duration,
+    esc,
+    interval,
+    number,
+    percent,
+    percent_interval,
+    plural,
+    reading,
+    table,
+)
+
+_MEASURES = (("Reward margin", "rewards/margins", "beta × nats"), ("Loss", "loss", ""))
+
+
+def comparison(records: Records) -> str:
+    """evaluation.json as a table; '' where a run has none."""
+    found = records.comparison
+    if found is None:
+        return ""
+    rows = [
+        (f"{esc(r.name)}<small>{esc(r.note)}</small>", esc(r.reference), esc(r.policy))
+        for r in found.rows
+    ]
+    return (
+        f"<h3>{esc(found.title)}</h3>"
+        + table(("Quantity", "Reference", "Policy"), rows, "comparison")
+        + reading(
+            "One line per quantity, measured on the reference (the model before training) and on "
+            "the policy (after it); brackets are intervals."
+        )
+    )
+
+
+def key_numbers(records: Records) -> str:
+    """The run in a handful of tiles, and every evaluation set in a table if there are several."""
+    tiles = "".join(_tiles(records))
+    if not tiles:
+        return '<p class="empty">No step and no evaluation is recorded yet.</p>'
+    return (
+        f'<div class="tiles">{tiles}</div>'
+        + reading(
+            "The last recorded values. Brackets are 95 % intervals; a log-prob is the sum over an "
+            "answer's scored tokens, in nats."
+        )
+        + (_every_set(records) if len(records.evals) > 1 else "")
+    )
+
+
+def _tile(name: str, value: str, unit: str, below: str, graphic: str = "") -> str:
+    return (
+        f'<div class="tile"><h3>{esc(name)}</h3><p class="value">{esc(value)} '
+        f"<small>{esc(unit)}</small></p>{graphic}"
+        f'<p class="below" dir="auto">{esc(below)}</p></div>'
+    )
+
+
+def _tiles(records: Records) -> Iterator[str]:
+    set_name = main_set(records)
+    if set_name is not None:
+        yield from _evaluation_tiles(records, set_name)
+    yield from _training_tiles(records)
+    train = records.accounts.get("train")
+    if train is not None:
+        below = (
+            f"{count(train.read - train.used)} dropped, {plural(train.preferences, 'preference')}"
+        )
+        yield _tile("Training rows", count(train.used), f"of {count(train.read)} used", below)
+
+
+def _evaluation_tiles(records: Records, set_name: str) -> Iterator[str]:
+    rows = records.evals[set_name]
+    found = accuracy(records, set_name)
+    if found is not None:
+        before = accuracy_before(records, set_name)
+        below = f"set {set_name}" + (f", before {percent(before)}" if before is not None else "")
+        graphic = ""
+        if found.low is not None and found.high is not None:
+            below = f"{percent_interval(found.low, found.high)}, {below}"
+            graphic = _interval_bar(found.value, found.low, found.high)
+        yield _tile("Accuracy", percent(found.value), "chosen preferred", below, graphic)
+    for name, key, unit in _MEASURES:
+        last = latest(rows, key)
+        if last is not None:
+            first = rows[0].values.get(key, math.nan)
+            before = f", before {number(first)}" if rows[0].step == 0 else ""
+            yield _tile(name, number(last.value), unit, f"set {set_name}{before}")
+    kl = latest(rows, "kl")
+    if kl is not None:
+        bounds = (
+            f"{interval(kl.low, kl.high)}, " if kl.low is not None and kl.high is not None else ""
+        )
+        yield _tile("Sampled KL", number(kl.value), "nats", f"{bounds}per answer")
+    length, reference = latest(rows, "length"), latest(rows, "reference_length")
+    if length is not None:
+        below = f"reference {number(reference.value)}" if reference is not None else "sampled"
+        yield _tile("Answer length", number(length.value), "tokens", below)
+    chosen, rejected = latest(rows, "logratios/chosen"), latest(rows, "logratios/rejected")
+    if chosen is not None and rejected is not None:
+        below = f"rejected {_signed(rejected.value)}, against the reference"
+        yield _tile("Chosen log-prob", _signed(chosen.value), "nats", below)
+
+
+def _training_tiles(records: Records) -> Iterator[str]:
+    if not records.train:
+        return
+    if not records.evals:
+        for name, key, unit in _MEASURES:
+            last = latest(records.train, key)
+            if last is not None:
+                yield _tile(name, number(last.value), unit, f"training step {count(last.step)}")
+    seconds = latest(records.train, "seconds")
+    tokens, speed = latest(records.train, "num_tokens"), latest(records.train, "tokens_per_second")
+    step, epoch = records.train[-1].step, records.train[-1].epoch
+    below = [
+        plural(step, "step") if seconds is not None else "",
+        f"{epoch:.2g} epochs",
+        f"{_compact(tokens.value)} tokens" if tokens is not None else "",
+        f"{number(speed.value)} tokens/s" if speed is not None else "",
+    ]
+    value = duration(seconds.value) if seconds is not None else plural(step, "step")
+    yield _tile("Training", value, "", ", ".join(filter(None, below)))
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value)
+
+
+def _compact(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{number(value / size)} {letter}"
+    return number(value)
+
+
+def _interval_bar(value: float, low: float, high: float) -> str:
+    """The interval on a line from 0 to 1 with chance marked."""
+    return (
+        f'<div class="interval" role="img" aria-label="{percent(value)}, interval '
+        f'{percent_interval(low, high)}; chance is at 50 %">'
+        f'<i class="span" style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></i>'
+        f'<i class="chance"></i><i class="point" style="left:{100 * value:.1f}%"></i></div>'
+    )
+
+
+def _every_set(records: Records) -> str:
+    def cell(set_name: str, key: str) -> str:
+        found = latest(records.evals[set_name], key)
+        if found is None:
+            return "–"
+        bounds = (
+            f" {interval(found.low, found.high)}" if found.low is not None and found.high else ""
+        )
+        return esc(number(found.value) + bounds)
+
+    rows: list[tuple[str, ...]] = []
+    for name in records.evals:
+        found, n = accuracy(records, name), num_preferences(records, name)
+        right = "–" if found is None else percent(found.value)
+        if found is not None and found.low is not None and found.high is not None:
+            right += f" {percent_interval(found.low, found.high)}"
+        rows.append(
+            (
+                f"<bdi>{esc(name)}</bdi>",
+                "–" if n is None else count(n),
+                right,
+                *(cell(name, key) for key in ("rewards/margins", "loss", "kl", "length")),
+            )
+        )
+    head = ("Set", "Preferences", "Accuracy", "Margin", "Loss", "KL, nats", "Length, tokens")
+    return (
+        "<h3>Every evaluation set</h3>"
+        + table(head, rows, "numbers")
+        + reading(
+            "Each set's last evaluation. An accuracy whose interval includes 50 % is not told "
+            "apart from chance; a dash was not measured."
+        )
+    )

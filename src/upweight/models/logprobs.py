@@ -1,0 +1,177 @@
+"""Hidden states -> log-probs of the scored tokens, without a logits tensor -> sums per response.
+
+Only the positions that predict a scored token reach the head, in chunks whose logits are dropped
+at once and recomputed in the backward pass. Sums are fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from upweight.data.pack import unshared
+from upweight.models.attention import layout_of, native_attention
+from upweight.models.load import LanguageModel
+from upweight.types import Forest, PairLogps
+
+CHUNK_ELEMENTS = 1 << 25
+"""Logits alive at once: 128 MiB of fp32."""
+
+
+def token_logps(
+    lm: LanguageModel, forest: Forest, chunk_elements: int = CHUNK_ELEMENTS
+) -> Float[Tensor, " scored"]:
+    """log p(token | what it continues) in nats, fp32, for every scored token of the forest.
+
+    In the order of forest.scored, whether the model shares prompts or runs one row per response.
+    Differentiable; the caller decides with torch.no_grad().
+    """
+    forest = forest.to(lm.device)
+    if lm.plan.native_head:
+        return _native_logps(lm, forest)
+    hidden = scored_hidden(lm, forest)
+    return head_logps(lm, hidden, forest.token_ids[forest.scored], chunk_elements)
+
+
+def scored_hidden(lm: LanguageModel, forest: Forest) -> Float[Tensor, "scored width"]:
+    """The last hidden state (after the final norm) at the positions that predict scored tokens."""
+    trunk = lm.causal.base_model
+    deep = lm.plan.exact_depth is not None and int(forest.position.max()) >= lm.plan.exact_depth
+    if lm.plan.shared and not deep:
+        with lm.compute():
+            hidden = trunk(
+                input_ids=forest.token_ids[None],
+                position_ids=forest.position[None],
+                use_cache=False,
+                forest_layout=layout_of(forest, lm.plan.attention),
+            ).last_hidden_state[0]
+        return hidden[forest.predicted_at]
+    # A row that is deep enough to change position scaling must not do so to its neighbours.
+    rows = _rows(lm, forest, max_tokens=1 if deep else forest.num_tokens)
+    with native_attention(lm.causal), lm.compute():
+        pieces = [
+            trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[where]
+            for ids, mask, where in rows
+        ]
+    return torch.cat(pieces)
+
+
+def _native_logps(lm: LanguageModel, forest: Forest) -> Float[Tensor, " scored"]:
+    """Through the model's own forward, logits and all, a few rows at a time."""
+    targets = forest.token_ids[forest.scored]
+    pieces: list[Tensor] = []
+    done = 0
+    with native_attention(lm.causal), lm.compute():
+        for ids, mask, where in _rows(lm, forest, max_tokens=1):
+            logits = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[where]
+            piece = -F.cross_entropy(
+                logits.float(), targets[done : done + len(logits)], reduction="none"
+            )
+            pieces.append(piece)
+            done += len(piece)
+    return torch.cat(pieces)
+
+
+def _rows(
+    lm: LanguageModel, forest: Forest, max_tokens: int
+) -> list[tuple[Int[Tensor, "rows length"], Int[Tensor, "rows length"], tuple[Tensor, Tensor]]]:
+    """Padded batches of one row per response, in response order.
+
+    Each is (token ids, attention mask, index of the positions that predict its scored tokens).
+    Padding is on the right, behind everything a causal model reads.
+    """
+    alone = unshared(forest)
+    batches: list[list[int]] = []
+    longest = 0
+    for index, span in enumerate(alone.spans):
+        longest = max(longest, span.stop - span.start)
+        if not batches or longest * (len(batches[-1]) + 1) > max_tokens:
+            batches.append([])
+            longest = span.stop - span.start
+        batches[-1].append(index)
+    pad = lm.tokenizer.pad_token_id or 0
+    result: list[tuple[Tensor, Tensor, tuple[Tensor, Tensor]]] = []
+    for batch in batches:
+        spans = [alone.spans[i] for i in batch]
+        ids = [alone.token_ids[s.start : s.stop] for s in spans]
+        mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
+        row = [torch.full((sum(s.responses),), r) for r, s in enumerate(spans)]
+        column = [torch.arange(s.prompt - 1, s.stop - s.start - 1) for s in spans]
+        where = (torch.cat(row).to(lm.device), torch.cat(column).to(lm.device))
+        result.append((pad_sequence(ids, batch_first=True, padding_value=pad), mask, where))
+    return result
+
+
+def head_logps(
+    lm: LanguageModel,
+    hidden: Float[Tensor, "scored width"],
+    targets: Int[Tensor, " scored"],
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> Float[Tensor, " scored"]:
+    """Log-softmax of the head at each hidden state, read at its target: fp32, chunk by chunk."""
+    head = lm.causal.get_output_embeddings()
+    assert head is not None
+    config = lm.causal.config
+
+    def chunk_logps(states: Tensor, wanted: Tensor) -> Tensor:
+        return -F.cross_entropy(logits(head, config, states), wanted, reduction="none")
+
+    vocab = int(getattr(config, "vocab_size", 0)) or lm.causal.get_input_embeddings().weight.shape[0]
+    rows = max(1, chunk_elements // vocab)
+    pieces = [
+        checkpoint(chunk_logps, states, wanted, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else chunk_logps(states, wanted)
+        for states, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def logits(head: nn.Module, config: object, states: Float[Tensor, "n width"]) -> Tensor:
+    """The head's logits in at least fp32, with the three adjustments that families make to them.
+
+    final_logit_softcapping (Gemma 2), logit_scale (Cohere), logits_scaling (Granite); the proof at
+    start finds families that do something else.
+    """
+    with torch.autocast(states.device.type, enabled=False):
+        weight = next(head.parameters())
+        out = head(states.to(weight.dtype))
+    out = out if out.dtype == torch.float64 else out.float()
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        out = cap * torch.tanh(out / cap)
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        out = out * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        out = out / divisor
+    return out
+
+
+def response_logps(
+    tokens: Float[Tensor, " scored"], forest: Forest
+) -> Float[Tensor, " responses"]:
+    """Log-prob of each response: the sum over its tokens, in nats."""
+    index = forest.response_of.to(tokens.device)
+    assert tokens.dtype in (torch.float32, torch.float64), "log-probs are summed in fp32 (UW105)"
+    return tokens.new_zeros(forest.num_responses).index_add(0, index, tokens)
+
+
+def pair_logps(
+    policy: Float[Tensor, " scored"], reference: Float[Tensor, " scored"], forest: Forest
+) -> PairLogps:
+    """Per-token log-probs of policy and reference -> what a pair loss sees."""
+    p, r = response_logps(policy, forest), response_logps(reference, forest)
+    tokens, chosen, rejected = (
+        x.to(p.device) for x in (forest.tokens_per_response, forest.chosen, forest.rejected)
+    )
+    return PairLogps(
+        policy_chosen=p[chosen],
+        policy_rejected=p[rejected],
+        reference_chosen=r[chosen],
+        reference_rejected=r[rejected],
+        tokens_chosen=tokens[chosen],
+        tokens_rejected=tokens[rejected],
+    )

@@ -1,0 +1,194 @@
+"""Before anything is trusted: each way of running a forest is held against one sequence at a time.
+
+The first way that gives the model's own log-probs is used. A family that none of the shared ways
+fits runs unshared, one whose head none fits runs through its own logits; none is refused.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.data.pack import collate
+from upweight.errors import ModelError
+from upweight.models import attention, logprobs
+from upweight.models.load import ForwardPlan, LanguageModel
+from upweight.types import Forest, Preference, ResponseId, RowId, Tree
+
+TOLERANCE_NATS = {torch.float64: 1e-8, torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+"""Largest difference of one token's log-prob that rounding explains.
+
+fp32: sums over a 4096-wide model in another order move a logit by some 1e-4; a token that reads a
+wrong ancestor moves by tenths. bf16 weights (8 bits of mantissa) move logits near 10 by 0.04 each.
+"""
+
+PROVEN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def find_plan(lm: LanguageModel, *, path: str = "auto", sharing: bool = True) -> ForwardPlan:
+    """The first plan that reproduces the model's own log-probs on a probe forest.
+
+    `path` other than "auto" is asked for by name: then a failure is a ModelError, since the user
+    would otherwise get something else than what they asked for.
+    """
+    probe = probe_forest(lm)
+    truth = one_at_a_time(lm, probe)
+    depth = _exact_depth(lm)
+    reason = "compute.sharing is off" if not sharing else _known_reason(lm)
+    if reason is None:
+        candidates = _candidates(lm) if path == "auto" else [path]
+        found: list[str] = []
+        for candidate in candidates:
+            plan = ForwardPlan(attention=candidate, exact_depth=depth)
+            failure = _failure(lm, plan, probe, truth)
+            if failure is None:
+                return plan
+            found.append(f"{candidate}: {failure}")
+        reason = "; ".join(found)
+        if path != "auto":
+            raise ModelError(
+                f"compute.attention={path} does not give {lm.name}'s own log-probs ({reason}). "
+                "Use compute.attention=auto."
+            )
+    plan = ForwardPlan(shared=False, reason=reason, exact_depth=depth)
+    failure = _failure(lm, plan, probe, truth)
+    if failure is None:
+        return plan
+    plan = ForwardPlan(shared=False, native_head=True, reason=reason, exact_depth=depth)
+    failure = _failure(lm, plan, probe, truth)
+    if failure is not None:
+        raise ModelError(
+            f"{lm.name} gives other log-probs in a batch than alone ({failure}). upweight cannot "
+            "train it without being wrong."
+        )
+    return plan
+
+
+def _candidates(lm: LanguageModel) -> list[str]:
+    return ["varlen", "dense"] if lm.device.type == "cuda" else ["parts", "dense"]
+
+
+def _known_reason(lm: LanguageModel) -> str | None:
+    """Why this family cannot share a prompt, where its class or config already says so.
+
+    What only shows beyond the probe's length has to be known here: a chunk boundary or a window
+    lies thousands of tokens away.
+    """
+    model, config = lm.causal, lm.causal.config
+    family = config.model_type
+    if getattr(model, "_is_stateful", False):
+        return f"{family} keeps a recurrent state"
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if unknown := layer_types - PROVEN_LAYERS:
+        return f"{family} has layers of type {', '.join(sorted(unknown))}"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{family} does not use transformers' AttentionInterface"
+    return None
+
+
+def _exact_depth(lm: LanguageModel) -> int | None:
+    """The length from which on position encodings depend on the longest sequence of the batch."""
+    config = lm.causal.config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    per_layer = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
+    for parameters in per_layer:
+        kind = parameters.get("rope_type", parameters.get("type"))
+        if kind in ("dynamic", "longrope"):
+            original = parameters.get("original_max_position_embeddings")
+            return int(
+                original
+                or getattr(config, "original_max_position_embeddings", None)
+                or config.max_position_embeddings
+            )
+    return None
+
+
+def probe_forest(lm: LanguageModel) -> Forest:
+    """Two trees of random tokens: three responses and two, of unequal lengths, one of them single.
+
+    Long enough to cross a small sliding window; a large one is checked by what the layers ask for.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocab = lm.causal.get_input_embeddings().weight.shape[0]
+    limit = min(vocab, len(lm.tokenizer))
+    window = getattr(lm.causal.config, "sliding_window", None) or 0
+    prompt = 11 + (window if window <= 256 else 0)
+
+    def tokens(num: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, limit, (num,), generator=generator).tolist())
+
+    def tree(prompt: int, *responses: int) -> Tree:
+        row = RowId("probe", prompt)
+        return Tree(
+            prompt=tokens(prompt),
+            responses=tuple(tokens(n) for n in responses),
+            preferences=(Preference(0, 1),),
+            ids=tuple(ResponseId(row, i) for i in range(len(responses))),
+            stopped=(True,) * len(responses),
+        )
+
+    return collate([tree(prompt, 7, 5, 1), tree(3, 4, 9)])
+
+
+def one_at_a_time(lm: LanguageModel, forest: Forest) -> Float[Tensor, " scored"]:
+    """The oracle: transformers' own forward on each [prompt; response] alone, fp32 log-softmax."""
+    pieces: list[Tensor] = []
+    with attention.native_attention(lm.causal), torch.no_grad():
+        for tree in forest.trees:
+            for response in tree.responses:
+                ids = torch.tensor([*tree.prompt, *response], device=lm.device)[None]
+                out = lm.model(input_ids=ids, use_cache=False).logits[0]
+                out = out if out.dtype == torch.float64 else out.float()
+                predicted = out[len(tree.prompt) - 1 : -1]
+                pieces.append(-F.cross_entropy(predicted, ids[0, len(tree.prompt) :], reduction="none"))
+    return torch.cat(pieces)
+
+
+def _failure(lm: LanguageModel, plan: ForwardPlan, probe: Forest, truth: Tensor) -> str | None:
+    """What is wrong with a plan, or None. Runs in the weights' own dtype, without autocast."""
+    before, compute_dtype = lm.plan, lm.compute_dtype
+    implementation = lm.causal.config._attn_implementation
+    lm.plan, lm.compute_dtype = plan, torch.float32
+    try:
+        if plan.shared:
+            lm.causal.set_attn_implementation(attention.NAME)
+            if misplaced := _misplaced_window(lm, probe, plan):
+                return misplaced
+        with torch.no_grad():
+            got = logprobs.token_logps(lm, probe)
+    except attention.CannotShare as error:
+        return str(error)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ImportError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    finally:
+        lm.plan, lm.compute_dtype = before, compute_dtype
+        lm.causal.set_attn_implementation(implementation)
+    worst = (got.to(truth) - truth).abs().max().item()
+    weights = next(lm.model.parameters()).dtype
+    if not worst <= TOLERANCE_NATS[weights]:
+        return f"a token's log-prob is {worst:.3g} nats off"
+    return None
+
+
+def _misplaced_window(lm: LanguageModel, probe: Forest, plan: ForwardPlan) -> str | None:
+    """A layer whose sliding window does not reach the attention function, in words, or None."""
+    config = lm.causal.config
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or kinds is None or "sliding_attention" not in kinds:
+        return None
+    forest = probe.to(lm.device)
+    layout = attention.layout_of(forest, plan.attention)
+    with torch.no_grad():
+        lm.causal.base_model(
+            input_ids=forest.token_ids[None],
+            position_ids=forest.position[None],
+            use_cache=False,
+            forest_layout=layout,
+        )
+    for layer, kind in enumerate(kinds):
+        if kind == "sliding_attention" and layout.windows.get(layer) != window:
+            return f"layer {layer} applies its sliding window outside of its attention function"
+    return None

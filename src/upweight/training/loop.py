@@ -1,0 +1,180 @@
+"""fit(): the one training loop. It is handed everything it calls; it knows no files and no screen."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from upweight.errors import Refusal
+from upweight.models.load import LanguageModel
+from upweight.training.objectives import Objective
+from upweight.training.optimizer import clip
+from upweight.training.schedules import learning_rate_factor
+from upweight.types import Forest
+
+Record = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What fit() does and when. `every` values are in optimizer steps; None is never (but at the end)."""
+
+    total_steps: int
+    steps_per_epoch: int
+    learning_rate: float
+    warmup: float
+    schedule: str
+    max_grad_norm: float | None
+    log_every: int = 1
+    evaluate_every: int | None = None
+    checkpoint_every: int | None = None
+
+
+@dataclass
+class Progress:
+    """How far training is: completed steps, tokens and seconds seen, over all resumptions."""
+
+    step: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Window:
+    """Sums since the last logged record. Kept as tensors: reading one waits for the device."""
+
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict[str, tuple[torch.Tensor, torch.Tensor]]
+    )
+    num_tokens: int = 0
+    num_pairs: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for name, (total, count) in metrics.items():
+            before = self.sums.get(name)
+            self.sums[name] = (
+                (total, count) if before is None else (before[0] + total, before[1] + count)
+            )
+
+    def means(self) -> dict[str, float]:
+        return {name: (total / count).item() for name, (total, count) in self.sums.items()}
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What fit() calls. `evaluate` and `save` are given the progress so far."""
+
+    on_record: Callable[[Record], None]
+    evaluate: Callable[[Progress], None]
+    save: Callable[[Progress], None]
+    should_stop: Callable[[], bool] = lambda: False
+
+
+def fit(
+    lm: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    forests: Callable[[int], Sequence[Forest]],
+    plan: Plan,
+    hooks: Hooks,
+    progress: Progress,
+) -> bool:
+    """Train from `progress` to plan.total_steps; False when it was asked to stop before the end.
+
+    `forests(step)` gives the micro-batches of a step, a function of the step alone, so that a
+    resumed run reads what an uninterrupted one reads. Every item of a step weighs 1/(the step's
+    total count), however the step is cut into micro-batches. A loss or gradient that is not
+    finite raises Refusal UW303 before the optimizer sees it.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    window = Window()
+    while progress.step < plan.total_steps:
+        if hooks.should_stop():
+            hooks.save(progress)
+            return False
+        batch = forests(progress.step)
+        loss, count = _accumulate(lm, objective, batch, window)
+        norm = clip(parameters, plan.max_grad_norm)
+        _refuse_nonfinite(loss, norm, batch, progress.step)
+        rate = plan.learning_rate * learning_rate_factor(
+            progress.step, plan.total_steps, plan.warmup, plan.schedule
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.num_tokens += sum(forest.num_tokens for forest in batch)
+        window.add({"loss": (loss, count), "grad_norm": (norm.detach(), torch.ones_like(norm))})
+        last = progress.step == plan.total_steps
+        if progress.step % plan.log_every == 0 or last:
+            hooks.on_record(_record(plan, progress, window, rate))
+            window = Window()
+        before = time.monotonic()
+        if _due(progress.step, plan.evaluate_every) or last:
+            hooks.evaluate(progress)
+        if _due(progress.step, plan.checkpoint_every) or last:
+            hooks.save(progress)
+        window.started += time.monotonic() - before
+    return True
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _accumulate(
+    lm: LanguageModel, objective: Objective, batch: Sequence[Forest], window: Window
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward and backward over the micro-batches of one step: (loss sum, count) of the whole."""
+    # The count of the whole step comes first: each micro-batch is divided by it, and a mean of
+    # micro-batch means would weigh the pairs of a small one more.
+    total = sum(float(forest.weight.sum()) for forest in batch)
+    losses: list[torch.Tensor] = []
+    counts: list[torch.Tensor] = []
+    for forest in batch:
+        step = objective(lm, forest.to(lm.device))
+        (step.loss_sum / total).backward()
+        losses.append(step.loss_sum.detach())
+        counts.append(step.count.detach())
+        window.add(step.metrics)
+        window.num_tokens += forest.num_tokens
+        window.num_pairs += forest.num_pairs
+    return torch.stack(losses).sum(), torch.stack(counts).sum()
+
+
+def _refuse_nonfinite(
+    loss: torch.Tensor, norm: torch.Tensor, batch: Sequence[Forest], step: int
+) -> None:
+    if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):
+        return
+    rows = list(dict.fromkeys(str(i.row) for f in batch for t in f.trees for i in t.ids))
+    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    raise Refusal(
+        "UW303",
+        f"step {step + 1}: the loss is {loss.item():.4g} and the gradient's norm {norm.item():.4g}. "
+        f"The weights are as they were before this step. Its rows: {shown}.",
+    )
+
+
+def _record(plan: Plan, progress: Progress, window: Window, rate: float) -> Record:
+    means = window.means()
+    elapsed = max(time.monotonic() - window.started, 1e-9)
+    progress.seconds += elapsed
+    assert math.isfinite(means["loss"])
+    return {
+        "step": progress.step,
+        "epoch": progress.step / plan.steps_per_epoch,
+        "kind": "train",
+        **means,
+        "learning_rate": rate,
+        "num_tokens": progress.num_tokens,
+        "num_pairs": window.num_pairs,
+        "tokens_per_second": window.num_tokens / elapsed,
+        "seconds": progress.seconds,
+    }

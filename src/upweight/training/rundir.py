@@ -1,0 +1,376 @@
+"""The run directory: held by one process at a time, its files whole or absent.
+
+Every file is written beside its final name and moved there, except the .jsonl records, which
+grow by whole lines. What the operating system refuses becomes an OutputError that says what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import math
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from upweight.errors import DataError, OutputError
+
+TEMPORARY = ".tmp-"
+"""How the name of an unfinished file or folder begins; nothing under such a name is ever read."""
+
+CHECKPOINT = "step-"
+REPLACED = ".old-step-"
+"""How a checkpoint's folder begins, and for a moment that of one that the same step replaces."""
+
+RECORDS = (
+    "run.yaml",
+    "account.json",
+    "environment.json",
+    "metrics.jsonl",
+    "ledger.parquet",
+    "samples.jsonl",
+    "checkpoints",
+    "model",
+    "report.html",
+)
+_LOCK = ".upweight.lock"
+_LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_ADVICE = {
+    errno.ENOSPC: "Free some space, or choose another out.",
+    errno.EDQUOT: "Your quota on this disk is used up: free some of it, or choose another out.",
+    errno.EFBIG: "Raise the limit on file sizes (ulimit -f), or choose another out.",
+    errno.EACCES: "Give yourself permission to write there, or choose another out.",
+    errno.EPERM: "Give yourself permission to write there, or choose another out.",
+    errno.EROFS: "It is mounted read-only: choose another out.",
+    errno.ENOTDIR: "A part of the path is a file: choose another out.",
+    errno.EEXIST: "It is a file where a folder belongs: choose another out.",
+}
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """An open run directory; a context manager that gives it back.
+
+    The lock is the kernel's and ends with the process, however the process ends.
+    """
+
+    path: Path
+    resumed: bool
+    lock: TextIOWrapper
+
+    def file(self, record: str) -> Path:
+        """The path of one of RECORDS, such as "metrics.jsonl"."""
+        assert record in RECORDS, f"{record} is not a file of a run directory"
+        return self.path / record
+
+    def close(self) -> None:
+        self.lock.close()
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_run_dir(path: Path, resume: bool) -> RunDir:
+    """Takes `path` for this process: a new or empty folder, or with `resume` a stopped run's.
+
+    Raises OutputError when another living process has it, when it holds a run and `resume` is
+    False, when it holds anything else, when it has nothing to resume, and when it is a file or
+    cannot be written. A refused folder is left as it was found.
+    """
+    with writing(path):
+        _require_fits(path, resume)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+        try:
+            # Read again: another process may have come and gone before the lock was ours.
+            _require_fits(path, resume)
+            _require_startable(path, resume)
+            for unfinished in path.glob(f"{TEMPORARY}*"):
+                remove(unfinished)
+        except BaseException:
+            lock.close()
+            raise
+        return RunDir(path, resume, lock)
+
+
+def _require_fits(path: Path, resume: bool) -> None:
+    """What is refused before the lock: nothing is written into a folder that is not a run's."""
+    entries = _entries(path)
+    if _is_run(path, entries):
+        return
+    if resume:
+        found = f"it holds {some_of(entries)}" if entries else "it is empty or not there"
+        raise OutputError(
+            f"{path} has no run to resume: {found}. Check out, or leave resume off to start a run."
+        )
+    if entries:
+        raise OutputError(
+            f"{path} holds files that are not a run's: {some_of(entries)}. Choose an out that is "
+            "empty or not there yet."
+        )
+
+
+def _require_startable(path: Path, resume: bool) -> None:
+    """What is asked once the lock is ours: a folder in use is said to be in use first."""
+    checkpoints = path / "checkpoints"
+    resumable = checkpoints.is_dir() and any(
+        entry.startswith((CHECKPOINT, REPLACED)) for entry in os.listdir(checkpoints)
+    )
+    if resume and not resumable:
+        raise OutputError(
+            f"{path} has no checkpoint to resume: its run stopped before the first one. Choose "
+            "another out, or remove the folder, and leave resume off."
+        )
+    if not resume and _entries(path):
+        choices = "Choose another out, or remove the folder if you do not need it."
+        found = "Set resume: true to continue it." if resumable else "It has no checkpoint."
+        raise OutputError(f"{path} holds a run already. {found} {choices}")
+
+
+def _entries(path: Path) -> set[str]:
+    """The names in the folder, without the lock and what a killed process left unfinished."""
+    if not path.exists():
+        return set()
+    return {e for e in os.listdir(path) if e != _LOCK and not e.startswith(TEMPORARY)}
+
+
+def _is_run(path: Path, entries: set[str]) -> bool:
+    # A run.yaml alone may be one that somebody wrote, beside their data.
+    begun = (path / _LOCK).exists() and not entries.isdisjoint(RECORDS)
+    return begun or "checkpoints" in entries
+
+
+def some_of(names: Collection[str], most: int = 3) -> str:
+    """The first few names in order and how many more there are, for a message."""
+    shown = ", ".join(sorted(names)[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _lock(folder: Path) -> TextIOWrapper:
+    path = folder / _LOCK
+    lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+    except BlockingIOError:
+        holder = lock.read() or "another process"
+        lock.close()
+        raise OutputError(
+            f"{folder} is in use by {holder}. Wait until it ends, stop it, or choose another out."
+        ) from None
+    except OSError as error:
+        if error.errno not in _LOCKS_UNSUPPORTED:
+            lock.close()
+            raise
+        _logger.warning(
+            "%s lies on a file system without locks: nothing keeps a second run out of it.", folder
+        )
+    return lock
+
+
+@contextmanager
+def writing(path: Path, num_bytes: int | None = None) -> Generator[None]:
+    """Turns what the operating system refuses inside the block into an OutputError about `path`.
+
+    `num_bytes` is how much was to be written, for the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        needed = f" ({_size(num_bytes)} were to be written)" if num_bytes is not None else ""
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        # The file at fault may be a temporary one or a parent; both are named where they differ.
+        at = f" at {error.filename}" if error.filename not in (None, str(path)) else ""
+        raise OutputError(
+            f"{path} cannot be written: {reason}{at}{needed}. "
+            f"{_ADVICE.get(error.errno or 0, 'Choose another out.')}"
+        ) from error
+
+
+def require_space(path: Path, num_bytes: int) -> None:
+    """Raises OutputError when the disk that `path` is or will be on has under `num_bytes` free."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        raise OutputError(
+            f"{path} needs {_size(num_bytes)} and its disk has {_size(free)} free. "
+            f"{_ADVICE[errno.ENOSPC]}"
+        )
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def sync(path: Path) -> None:
+    """Returns when the file or folder is on the disk and not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name in the same folder, so that a rename to `path` is atomic, and used by nobody else."""
+    return path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(4)}")
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, or a folder with everything in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path, num_bytes: int | None = None) -> Generator[Path]:
+    """Gives a temporary path to write a file to, which becomes `path` when the block ends well.
+
+    Until then `path` is what it was before; when the block fails the temporary file is removed.
+    A link stays, and the file that it leads to is replaced. Raises OutputError for what the
+    operating system refuses and for a device, pipe or folder: a rename would replace that itself.
+    """
+    final = path.resolve()
+    if final.exists() and not final.is_file():
+        raise OutputError(f"{path} is not a file that can be replaced. Choose a file's name.")
+    temporary = temporary_name(final)
+    try:
+        with writing(path, num_bytes):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, final)
+            sync(final.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Makes `content` (text as UTF-8) the whole of the file at `path`, or leaves it untouched."""
+    encoded = content.encode() if isinstance(content, str) else content
+    with replacing(path, len(encoded)) as temporary:
+        temporary.write_bytes(encoded)
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds one line, whole or not at all; a kill of the process does not lose it afterwards.
+
+    JSON has no nan and no infinity: they are written as null.
+    """
+    text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+    # A lone surrogate, which UTF-8 cannot hold, becomes \udxxx: that is JSON's own escape for it.
+    line = text.encode("utf-8", "backslashreplace")
+    with writing(path, len(line)):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            _append(descriptor, line)
+        finally:
+            os.close(descriptor)
+
+
+def _append(descriptor: int, line: bytes) -> None:
+    num_before = os.fstat(descriptor).st_size
+    num_written = 0
+    try:
+        while num_written < len(line):
+            num_written += os.write(descriptor, line[num_written:])
+    except OSError:
+        if num_written:
+            os.ftruncate(descriptor, num_before)
+        raise
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case _:
+            return value
+
+
+def truncate_jsonl_after(path: Path, step: int) -> int:
+    """Drops the records of later steps than `step`, and a last line that was cut off. Atomic.
+
+    Returns how many were dropped; a file that is not there has none. Raises DataError for a line
+    other than the last that is not a record with a step.
+    """
+    if not path.exists():
+        return 0
+    with writing(path):
+        *lines, rest = path.read_bytes().split(b"\n")
+    lines += [rest] if rest else []
+    steps = [_step(line) for line in lines]
+    for i, found in enumerate(steps[:-1]):
+        if found is None:
+            raise DataError(
+                f'{path}:{i + 1} is not a JSON object with a "step". Remove the line to resume.'
+            )
+    kept = [
+        line + b"\n" for line, s in zip(lines, steps, strict=True) if s is not None and s <= step
+    ]
+    if len(kept) < len(lines) or rest:
+        write_atomic(path, b"".join(kept))
+    return len(lines) - len(kept)
+
+
+def _step(line: bytes) -> int | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else None
+
+
+def write_ledger(path: Path, table: pa.Table) -> None:  # pyright: ignore[reportUnknownParameterType]
+    """Makes the table the whole of the Parquet file at `path`, or leaves it untouched."""
+    with replacing(path, table.nbytes) as temporary, temporary.open("wb") as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def truncate_ledger_after(path: Path, step: int) -> int:
+    """Drops the ledger's rows of later steps than `step` and returns how many. Atomic."""
+    if not path.exists():
+        return 0
+    table = pq.read_table(path)
+    kept = table.filter(pc.field("step") <= step)
+    if kept.num_rows < table.num_rows:
+        write_ledger(path, kept)
+    return table.num_rows - kept.num_rows

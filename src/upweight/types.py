@@ -1,0 +1,209 @@
+"""The nouns. Each stage of the house takes one of these and gives the next.
+
+rows -> Example -> Tree -> Forest -> token log-probs -> PairLogps -> Step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Message = Mapping[str, Any]
+"""One turn of a conversation as chat templates read it: {"role": ..., "content": ...}."""
+
+Text = str | tuple[Message, ...]
+"""Plain text, or a conversation."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowId:
+    """Where a row came from: the file as the user named it, and its line or row, from 1."""
+
+    source: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One answer to a prompt: plain text or the assistant's messages, and its score if it has one.
+
+    A preference weighs its own weight times those of its two responses.
+    """
+
+    content: Text
+    score: float | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Response `chosen` is preferred to response `rejected` (indices into the responses)."""
+
+    chosen: int
+    rejected: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prompt with K responses and the preferences among them, as text.
+
+    `template_options` are extra variables of the chat template (such as enable_thinking), and
+    `tools` are the tool definitions that the template renders.
+    """
+
+    prompt: Text
+    responses: tuple[Response, ...]
+    preferences: tuple[Preference, ...]
+    row: RowId
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template_options: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row that is not used, and why: a short reason word for the account and a sentence."""
+
+    row: RowId
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseId:
+    """Response `index` of the row, in the row's own numbering."""
+
+    row: RowId
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """One prompt with K responses, as token ids: a trie of depth two.
+
+    Every response's first token is predicted at the prompt's last token. `stopped[k]` says
+    whether response k ends in its stop token (False when truncation cut it off). `ids` says which
+    row each response came from: trees with equal prompts are merged, and the ledger still has to
+    name the rows.
+    """
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+    preferences: tuple[Preference, ...]
+    ids: tuple[ResponseId, ...]
+    stopped: tuple[bool, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a tree lies in a forest: the prompt first, then its responses, without gaps."""
+
+    start: int
+    prompt: int
+    responses: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.prompt + sum(self.responses)
+
+
+@dataclass(frozen=True)
+class Forest:
+    """A batch: trees laid end to end, and a parent array that says what each token continues.
+
+    parent[i] is the index of the token that token i continues, -1 at a root. Position is depth.
+    A token attends to itself and its ancestors. The logits that predict token i live at
+    parent[i]: a plain shift by one would read the logits of a sibling branch.
+
+    `response_of` gives, for each scored token, the index of its response in the forest;
+    `chosen` and `rejected` are such indices too.
+    """
+
+    token_ids: Int[Tensor, " tokens"]
+    parent: Int[Tensor, " tokens"]
+    position: Int[Tensor, " tokens"]
+    scored: Int[Tensor, " scored"]
+    response_of: Int[Tensor, " scored"]
+    tokens_per_response: Int[Tensor, " responses"]
+    chosen: Int[Tensor, " pairs"]
+    rejected: Int[Tensor, " pairs"]
+    weight: Float[Tensor, " pairs"]
+    spans: tuple[Span, ...]
+    trees: tuple[Tree, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def num_responses(self) -> int:
+        return self.tokens_per_response.shape[0]
+
+    @property
+    def num_pairs(self) -> int:
+        return self.chosen.shape[0]
+
+    @property
+    def predicted_at(self) -> Int[Tensor, " scored"]:
+        """The positions whose hidden state predicts each scored token."""
+        return self.parent[self.scored]
+
+    def to(self, device: torch.device | str) -> Forest:
+        moved = {
+            f.name: getattr(self, f.name).to(device)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """What a pair loss sees: summed log-probs in nats (fp32) and scored token counts, per pair."""
+
+    policy_chosen: Float[Tensor, " pairs"]
+    policy_rejected: Float[Tensor, " pairs"]
+    reference_chosen: Float[Tensor, " pairs"]
+    reference_rejected: Float[Tensor, " pairs"]
+    tokens_chosen: Int[Tensor, " pairs"]
+    tokens_rejected: Int[Tensor, " pairs"]
+
+    @property
+    def chosen_logratio(self) -> Float[Tensor, " pairs"]:
+        return self.policy_chosen - self.reference_chosen
+
+    @property
+    def rejected_logratio(self) -> Float[Tensor, " pairs"]:
+        return self.policy_rejected - self.reference_rejected
+
+    @property
+    def margin(self) -> Float[Tensor, " pairs"]:
+        """log-ratio of chosen minus log-ratio of rejected, in nats; beta times it is the reward margin."""
+        return self.chosen_logratio - self.rejected_logratio
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an objective makes of one forest: a sum, the count it is a sum over, metrics as (sum, count).
+
+    Sums, never means: an optimizer step is made of several forests, on several ranks, and a mean
+    of means is wrong when they hold different numbers of pairs.
+    """
+
+    loss_sum: Float[Tensor, ""]
+    count: Float[Tensor, ""]
+    metrics: Mapping[str, tuple[Float[Tensor, ""], Float[Tensor, ""]]]
+
+
