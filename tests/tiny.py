@@ -16,7 +16,9 @@ SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 256 + len(SPECIALS) + 1  # one spare id, so that no tokenizer id is the last logit
 
 
-def byte_tokenizer(template: str | None = CHATML, eos: str = "<|im_end|>") -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    template: str | None = CHATML, eos: str = "<|im_end|>"
+) -> PreTrainedTokenizerFast:
     """One token a byte, plus three special tokens; ChatML unless told otherwise."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {s: i for i, s in enumerate((*SPECIALS, *alphabet))}
@@ -49,12 +51,23 @@ FAMILIES: dict[str, dict] = {
     "qwen3": dict(**_SIZES, **_GROUPED),
     "gemma2": dict(**_SIZES, **_GROUPED, sliding_window=8, query_pre_attn_scalar=8),
     "gemma3_text": dict(
-        **_SIZES, **_GROUPED, sliding_window=8, query_pre_attn_scalar=8,
+        **_SIZES,
+        **_GROUPED,
+        sliding_window=8,
+        query_pre_attn_scalar=8,
         layer_types=["sliding_attention", "full_attention"],
     ),
     "gpt2": dict(
-        vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=512,
-        attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, bos_token_id=0, eos_token_id=2,
+        vocab_size=VOCAB_SIZE,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=2,
     ),
     "gpt_neox": dict(**_SIZES),
     "phi3": dict(**_SIZES, num_key_value_heads=2),
@@ -62,17 +75,31 @@ FAMILIES: dict[str, dict] = {
 }
 FALLBACK_FAMILIES: dict[str, dict] = {
     "mamba": dict(
-        vocab_size=VOCAB_SIZE, hidden_size=32, state_size=4, num_hidden_layers=2,
-        bos_token_id=0, eos_token_id=2, pad_token_id=0,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        state_size=4,
+        num_hidden_layers=2,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
     ),
     "bloom": dict(
-        vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=2, n_head=4,
-        hidden_dropout=0.0, attention_dropout=0.0, bos_token_id=0, eos_token_id=2, pad_token_id=0,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        n_layer=2,
+        n_head=4,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
     ),
 }
 
 
-def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_model(
+    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """A random two-layer model, in evaluation mode. Weights are larger than the usual initial
     ones, so that log-probs differ by nats and a wrong mask or shift shows."""
     sizes = (FAMILIES | FALLBACK_FAMILIES)[family]

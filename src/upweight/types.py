@@ -205,5 +205,3 @@ class Step:
     loss_sum: Float[Tensor, ""]
     count: Float[Tensor, ""]
     metrics: Mapping[str, tuple[Float[Tensor, ""], Float[Tensor, ""]]]
-
-

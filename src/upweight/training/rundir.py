@@ -40,6 +40,7 @@ RECORDS = (
     "run.yaml",
     "account.json",
     "environment.json",
+    "evaluation.json",
     "metrics.jsonl",
     "ledger.parquet",
     "samples.jsonl",

@@ -1,0 +1,162 @@
+"""The commands. A user's mistake ends in one message and exit 2, without a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from upweight.config import Resolved, flags, load_run, values_from_flags
+from upweight.errors import UpweightError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status is 0, 2 for a mistake or refusal, 130 when stopped."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return arguments.run(arguments)
+    except UpweightError as error:
+        code = f"[{error.code}]" if error.code else ""
+        print(f"error{code}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from upweight import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="upweight",
+        description="Align language models with preferences by Direct Preference Optimization.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"upweight {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model on preferences", allow_abbrev=False)
+    _add_config(train, overrides=True)
+    train.set_defaults(run=_train)
+
+    check = commands.add_parser(
+        "check", help="everything that can be known before step 1", allow_abbrev=False
+    )
+    _add_config(check, overrides=True)
+    check.set_defaults(run=_check)
+
+    score = commands.add_parser(
+        "score", help="log-probs, implicit rewards and margins per preference", allow_abbrev=False
+    )
+    _add_config(score, overrides=False)
+    score.set_defaults(run=_score)
+
+    sample = commands.add_parser("sample", help="answers to prompts", allow_abbrev=False)
+    sample.add_argument("--prompts", nargs="+", required=True, help="files with a prompt a row")
+    sample.add_argument("-n", "--num", type=int, default=1, help="answers to each prompt (1)")
+    sample.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (1.0: off)")
+    _add_config(sample, overrides=False)
+    sample.set_defaults(run=_sample)
+
+    report = commands.add_parser("report", help="rebuild report.html of a run directory")
+    report.add_argument("folder", type=Path)
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, overrides: bool) -> None:
+    """run.yaml, key=value overrides, and every key as a flag."""
+    if overrides:
+        parser.add_argument("config", nargs="*", metavar="RUN.yaml | key=value")
+    group = parser.add_argument_group("keys of run.yaml, each a flag")
+    for flag in flags():
+        names = list(flag.names)
+        names += [n.replace("_", "-") for n in names if "_" in n]
+        group.add_argument(
+            *names,
+            dest=flag.key,
+            default=None,
+            nargs="+" if flag.many else "?" if flag.switch else None,
+            const="true" if flag.switch else None,
+            metavar=flag.type,
+            help=f"{flag.description} (default: {flag.default})".replace("%", "%%"),
+        )
+
+
+def _resolve(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> Resolved:
+    said: list[str] = list(getattr(arguments, "config", []))
+    files = [word for word in said if "=" not in word]
+    if len(files) > 1:
+        raise UpweightError(f"one RUN.yaml at a time; found: {', '.join(files)}")
+    known = {flag.key for flag in flags()}
+    texts = {key: value for key, value in vars(arguments).items() if key in known}
+    return load_run(
+        files[0] if files else None,
+        [word for word in said if "=" in word],
+        values_from_flags(texts),
+        origin_of_values="flag",
+        required=required,
+    )
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    resolved = _resolve(arguments, required=("out",))
+    from upweight.recipes import dpo
+    from upweight.terminal import default_screen
+
+    with default_screen() as screen:
+        result = dpo(resolved, screen)
+    return 0 if result.finished else 130
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    resolved = _resolve(arguments)
+    from upweight.recipes import check
+    from upweight.terminal import default_screen
+
+    with default_screen() as screen:
+        check(resolved, screen)
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    resolved = _resolve(arguments, required=("out",))
+    from upweight.recipes import score_file
+    from upweight.terminal import default_screen
+
+    assert resolved.run.out is not None
+    with default_screen() as screen:
+        score_file(resolved.run, Path(resolved.run.out), screen)
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    setattr(arguments, "data.path", arguments.prompts)
+    resolved = _resolve(arguments, required=("out",))
+    from upweight.recipes import sample_file
+    from upweight.terminal import default_screen
+
+    run = resolved.run
+    assert run.out is not None
+    with default_screen() as screen:
+        sample_file(
+            run, Path(run.out), num=arguments.num, top_p=arguments.top_p, screen=screen,
+            max_new_tokens=run.evaluation.max_new_tokens, temperature=run.evaluation.temperature,
+        )
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from upweight.recipes.train import rebuild_report
+
+    print(rebuild_report(arguments.folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""What a model does on preferences and prompts it was not trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
+
+from upweight.data.pack import bins, collate
+from upweight.data.trees import text_after
+from upweight.models.load import LanguageModel
+from upweight.models.logprobs import response_logps, token_logps
+from upweight.models.reference import Reference
+from upweight.models.sample import Sample, sample, sample_trees, tree_logps
+from upweight.stats import accuracy_interval, mean_interval
+from upweight.types import Tree
+
+LEDGER = pa.schema(
+    [("step", pa.int64()), ("set", pa.string()), ("row", pa.string())]
+    + [(name, pa.int64()) for name in ("chosen", "rejected")]
+    + [
+        (name, pa.float64())
+        for name in (
+            "logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected",
+            "reward_chosen", "reward_rejected", "margin",
+        )
+    ]
+    + [(name, pa.int64()) for name in ("tokens_chosen", "tokens_rejected")]
+    + [(name, pa.string()) for name in ("prompt_text", "chosen_text", "rejected_text")]
+)
+
+Row = dict[str, Any]
+
+
+def score_trees(
+    lm: LanguageModel,
+    trees: Sequence[Tree],
+    reference: Reference | None,
+    beta: float,
+    tokens_per_bin: int,
+) -> list[Row]:
+    """One row per preference, in the trees' order: the keys of `upweight score`, in nats.
+
+    Without a reference the ref_ and reward fields and the margin are None.
+    """
+    where = {id(tree): i for i, tree in enumerate(trees)}
+    found: list[list[Row]] = [[] for _ in trees]
+    with torch.no_grad():
+        for group in bins(list(trees), tokens_per_bin):
+            forest = collate(group)
+            policy = response_logps(token_logps(lm, forest), forest).double().tolist()
+            ref = (
+                response_logps(reference.logps(forest), forest).double().tolist()
+                if reference is not None
+                else None
+            )
+            first = 0
+            for tree in forest.trees:
+                for p in tree.preferences:
+                    c, r = first + p.chosen, first + p.rejected
+                    found[where[id(tree)]].append(_row(tree, p.chosen, p.rejected, c, r, policy, ref, beta))
+                first += len(tree.responses)
+    return [row for rows in found for row in rows]
+
+
+def _row(
+    tree: Tree, chosen: int, rejected: int, c: int, r: int,
+    policy: Sequence[float], ref: Sequence[float] | None, beta: float,
+) -> Row:
+    rewards = (None, None) if ref is None else (beta * (policy[c] - ref[c]), beta * (policy[r] - ref[r]))
+    return {
+        "row": str(tree.ids[chosen].row),
+        "chosen": tree.ids[chosen].index,
+        "rejected": tree.ids[rejected].index,
+        "logp_chosen": policy[c],
+        "logp_rejected": policy[r],
+        "ref_logp_chosen": None if ref is None else ref[c],
+        "ref_logp_rejected": None if ref is None else ref[r],
+        "reward_chosen": rewards[0],
+        "reward_rejected": rewards[1],
+        "margin": None if rewards[0] is None or rewards[1] is None else rewards[0] - rewards[1],
+        "tokens_chosen": len(tree.responses[chosen]),
+        "tokens_rejected": len(tree.responses[rejected]),
+    }
+
+
+def summary(rows: Sequence[Row], prompts: Sequence[object], beta: float, label_smoothing: float) -> Row:
+    """The means of scored rows by the names of metrics.jsonl; accuracy with its 95 % interval.
+
+    `prompts` names the prompt of each row: preferences of one prompt are not independent.
+    """
+    def mean(values: list[float]) -> float:
+        return math.fsum(values) / len(values)
+
+    margin = torch.tensor([row["margin"] for row in rows], dtype=torch.float64)
+    e = label_smoothing
+    losses = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
+    accuracy = accuracy_interval([row["margin"] for row in rows], prompts)  # pyright: ignore
+    record: Row = {"loss": losses.mean().item(), "num_pairs": len(rows)}
+    for side in ("chosen", "rejected"):
+        rewards = mean([row[f"reward_{side}"] for row in rows])
+        record[f"rewards/{side}"] = rewards
+        record[f"logps/{side}"] = mean([row[f"logp_{side}"] for row in rows])
+        record[f"logratios/{side}"] = rewards / beta
+        record[f"tokens/{side}"] = mean([float(row[f"tokens_{side}"]) for row in rows])
+    record["rewards/margins"] = margin.mean().item()
+    record["rewards/accuracies"] = accuracy.value
+    record["rewards/accuracies_low"], record["rewards/accuracies_high"] = accuracy.low, accuracy.high
+    return record
+
+
+def ledger_table(rows: Sequence[Row]) -> pa.Table:  # pyright: ignore
+    return pa.Table.from_pylist(list(rows), schema=LEDGER)
+
+
+def texts(tree: Tree, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The text of each response by its index in its row, without the stop token."""
+    found: dict[int, str] = {}
+    for response, stopped, where in zip(tree.responses, tree.stopped, tree.ids, strict=True):
+        body = response[:-1] if stopped else response
+        found[where.index] = text_after(tree.prompt, body, tokenizer)
+    return found
+
+
+def draw(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, seed: int
+) -> list[Sample]:
+    """One response to each prompt."""
+    drawn = sample(
+        lm, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
+    return [answers[0] for answers in drawn]
+
+
+def sample_logps(lm: LanguageModel, prompts: Sequence[Sequence[int]], samples: Sequence[Sample]) -> list[float]:
+    """log pi(y|x) of each sample under `lm`, in nats, at temperature 1."""
+    trees = sample_trees(prompts, [[s] for s in samples])
+    return [logps[0] for logps in tree_logps(lm, trees)]
+
+
+def kl_record(policy_logps: Sequence[float], reference_logps: Sequence[float]) -> Row:
+    """Sampled KL(policy, reference) in nats per response: the mean of log pi - log pi_ref over the
+    policy's own samples (the k1 estimator, unbiased), with a 95 % bootstrap interval.
+
+    A sample that was cut at max_new_tokens contributes what it has.
+    """
+    gaps = [p - r for p, r in zip(policy_logps, reference_logps, strict=True)]
+    interval = mean_interval(gaps)
+    return {"kl": interval.value, "kl_low": interval.low, "kl_high": interval.high}
+
+
+def sample_records(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], policy: Sequence[Sample],
+    reference: Sequence[Sample], policy_logps: Sequence[float], reference_logps: Sequence[float],
+) -> list[Row]:
+    """Lines of samples.jsonl: what policy and reference say to the same prompts."""
+    def text(prompt: Sequence[int], drawn: Sample) -> str:
+        body = drawn.tokens[:-1] if drawn.stopped else drawn.tokens
+        return text_after(tuple(prompt), body, lm.tokenizer)
+
+    return [
+        {
+            "prompt": str(lm.tokenizer.decode(list(prompt), skip_special_tokens=False)),
+            "policy": text(prompt, ours),
+            "reference": text(prompt, theirs),
+            "policy_tokens": len(ours.tokens),
+            "reference_tokens": len(theirs.tokens),
+            "policy_logp": logp,
+            "policy_reference_logp": reference_logp,
+        }
+        for prompt, ours, theirs, logp, reference_logp in zip(
+            prompts, policy, reference, policy_logps, reference_logps, strict=True
+        )
+    ]

@@ -1,0 +1,34 @@
+"""What a recipe tells the person who runs it. The terminal implements it; Silent says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+
+class Screen(Protocol):
+    def stage(self, name: str) -> None:
+        """A named part of the run begins."""
+        ...
+
+    def progress(self, done: float, total: float) -> None:
+        """How far the stage is."""
+        ...
+
+    def note(self, text: str) -> None:
+        """One line that stays."""
+        ...
+
+    def record(self, record: Mapping[str, object], total_steps: int) -> None:
+        """A logged training step or evaluation, as in metrics.jsonl."""
+        ...
+
+
+class Silent:
+    def stage(self, name: str) -> None: ...
+
+    def progress(self, done: float, total: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def record(self, record: Mapping[str, object], total_steps: int) -> None: ...

@@ -1,0 +1,87 @@
+"""What a run looks like in a terminal: stages, a live line, notes that stay."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+
+class Terminal:
+    """A live line on a terminal, plain lines elsewhere (a log file, a pipe)."""
+
+    def __init__(self, console: Console, live: Live | None) -> None:
+        self.console, self.live = console, live
+        self.name, self.began, self.last_plain = "", time.monotonic(), 0.0
+
+    def stage(self, name: str) -> None:
+        self.name, self.began = name, time.monotonic()
+        self._show(Text(f"{name} ...", style="bold"))
+
+    def progress(self, done: float, total: float) -> None:
+        if total:
+            share = done / total
+            self._show(Text(f"{self.name} {100 * share:3.0f} %{self._left(share)}", style="bold"))
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(text))
+
+    def record(self, record: Mapping[str, object], total_steps: int) -> None:
+        if record.get("kind") == "eval":
+            self.note(_evaluation_line(record))
+            return
+        step = record["step"]
+        assert isinstance(step, int)
+        row = [
+            f"step {step}/{total_steps}",
+            f"loss {record['loss']:.4f}",
+            f"margin {record['rewards/margins']:+.3f}",
+            f"accuracy {record['rewards/accuracies']:.2f}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+        ]
+        table = Table.grid(padding=(0, 2))
+        table.add_row(*row, self._left(step / total_steps).strip(" ,"))
+        if self.live is not None:
+            self.live.update(table)
+        elif step == total_steps or time.monotonic() - self.last_plain > 5:
+            self.last_plain = time.monotonic()
+            self.note("  ".join([*row, self._left(step / total_steps).strip(" ,")]))
+
+    def _left(self, share: float) -> str:
+        if not share:
+            return ""
+        left = (time.monotonic() - self.began) * (1 - share) / share
+        return f", {int(left // 60)}:{int(left % 60):02d} left"
+
+    def _show(self, text: Text) -> None:
+        if self.live is not None:
+            self.live.update(text)
+
+
+def _evaluation_line(record: Mapping[str, object]) -> str:
+    parts = [
+        f"{record['set']} at step {record['step']}: loss {record['loss']:.4f}",
+        f"accuracy {record['rewards/accuracies']:.3f} "
+        f"[{record['rewards/accuracies_low']:.3f}, {record['rewards/accuracies_high']:.3f}]",
+        f"margin {record['rewards/margins']:+.3f}",
+    ]
+    if "kl" in record:
+        parts.append(f"KL {record['kl']:.2f} nats, {record['length']:.0f} tokens an answer")
+    return ", ".join(parts)
+
+
+@contextmanager
+def default_screen() -> Iterator[Terminal]:
+    """The terminal on standard error, so that standard output stays the program's own."""
+    console = Console(stderr=True, highlight=False)
+    if not sys.stderr.isatty():
+        yield Terminal(console, None)
+        return
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        yield Terminal(console, live)

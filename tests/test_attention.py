@@ -1,0 +1,268 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import SHAPES, loaded, random_trees
+
+from upweight.data.pack import collate
+from upweight.models import attention
+from upweight.models.attention import (
+    CannotShare,
+    Part,
+    ancestors,
+    dense_attention,
+    forest_attention,
+    layout_of,
+    native_attention,
+    parts_attention,
+    parts_of,
+    varlen_attention,
+    varlen_plan,
+)
+
+WINDOWS = (None, 1, 3, 8, 1000)
+
+
+def tensors(num_tokens, heads=4, kv_heads=4, dim=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn(1, h, num_tokens, dim, generator=generator, dtype=torch.float64)
+        for h in (heads, kv_heads, kv_heads)
+    )
+
+
+def truth_of(forest, window, query, key, value, scale=0.3):
+    """One softmax for each token over the tokens on its way to the root, in a loop."""
+    groups = query.shape[1] // key.shape[1]
+    rows = []
+    for i in range(forest.num_tokens):
+        path, j = [], i
+        while j >= 0:
+            if window is None or forest.position[i] - forest.position[j] < window:
+                path.append(j)
+            j = int(forest.parent[j])
+        heads = [
+            (scale * key[0, h // groups, path] @ query[0, h, i]).softmax(0)
+            @ value[0, h // groups, path]
+            for h in range(query.shape[1])
+        ]
+        rows.append(torch.stack(heads))
+    return torch.stack(rows, dim=1)[None]
+
+
+def plain_kernel(query, key, value, plan, scale, window):
+    """What a variable-length kernel does: each run alone, causal to the bottom right."""
+    outs = []
+    for q0, q1, k0, k1 in zip(
+        plan.cu_q[:-1], plan.cu_q[1:], plan.cu_k[:-1], plan.cu_k[1:], strict=True
+    ):
+        scores = torch.einsum("qhd,khd->hqk", query[q0:q1], key[k0:k1]) * scale
+        last = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0)
+        behind = last - torch.arange(k1 - k0)[None]
+        allowed = (behind >= 0) & (behind < (window or 10**9))
+        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+        outs.append(torch.einsum("hqk,khd->qhd", weights, value[k0:k1]))
+    return torch.cat(outs)
+
+
+def run(path, forest, window, q, k, v, scale=0.3):
+    layout = layout_of(forest, path)
+    if path == "dense":
+        return dense_attention(q, k, v, layout.mask(window), scale)
+    if path == "varlen":
+        return varlen_attention(q, k, v, layout, scale, window, kernel=plain_kernel)
+    return parts_attention(q, k, v, layout, scale, window)
+
+
+shapes = st.lists(
+    st.tuples(st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=4)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(shapes)
+def test_a_token_attends_to_itself_and_what_it_continues(drawn):
+    forest = collate(random_trees([(p, *rs) for p, rs in drawn]))
+    mask = ancestors(forest.parent)
+    for i in range(forest.num_tokens):
+        path, j = set(), i
+        while j >= 0:
+            path.add(j)
+            j = int(forest.parent[j])
+        assert set(mask[i].nonzero().flatten().tolist()) == path
+
+
+@given(shapes)
+def test_the_parts_cover_each_allowed_pair_once_and_no_other(drawn):
+    forest = collate(random_trees([(p, *rs) for p, rs in drawn]))
+    covered = torch.zeros(forest.num_tokens, forest.num_tokens, dtype=torch.long)
+    for part in (part for group in parts_of(forest.spans) for part in group):
+        block = torch.ones(part.q1 - part.q0, part.k1 - part.k0, dtype=torch.long)
+        covered[part.q0 : part.q1, part.k0 : part.k1] += block.tril() if part.causal else block
+    assert torch.equal(covered, ancestors(forest.parent).long())
+
+
+@given(shapes)
+def test_a_trees_own_mask_is_its_block_of_the_whole(drawn):
+    forest = collate(random_trees([(p, *rs) for p, rs in drawn]))
+    layout = layout_of(forest, "parts")
+    for span in forest.spans:
+        inside = slice(span.start, span.stop)
+        for window in (None, 2):
+            whole = layout.mask(window)[inside, inside]
+            assert torch.equal(layout.tree_mask(span, window), whole)
+
+
+@pytest.mark.parametrize("path", ["dense", "parts", "varlen"])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_every_path_is_a_softmax_over_ancestors_forward_and_backward(path, window, kv_heads):
+    forest = collate(random_trees(SHAPES))
+    inputs = tensors(forest.num_tokens, kv_heads=kv_heads)
+    for x in inputs:
+        x.requires_grad_()
+    truth = truth_of(forest, window, *inputs)
+    ramp = torch.linspace(-1, 2, truth.numel(), dtype=torch.float64).reshape(truth.shape)
+    wanted = torch.autograd.grad((truth * ramp).sum(), inputs)
+    got = run(path, forest, window, *inputs)
+    torch.testing.assert_close(got, truth, rtol=1e-11, atol=1e-11)
+    grads = torch.autograd.grad((got * ramp).sum(), inputs)
+    for g, w in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shapes, st.sampled_from([None, 2, 4]))
+def test_parts_and_varlen_are_dense_on_any_forest(drawn, window):
+    forest = collate(random_trees([(p, *rs) for p, rs in drawn]))
+    inputs = tensors(forest.num_tokens, kv_heads=2)
+    dense = run("dense", forest, window, *inputs)
+    for path in ("parts", "varlen"):
+        torch.testing.assert_close(run(path, forest, window, *inputs), dense)
+
+
+def without_merge(groups):
+    return [[group[0]] for group in groups]
+
+
+def without_own(groups):
+    return [[group[-1]] for group in groups]
+
+
+def shifted(groups):
+    return [
+        [Part(p.q0, p.q1, p.k0 + 1, p.k1, False) if not p.causal else p for p in group]
+        for group in groups
+    ]
+
+
+def into_the_sibling(groups):
+    return [
+        [Part(p.q0, p.q1, p.k0, p.k1 + 1, False) if not p.causal else p for p in group]
+        for group in groups
+    ]
+
+
+def not_causal(groups):
+    return [[Part(p.q0, p.q1, p.k0, p.k1, False) for p in group] for group in groups]
+
+
+@pytest.mark.parametrize(
+    "wrong", [without_merge, without_own, shifted, into_the_sibling, not_causal]
+)
+def test_a_planted_error_in_the_parts_shows(monkeypatch, wrong):
+    forest = collate(random_trees([(5, 3, 4)]))
+    inputs = tensors(forest.num_tokens)
+    dense = run("dense", forest, None, *inputs)
+    torch.testing.assert_close(run("parts", forest, None, *inputs), dense)
+    monkeypatch.setattr(attention, "parts_of", lambda *a: wrong(parts_of(*a)))
+    off = (run("parts", forest, None, *inputs) - dense).abs().amax(dim=(0, 1, 3))
+    assert off[8:].max() > 1e-2
+
+
+def test_queries_lie_as_they_are_and_keys_are_gathered_behind_their_prompt():
+    forest = collate(random_trees([(2, 1, 3), (1, 2)]))
+    plan = varlen_plan(forest.spans)
+    assert plan.keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8]
+    assert plan.cu_q.tolist() == [0, 3, 6, 9]
+    assert plan.cu_k.tolist() == [0, 3, 8, 11]
+    assert (plan.max_q, plan.max_k) == (3, 5)
+
+
+class Layer(torch.nn.Module):
+    layer_idx = 1
+
+
+def call(forest, path, inputs, **options):
+    layout = layout_of(forest, path)
+    out, weights = forest_attention(
+        Layer(), *inputs, None, scaling=0.3, forest_layout=layout, **options
+    )
+    assert weights is None
+    return out, layout
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("options", [dict(softcap=0.7), dict(s_aux=torch.tensor([0.5, 1, -1, 2]))])
+def test_a_score_cap_and_sinks_are_the_same_tree_by_tree(window, options):
+    forest = collate(random_trees(SHAPES))
+    inputs = tensors(forest.num_tokens, kv_heads=2)
+    dense, _ = call(forest, "dense", inputs, sliding_window=window, **options)
+    parts, _ = call(forest, "parts", inputs, sliding_window=window, **options)
+    varlen, _ = call(forest, "varlen", inputs, sliding_window=window, **options)
+    torch.testing.assert_close(parts, dense)
+    torch.testing.assert_close(varlen, dense)
+    plain, _ = call(forest, "dense", inputs, sliding_window=window)
+    assert (dense - plain).abs().max() > 1e-2
+
+
+def test_a_score_cap_is_a_tanh_before_the_softmax():
+    forest = collate(random_trees([(4,) + (1,)]))
+    q, k, v = tensors(5)
+    got, _ = call(forest, "dense", (q, k, v), softcap=0.7)
+    scores = 0.7 * torch.tanh((q @ k.transpose(2, 3)) * 0.3 / 0.7)
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    wanted = scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v
+    torch.testing.assert_close(got, wanted.transpose(1, 2))
+
+
+def test_a_sink_takes_probability_and_gives_no_value():
+    forest = collate(random_trees([(1, 1)]))
+    q, k, v = tensors(2)
+    sink = torch.tensor([0.5, 1.0, -1.0, 2.0], dtype=torch.float64)
+    got, _ = call(forest, "dense", (q, k, v), s_aux=sink)
+    own = (q[0, :, 0] * k[0, :, 0]).sum(-1) * 0.3
+    share = own.exp() / (own.exp() + sink.exp())
+    torch.testing.assert_close(got[0, 0], share[:, None] * v[0, :, 0])
+
+
+def test_the_window_that_a_layer_asks_for_is_recorded():
+    forest = collate(random_trees([(4, 2)]))
+    _, layout = call(forest, "parts", tensors(6), sliding_window=3)
+    assert layout.windows == {1: 3}
+
+
+def test_a_family_that_drops_the_layout_or_makes_a_mask_cannot_share():
+    forest = collate(random_trees([(4, 2)]))
+    inputs = tensors(6)
+    with pytest.raises(CannotShare, match="does not hand keyword arguments on"):
+        forest_attention(Layer(), *inputs, None)
+    with pytest.raises(CannotShare, match="attention masks of its own"):
+        forest_attention(
+            Layer(), *inputs, torch.ones(1, 1, 6, 6), forest_layout=layout_of(forest, "parts")
+        )
+
+
+def test_dropout_in_attention_is_a_bug_of_ours():
+    forest = collate(random_trees([(4, 2)]))
+    with pytest.raises(AssertionError, match="dropout"):
+        call(forest, "parts", tensors(6), dropout=0.1)
+
+
+def test_native_attention_is_for_the_time_being():
+    lm = loaded()
+    assert lm.causal.config._attn_implementation == attention.NAME
+    with native_attention(lm.causal):
+        assert lm.causal.config._attn_implementation == "sdpa"
+    assert lm.causal.config._attn_implementation == attention.NAME

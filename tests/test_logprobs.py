@@ -1,0 +1,183 @@
+import pytest
+import torch
+from oracles import (
+    SHAPES,
+    alone,
+    gradients,
+    loaded,
+    plain_model,
+    random_trees,
+    relative,
+    weigh,
+    with_plan,
+)
+from tiny import FALLBACK_FAMILIES, FAMILIES
+
+from upweight.data.pack import collate, unshared
+from upweight.errors import ModelError
+from upweight.models.attention import layout_of
+from upweight.models.load import load
+from upweight.models.logprobs import head_logps, pair_logps, response_logps, token_logps
+
+WAYS = {
+    "parts": dict(attention="parts"),
+    "dense": dict(attention="dense"),
+    "unshared": dict(shared=False, reason="a test"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_way_gives_what_transformers_gives_one_sequence_at_a_time(family):
+    trees = random_trees(SHAPES)
+    plain = plain_model(family, torch.float64)
+    truth = alone(plain, trees)
+    wanted = gradients(plain, weigh(truth))
+    for way in WAYS.values():
+        lm = with_plan(loaded(family, torch.float64), **way)
+        got = token_logps(lm, collate(trees))
+        torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-10)
+        assert relative(gradients(lm.model, weigh(got)), wanted) < 1e-10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_a_family_starts_with_is_exact_to_rounding_in_fp32(family):
+    trees = random_trees(SHAPES, seed=1)
+    plain, lm = plain_model(family), loaded(family)
+    assert lm.plan.shared and lm.plan.attention == "parts" and not lm.plan.native_head
+    assert "parts" in lm.plan.describe()
+    truth, got = alone(plain, trees), token_logps(lm, collate(trees))
+    torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
+    wanted = gradients(plain, weigh(truth))
+    assert relative(gradients(lm.model, weigh(got)), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_models_own_head_gives_the_same(family):
+    trees = random_trees(SHAPES[:2])
+    lm = with_plan(loaded(family), shared=False, native_head=True, reason="a test")
+    got = token_logps(lm, collate(trees))
+    torch.testing.assert_close(got, alone(plain_model(family), trees), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family, reason",
+    [("mamba", "keeps a recurrent state"), ("bloom", "does not use transformers' Attention")],
+)
+def test_a_family_that_cannot_share_runs_one_row_per_response_and_says_why(family, reason):
+    assert set(FALLBACK_FAMILIES) == {"mamba", "bloom"}
+    lm = loaded(family)
+    assert not lm.plan.shared
+    assert family in lm.plan.describe() and reason in lm.plan.describe()
+    trees = random_trees(SHAPES)
+    plain = plain_model(family)
+    truth, got = alone(plain, trees), token_logps(lm, collate(trees))
+    torch.testing.assert_close(got, truth, rtol=1e-5, atol=2e-5)
+    assert relative(gradients(lm.model, weigh(got)), gradients(plain, weigh(truth))) < 1e-4
+
+
+def test_sharing_can_be_switched_off():
+    lm = loaded(sharing=False)
+    assert not lm.plan.shared and "compute.sharing is off" in lm.plan.describe()
+
+
+def test_an_attention_asked_for_by_name_that_cannot_run_is_refused(tmp_path):
+    from tiny import save_tiny
+
+    with pytest.raises(ModelError, match="compute.attention=varlen does not give"):
+        load(save_tiny(str(tmp_path)), device="cpu", dtype="float32", path="varlen")
+
+
+def test_an_attention_asked_for_by_name_is_used():
+    assert loaded(path="dense").plan.attention == "dense"
+
+
+def test_a_depth_that_changes_position_scaling_is_read_one_row_at_a_time():
+    lm = loaded()
+    trees = random_trees(SHAPES)
+    truth = token_logps(lm, collate(trees))
+    deep = with_plan(lm, attention="parts", exact_depth=10)
+    torch.testing.assert_close(token_logps(deep, collate(trees)), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_heads_chunk_size_changes_nothing(family):
+    lm = loaded(family, torch.float64)
+    forest = collate(random_trees(SHAPES))
+    whole = token_logps(lm, forest)
+    wanted = gradients(lm.model, weigh(whole))
+    for elements in (1, 1000, 3 * 260):
+        chunked = token_logps(lm, forest, chunk_elements=elements)
+        torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
+        assert relative(gradients(lm.model, weigh(chunked)), wanted) < 1e-12
+
+
+def test_a_head_without_tokens_gives_none():
+    lm = loaded()
+    nothing = head_logps(lm, torch.zeros(0, 32), torch.zeros(0, dtype=torch.long))
+    assert nothing.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("final_logit_softcapping", 2.0), ("logit_scale", 0.25), ("logits_scaling", 4.0)],
+)
+def test_what_families_do_to_their_logits_is_done_in_the_fused_head(key, value):
+    lm = loaded(dtype=torch.float64)
+    setattr(lm.causal.config, key, value)
+    hidden = torch.randn(5, 32, dtype=torch.float64)
+    raw = lm.causal.get_output_embeddings()(hidden)
+    wanted = {
+        "final_logit_softcapping": value * torch.tanh(raw / value),
+        "logit_scale": raw * value,
+        "logits_scaling": raw / value,
+    }[key]
+    targets = torch.tensor([0, 5, 7, 9, 259])
+    got = head_logps(lm, hidden, targets)
+    torch.testing.assert_close(got, wanted.log_softmax(-1)[torch.arange(5), targets])
+
+
+def test_sums_are_taken_per_response_and_paired_by_preference():
+    forest = collate(random_trees([(3, 2, 3), (2, 1, 4, 2)]))
+    tokens = torch.arange(12, dtype=torch.float64)
+    sums = response_logps(tokens, forest)
+    assert sums.tolist() == [0 + 1, 2 + 3 + 4, 5, 6 + 7 + 8 + 9, 10 + 11]
+    pairs = pair_logps(tokens, torch.zeros(12, dtype=torch.float64), forest)
+    assert pairs.policy_chosen.tolist() == [1, 5, 5]
+    assert pairs.policy_rejected.tolist() == [9, 30, 21]
+    assert pairs.tokens_chosen.tolist() == [2, 1, 1]
+    assert pairs.tokens_rejected.tolist() == [3, 4, 2]
+    assert pairs.margin.tolist() == [-8, -25, -16]
+
+
+def test_half_precision_log_probs_are_never_summed():
+    forest = collate(random_trees([(3, 2, 3)]))
+    with pytest.raises(AssertionError, match="UW105"):
+        response_logps(torch.zeros(5, dtype=torch.bfloat16), forest)
+
+
+def test_log_probs_are_fp32_when_products_are_bf16():
+    lm = loaded()
+    forest = collate(random_trees(SHAPES))
+    exact = token_logps(lm, forest)
+    lm.compute_dtype = torch.bfloat16
+    rounded = token_logps(lm, forest)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.3
+
+
+def test_reading_siblings_as_one_row_would_change_the_log_probs():
+    trees = random_trees([(6, 4, 4)])
+    lm = loaded(dtype=torch.float64)
+    forest = collate(trees)
+    truth = token_logps(lm, forest)
+    ids = forest.token_ids[None]
+    flat = plain_model(dtype=torch.float64)(input_ids=ids).logits[0].log_softmax(-1)
+    naive = flat[forest.scored - 1, forest.token_ids[forest.scored]]
+    torch.testing.assert_close(naive[:4], truth[:4])
+    assert (naive[4:] - truth[4:]).abs().min() > 1e-3
+
+
+def test_the_layout_is_the_forests_own():
+    forest = collate(random_trees(SHAPES))
+    layout = layout_of(unshared(forest), "parts")
+    assert len(layout.spans) == forest.num_responses
