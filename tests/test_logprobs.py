@@ -11,7 +11,7 @@ from oracles import (
     weigh,
     with_plan,
 )
-from tiny import FALLBACK_FAMILIES, FAMILIES
+from tiny import FALLBACK_FAMILIES, FAMILIES, save_tiny
 
 from upweight.data.pack import collate, unshared
 from upweight.errors import ModelError
@@ -25,6 +25,10 @@ WAYS = {
     "unshared": dict(shared=False, reason="a test"),
 }
 
+LAYER_NORM = {"gpt2", "gpt_neox"}
+"""The other families have RMSNorms, which transformers computes in fp32 in a float64 model too:
+there the gradient of a shared prompt is rounded once per prompt and not once per response."""
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_gives_what_transformers_gives_one_sequence_at_a_time(family):
@@ -32,11 +36,12 @@ def test_every_way_gives_what_transformers_gives_one_sequence_at_a_time(family):
     plain = plain_model(family, torch.float64)
     truth = alone(plain, trees)
     wanted = gradients(plain, weigh(truth))
+    tolerance = 1e-10 if family in LAYER_NORM else 1e-6
     for way in WAYS.values():
         lm = with_plan(loaded(family, torch.float64), **way)
         got = token_logps(lm, collate(trees))
         torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-10)
-        assert relative(gradients(lm.model, weigh(got)), wanted) < 1e-10
+        assert relative(gradients(lm.model, weigh(got)), wanted) < tolerance
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,8 +86,6 @@ def test_sharing_can_be_switched_off():
 
 
 def test_an_attention_asked_for_by_name_that_cannot_run_is_refused(tmp_path):
-    from tiny import save_tiny
-
     with pytest.raises(ModelError, match="compute.attention=varlen does not give"):
         load(save_tiny(str(tmp_path)), device="cpu", dtype="float32", path="varlen")
 

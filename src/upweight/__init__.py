@@ -1,74 +1,23 @@
 """upweight: align language models with preferences by Direct Preference Optimization.
 
-The verbs of the command line as functions; they import torch when they are called.
+`uw.train`, `uw.check`, `uw.score` and `uw.sample` live in api.py, which is imported at their first
+use: `upweight --help` has no time for torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import importlib
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from upweight.recipes import Result
-    from upweight.recipes.prepare import Prepared
+    from upweight.api import check, sample, score, train
 
-__version__ = "0.1.0"
+__version__ = version("upweight")
 __all__ = ["check", "sample", "score", "train"]
 
 
-def train(config: str | Path | None = None, **values: Any) -> Result:
-    """Align a model with preferences; every key of run.yaml is a keyword, short names included.
-
-    `uw.train(model=..., data=..., beta=0.1, out="runs/a")`. Raises UpweightError.
-    """
-    from upweight.config import load_run
-    from upweight.recipes import dpo
-    from upweight.terminal import default_screen
-
-    with default_screen() as screen:
-        return dpo(load_run(config, values=values, required=("out",)), screen)
-
-
-def check(config: str | Path | None = None, **values: Any) -> Prepared:
-    """Everything that can be known before step 1: the model, the account of rows, what is scored."""
-    from upweight.config import load_run
-    from upweight.recipes import check as recipe
-    from upweight.terminal import default_screen
-
-    with default_screen() as screen:
-        return recipe(load_run(config, values=values), screen)
-
-
-def score(out: str | Path | None = None, **values: Any) -> list[dict[str, object]]:
-    """Log-probs, and with `reference` implicit rewards and margins, per preference, in nats."""
-    from upweight.config import load_run
-    from upweight.recipes import score_file
-
-    return score_file(load_run(None, values=values).run, Path(out) if out else None)
-
-
-def sample(
-    model: str,
-    prompts: Sequence[str] | str,
-    *,
-    out: str | Path | None = None,
-    num: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    **values: Any,
-) -> list[dict[str, object]]:
-    """`num` responses to each prompt of the files `prompts`, with their log-probs in nats."""
-    from upweight.config import load_run
-    from upweight.recipes import sample_file
-
-    settings: Mapping[str, Any] = {"model": model, "data": prompts, **values}
-    return sample_file(
-        load_run(None, values=settings).run,
-        Path(out) if out else None,
-        num=num,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-    )
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("upweight.api"), name)
+    raise AttributeError(f"module 'upweight' has no attribute {name!r}")

@@ -66,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="rebuild report.html of a run directory")
     report.add_argument("folder", type=Path)
     report.set_defaults(run=_report)
+
+    demo = commands.add_parser("demo", help="the embedded default, start to report")
+    demo.add_argument("--model", help="another model than the one that ships as a package")
+    demo.add_argument("--out", help="run directory (runs/demo, or the next free one)")
+    demo.set_defaults(run=_demo)
     return parser
 
 
@@ -145,8 +150,13 @@ def _sample(arguments: argparse.Namespace) -> int:
     assert run.out is not None
     with default_screen() as screen:
         sample_file(
-            run, Path(run.out), num=arguments.num, top_p=arguments.top_p, screen=screen,
-            max_new_tokens=run.evaluation.max_new_tokens, temperature=run.evaluation.temperature,
+            run,
+            Path(run.out),
+            num=arguments.num,
+            top_p=arguments.top_p,
+            screen=screen,
+            max_new_tokens=run.evaluation.max_new_tokens,
+            temperature=run.evaluation.temperature,
         )
     return 0
 
@@ -155,6 +165,18 @@ def _report(arguments: argparse.Namespace) -> int:
     from upweight.recipes.train import rebuild_report
 
     print(rebuild_report(arguments.folder))
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from upweight.demo.run import demo, free_folder
+    from upweight.terminal import default_screen, show_outcome
+
+    with default_screen() as screen:
+        outcome = demo(arguments.model, arguments.out or free_folder("runs/demo"), screen)
+    if outcome is None:
+        return 130
+    show_outcome(outcome)
     return 0
 
 

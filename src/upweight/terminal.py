@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from upweight.demo.run import Outcome
 
 
 class Terminal:
@@ -77,7 +81,7 @@ def _evaluation_line(record: Mapping[str, object]) -> str:
 
 
 @contextmanager
-def default_screen() -> Iterator[Terminal]:
+def default_screen() -> Generator[Terminal]:
     """The terminal on standard error, so that standard output stays the program's own."""
     console = Console(stderr=True, highlight=False)
     if not sys.stderr.isatty():
@@ -85,3 +89,20 @@ def default_screen() -> Iterator[Terminal]:
         return
     with Live(console=console, refresh_per_second=4, transient=True) as live:
         yield Terminal(console, live)
+
+
+def show_outcome(outcome: Outcome) -> None:
+    """The demo's table, three answers side by side, and where the report is."""
+    console = Console(highlight=False)
+    table = Table(title="held-out prompts", title_justify="left")
+    for heading in ("", "reference", "policy", ""):
+        table.add_column(heading)
+    for row in outcome.rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    for prompt, before, after in outcome.answers:
+        console.print(Text(f"\n{prompt}", style="bold"))
+        console.print(Text(f"  reference  {before}"))
+        console.print(Text(f"  policy     {after}"))
+    console.print(Text(f"\nmodel:  {outcome.result.model}"))
+    console.print(Text(f"report: {outcome.result.report}"))

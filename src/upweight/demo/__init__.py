@@ -1,1 +1,1 @@
-"""The embedded default: controlled sentiment with a model and prompts that ship with the project."""
+"""The embedded default: controlled sentiment a small model, prompts and answers."""

@@ -26,8 +26,13 @@ LEDGER = pa.schema(
     + [
         (name, pa.float64())
         for name in (
-            "logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected",
-            "reward_chosen", "reward_rejected", "margin",
+            "logp_chosen",
+            "logp_rejected",
+            "ref_logp_chosen",
+            "ref_logp_rejected",
+            "reward_chosen",
+            "reward_rejected",
+            "margin",
         )
     ]
     + [(name, pa.int64()) for name in ("tokens_chosen", "tokens_rejected")]
@@ -63,16 +68,26 @@ def score_trees(
             for tree in forest.trees:
                 for p in tree.preferences:
                     c, r = first + p.chosen, first + p.rejected
-                    found[where[id(tree)]].append(_row(tree, p.chosen, p.rejected, c, r, policy, ref, beta))
+                    found[where[id(tree)]].append(
+                        _row(tree, p.chosen, p.rejected, c, r, policy, ref, beta)
+                    )
                 first += len(tree.responses)
     return [row for rows in found for row in rows]
 
 
 def _row(
-    tree: Tree, chosen: int, rejected: int, c: int, r: int,
-    policy: Sequence[float], ref: Sequence[float] | None, beta: float,
+    tree: Tree,
+    chosen: int,
+    rejected: int,
+    c: int,
+    r: int,
+    policy: Sequence[float],
+    ref: Sequence[float] | None,
+    beta: float,
 ) -> Row:
-    rewards = (None, None) if ref is None else (beta * (policy[c] - ref[c]), beta * (policy[r] - ref[r]))
+    rewards = (
+        (None, None) if ref is None else (beta * (policy[c] - ref[c]), beta * (policy[r] - ref[r]))
+    )
     return {
         "row": str(tree.ids[chosen].row),
         "chosen": tree.ids[chosen].index,
@@ -89,11 +104,14 @@ def _row(
     }
 
 
-def summary(rows: Sequence[Row], prompts: Sequence[object], beta: float, label_smoothing: float) -> Row:
+def summary(
+    rows: Sequence[Row], prompts: Sequence[object], beta: float, label_smoothing: float
+) -> Row:
     """The means of scored rows by the names of metrics.jsonl; accuracy with its 95 % interval.
 
     `prompts` names the prompt of each row: preferences of one prompt are not independent.
     """
+
     def mean(values: list[float]) -> float:
         return math.fsum(values) / len(values)
 
@@ -110,7 +128,10 @@ def summary(rows: Sequence[Row], prompts: Sequence[object], beta: float, label_s
         record[f"tokens/{side}"] = mean([float(row[f"tokens_{side}"]) for row in rows])
     record["rewards/margins"] = margin.mean().item()
     record["rewards/accuracies"] = accuracy.value
-    record["rewards/accuracies_low"], record["rewards/accuracies_high"] = accuracy.low, accuracy.high
+    record["rewards/accuracies_low"], record["rewards/accuracies_high"] = (
+        accuracy.low,
+        accuracy.high,
+    )
     return record
 
 
@@ -128,16 +149,20 @@ def texts(tree: Tree, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def draw(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, seed: int
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
 ) -> list[Sample]:
     """One response to each prompt."""
-    drawn = sample(
-        lm, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    )
+    drawn = sample(lm, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     return [answers[0] for answers in drawn]
 
 
-def sample_logps(lm: LanguageModel, prompts: Sequence[Sequence[int]], samples: Sequence[Sample]) -> list[float]:
+def sample_logps(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], samples: Sequence[Sample]
+) -> list[float]:
     """log pi(y|x) of each sample under `lm`, in nats, at temperature 1."""
     trees = sample_trees(prompts, [[s] for s in samples])
     return [logps[0] for logps in tree_logps(lm, trees)]
@@ -155,10 +180,15 @@ def kl_record(policy_logps: Sequence[float], reference_logps: Sequence[float]) -
 
 
 def sample_records(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], policy: Sequence[Sample],
-    reference: Sequence[Sample], policy_logps: Sequence[float], reference_logps: Sequence[float],
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    policy: Sequence[Sample],
+    reference: Sequence[Sample],
+    policy_logps: Sequence[float],
+    reference_logps: Sequence[float],
 ) -> list[Row]:
     """Lines of samples.jsonl: what policy and reference say to the same prompts."""
+
     def text(prompt: Sequence[int], drawn: Sample) -> str:
         body = drawn.tokens[:-1] if drawn.stopped else drawn.tokens
         return text_after(tuple(prompt), body, lm.tokenizer)

@@ -167,8 +167,9 @@ def _convert_gguf(file: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(
             str(file.parent), gguf_file=file.name, dtype=torch.float32
         )
-        # It describes the file that was read, not these weights, and save_pretrained refuses it.
-        del model.config.quantization_config
+        # Both describe the file that was read, not these weights, and save_pretrained refuses them.
+        del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+        model.hf_quantizer = None
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         with contextlib.suppress(FileExistsError, OSError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,7 +141,7 @@ def account_lines(prepared: Prepared) -> list[str]:
 
 
 @contextlib.contextmanager
-def reference_model(run: Run, lm: LanguageModel) -> Iterator[LanguageModel]:
+def reference_model(run: Run, lm: LanguageModel) -> Generator[LanguageModel]:
     """The reference as a model, for as long as the block runs: the adapter switched off, or the
     named model (else the policy's own start) loaded once more."""
     if run.reference is None and lm.has_adapter:
@@ -213,7 +213,9 @@ def describe(lm: LanguageModel) -> str:
     trained = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
     share = "all trained" if trained == total else f"{trained:,} trained"
     dtype = str(lm.compute_dtype).removeprefix("torch.")
-    return f"{total:,} parameters ({share}), products in {dtype} on {lm.device}; {lm.plan.describe()}"
+    return (
+        f"{total:,} parameters ({share}), products in {dtype} on {lm.device}; {lm.plan.describe()}"
+    )
 
 
 def with_rates(resolved: Resolved) -> Resolved:
@@ -222,5 +224,3 @@ def with_rates(resolved: Resolved) -> Resolved:
         return resolved
     rate = 1e-5 if resolved.run.lora is not None else 5e-7
     return resolved.with_value("optimizer.learning_rate", rate, "resolved")
-
-

@@ -71,13 +71,21 @@ def sample_file(
         prompts.append(tuple(ids))
         kept.append(example.prompt if isinstance(example.prompt, str) else list(example.prompt))
     drops = ", ".join(f"{num} {reason}" for reason, num in account.dropped.items())
-    screen.note(f"{account.read} prompts read, {len(prompts)} used" + (f" ({drops})" if drops else ""))
+    screen.note(
+        f"{account.read} prompts read, {len(prompts)} used" + (f" ({drops})" if drops else "")
+    )
     if not prompts:
         raise DataError(f"{', '.join(run.data.path)}: no prompt can be used ({drops}).")
     screen.stage("samples")
     drawn = sample(
-        lm, prompts, num=num, max_new_tokens=max_new_tokens, temperature=temperature,
-        top_p=top_p, seed=run.seed, on_progress=screen.progress,
+        lm,
+        prompts,
+        num=num,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=run.seed,
+        on_progress=screen.progress,
     )
     logps = tree_logps(lm, sample_trees(prompts, drawn), run.batch.tokens_per_bin)
     rows: list[dict[str, object]] = [

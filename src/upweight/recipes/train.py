@@ -6,12 +6,13 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import importlib.metadata
 import json
 import platform
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,11 @@ def dpo(resolved: Resolved, screen: Screen | None = None) -> Result:
         if run.lora is not None:
             lora = run.lora
             lm = add_lora(
-                lm, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets,
+                lm,
+                rank=lora.rank,
+                alpha=lora.alpha,
+                dropout=lora.dropout,
+                targets=lora.targets,
                 seed=run.seed,
             )
         if run.compute.checkpointing:
@@ -140,8 +145,13 @@ def resume_command(out: Path) -> str:
 
 
 def _begin(
-    resolved: Resolved, lm: LanguageModel, rundir: RunDir, prepared: Prepared,
-    reference: Reference, screen: Screen, newest: Path | None,
+    resolved: Resolved,
+    lm: LanguageModel,
+    rundir: RunDir,
+    prepared: Prepared,
+    reference: Reference,
+    screen: Screen,
+    newest: Path | None,
 ) -> tuple[_State, Progress]:
     """The plan, the optimizer, and with `newest` the state of the run that is gone on with."""
     run = resolved.run
@@ -164,12 +174,14 @@ def _begin(
     )
     options = run.optimizer
     optimizer = make_optimizer(
-        lm.model, learning_rate=rate, weight_decay=options.weight_decay,
-        beta1=options.beta1, beta2=options.beta2, epsilon=options.epsilon,
+        lm.model,
+        learning_rate=rate,
+        weight_decay=options.weight_decay,
+        beta1=options.beta1,
+        beta2=options.beta2,
+        epsilon=options.epsilon,
     )
-    state = _State(
-        run, lm, rundir, prepared, reference, plan, screen, optimizer, _digest(run)
-    )
+    state = _State(run, lm, rundir, prepared, reference, plan, screen, optimizer, _digest(run))
     progress = Progress()
     if newest is not None:
         saved = checkpoint.load(newest, verified=True)
@@ -200,8 +212,8 @@ def _require_same_run(state: _State, saved: checkpoint.Position) -> None:
     if saved.reference_fingerprint != state.reference.fingerprint:
         raise ConfigError(
             f"resume: {state.rundir.path} was trained against another reference "
-            f"({saved.reference_fingerprint[:12]} then, {state.reference.fingerprint[:12]} with this "
-            "model, dtype and machine). Start a new run with another out."
+            f"({saved.reference_fingerprint[:12]} then, {state.reference.fingerprint[:12]} with "
+            "this model, dtype and machine). Start a new run with another out."
         )
     if saved.config_digest != state.digest:
         raise ConfigError(
@@ -291,7 +303,7 @@ def _evaluate(state: _State, progress: Progress) -> None:
 
 
 def _note_best(state: _State, progress: Progress, name: str, record: Record) -> None:
-    """Remember the step whose `checkpoint.best` (SET/METRIC, or a metric of the first set) is best."""
+    """Remember the step where `checkpoint.best` (SET/METRIC, or METRIC of the first set) is best."""
     wanted = state.run.checkpoint.best
     if wanted is None:
         return
@@ -303,7 +315,9 @@ def _note_best(state: _State, progress: Progress, name: str, record: Record) -> 
     if not isinstance(value, float):
         if name == first or metric != wanted:
             known = ", ".join(sorted(k for k, v in record.items() if isinstance(v, float)))
-            raise ConfigError(f"checkpoint.best is {wanted}, which is no metric. There are: {known}.")
+            raise ConfigError(
+                f"checkpoint.best is {wanted}, which is no metric. There are: {known}."
+            )
         return
     better = -value if metric == "loss" or metric.startswith("kl") else value
     if state.best is None or better > state.best:
@@ -376,15 +390,13 @@ def _write_environment(state: _State, finished: bool) -> None:
     if path.exists():
         with contextlib.suppress(ValueError, KeyError):
             started = json.loads(path.read_text())["started"]
-    from upweight import __version__
-
     lm, digest = state.lm, hashlib.sha256()
     for file in [*state.run.data.path, *(f for s in state.run.evaluation.sets.values() for f in s)]:
         with contextlib.suppress(OSError), open(file, "rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
     record: dict[str, Any] = {
-        "upweight": __version__,
+        "upweight": importlib.metadata.version("upweight"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -408,7 +420,7 @@ def _write_environment(state: _State, finished: bool) -> None:
 
 
 @contextlib.contextmanager
-def _stop_on_signals(screen: Screen) -> Iterator[threading.Event]:
+def _stop_on_signals(screen: Screen) -> Generator[threading.Event]:
     """An event that Ctrl-C and SIGTERM set; a second one of them ends the process as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -432,7 +444,7 @@ def _stop_on_signals(screen: Screen) -> Iterator[threading.Event]:
 
 
 def rebuild_report(folder: Path) -> Path:
-    """report.html again, from the run directory's records. Raises OutputError where there are none."""
+    """report.html again, from the run directory's records. Raises OutputError for other folders."""
     if not (folder / "run.yaml").is_file():
         raise OutputError(f"{folder} is not a run directory: it has no run.yaml.")
     return write_report(folder)

@@ -21,7 +21,7 @@ Record = dict[str, object]
 
 @dataclass(frozen=True)
 class Plan:
-    """What fit() does and when. `every` values are in optimizer steps; None is never (but at the end)."""
+    """What fit() does and when. `every` is in optimizer steps; None: only at the end."""
 
     total_steps: int
     steps_per_epoch: int

@@ -1,0 +1,62 @@
+"""The verbs of the command line as functions: `import upweight as uw; uw.train(...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from upweight.config import load_run
+from upweight.recipes import Result, dpo, sample_file, score_file
+from upweight.recipes import check as check_recipe
+from upweight.recipes.prepare import Prepared
+from upweight.terminal import default_screen
+
+__all__ = ["check", "sample", "score", "train"]
+
+
+def train(config: str | Path | None = None, **values: Any) -> Result:
+    """Align a model with preferences; every key of run.yaml is a keyword, short names included.
+
+    `uw.train(model=..., data=..., beta=0.1, out="runs/a")`. Raises UpweightError.
+    """
+
+    with default_screen() as screen:
+        return dpo(load_run(config, values=values, required=("out",)), screen)
+
+
+def check(config: str | Path | None = None, **values: Any) -> Prepared:
+    """What can be known before step 1: the model, the account of rows, what is scored."""
+
+    with default_screen() as screen:
+        return check_recipe(load_run(config, values=values), screen)
+
+
+def score(out: str | Path | None = None, **values: Any) -> list[dict[str, object]]:
+    """Log-probs, and with `reference` implicit rewards and margins, per preference, in nats."""
+
+    return score_file(load_run(None, values=values).run, Path(out) if out else None)
+
+
+def sample(
+    model: str,
+    prompts: Sequence[str] | str,
+    *,
+    out: str | Path | None = None,
+    num: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    **values: Any,
+) -> list[dict[str, object]]:
+    """`num` responses to each prompt of the files `prompts`, with their log-probs in nats."""
+
+    settings: Mapping[str, Any] = {"model": model, "data": prompts, **values}
+    return sample_file(
+        load_run(None, values=settings).run,
+        Path(out) if out else None,
+        num=num,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+    )

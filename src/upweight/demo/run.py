@@ -1,0 +1,167 @@
+"""The demo, start to report: does DPO raise a sentiment that a lexicon can measure?"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from upweight.config import load_run
+from upweight.data.stream import load_prompts
+from upweight.data.trees import prompt_ids, text_after
+from upweight.errors import OutputError
+from upweight.evidence.evaluate import kl_record, sample_logps
+from upweight.evidence.report import write_report
+from upweight.models.load import LanguageModel, demo_model_path
+from upweight.models.sample import Sample, sample
+from upweight.recipes import Result, dpo
+from upweight.recipes.prepare import load_policy, renderer_for
+from upweight.recipes.screen import Screen
+from upweight.stats import Interval, mean_interval
+from upweight.training.rundir import write_atomic
+from upweight.types import Dropped
+
+ANSWERS = 2
+"""Sampled answers per held-out prompt, of the reference and of the policy."""
+
+MAX_NEW_TOKENS = 72
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Reference against policy on the held-out prompts, as rows (name, reference, policy, note)."""
+
+    result: Result
+    rows: list[tuple[str, str, str, str]]
+    answers: list[tuple[str, str, str]]
+
+
+def demo(model: str | None, out: str, screen: Screen) -> Outcome | None:
+    """Train the demo model into `out` and measure it; None when it was stopped on the way."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    folder = files("upweight.demo")
+    with as_file(folder) as data:
+        resolved = load_run(
+            data / "run.yaml",
+            values={
+                "model": model or demo_model_path(),
+                "data.path": str(data / "train.jsonl"),
+                "evaluation.sets": {"heldout": [str(data / "heldout.jsonl")]},
+                "out": out,
+            },
+            origin_of_values="demo",
+            required=("out",),
+        )
+        result = dpo(resolved, screen)
+        if not result.finished or result.model is None:
+            return None
+        screen.stage("held-out prompts")
+        examples, _ = load_prompts([str(data / "heldout.jsonl")])
+    reference = load_policy(resolved.run)
+    renderer = renderer_for(resolved.run, reference)
+    ids = [prompt_ids(example, renderer) for example in examples]
+    prompts = [tuple(i) for i in ids if not isinstance(i, Dropped)]
+    assert len(prompts) == len(examples), "the demo's own prompts all fit"
+    theirs = _draw(reference, prompts, screen)
+    policy = load_policy(resolved.run.model_copy(update={"model": str(result.model)}))
+    ours = _draw(policy, prompts, screen)
+
+    analyzer = SentimentIntensityAnalyzer()
+
+    def scores(lm: LanguageModel, drawn: list[list[Sample]]) -> Interval:
+        values = [
+            float(analyzer.polarity_scores(_text(lm, prompt, s))["compound"])
+            for prompt, answers in zip(prompts, drawn, strict=True)
+            for s in answers
+        ]
+        return mean_interval(values, [i for i in range(len(prompts)) for _ in range(ANSWERS)])
+
+    flat = [(prompt, s) for prompt, drawn in zip(prompts, ours, strict=True) for s in drawn]
+    of = [prompt for prompt, _ in flat]
+    drawn = [s for _, s in flat]
+    kl = kl_record(sample_logps(policy, of, drawn), sample_logps(reference, of, drawn))
+    before, after = scores(reference, theirs), scores(policy, ours)
+    accuracy = _final_accuracy(result.out)
+    rows = [
+        (
+            "mean VADER sentiment",
+            _interval(before),
+            _interval(after),
+            f"{after.value - before.value:+.3f}, 95 % intervals over {len(prompts)} prompts",
+        ),
+        (
+            "sampled KL to the reference",
+            "0",
+            f"{kl['kl']:.2f} [{kl['kl_low']:.2f}, {kl['kl_high']:.2f}]",
+            "nats per answer",
+        ),
+        ("implicit-reward accuracy", "0.500", accuracy, "held-out preferences, a tie is one half"),
+        (
+            "mean answer length",
+            f"{_length(theirs):.1f}",
+            f"{_length(ours):.1f}",
+            f"tokens, cut at {MAX_NEW_TOKENS}",
+        ),
+        ("answers that stop by themselves", f"{_stopped(theirs):.0%}", f"{_stopped(ours):.0%}", ""),
+    ]
+    record = {
+        "title": f"Answers to {len(prompts)} held-out prompts",
+        "rows": [
+            dict(zip(("name", "reference", "policy", "note"), row, strict=True)) for row in rows
+        ],
+    }
+    write_atomic(result.out / "evaluation.json", json.dumps(record, indent=1))
+    write_report(result.out)
+    side_by_side = [
+        (
+            str(examples[i].prompt),
+            _text(reference, prompts[i], theirs[i][0]),
+            _text(policy, prompts[i], ours[i][0]),
+        )
+        for i in range(0, len(prompts), max(1, len(prompts) // 3))
+    ][:3]
+    return Outcome(result, rows, side_by_side)
+
+
+def free_folder(base: str) -> str:
+    """`base`, or base-2, base-3, ... : the first that does not exist."""
+    for number in range(1, 1000):
+        name = base if number == 1 else f"{base}-{number}"
+        if not os.path.lexists(name):
+            return name
+    raise OutputError(f"{base} and {base}-2 to {base}-999 exist already. Name one with --out.")
+
+
+def _draw(lm: LanguageModel, prompts: list[tuple[int, ...]], screen: Screen) -> list[list[Sample]]:
+    return sample(
+        lm, prompts, num=ANSWERS, max_new_tokens=MAX_NEW_TOKENS, seed=1, on_progress=screen.progress
+    )
+
+
+def _text(lm: LanguageModel, prompt: tuple[int, ...], drawn: Sample) -> str:
+    body = drawn.tokens[:-1] if drawn.stopped else drawn.tokens
+    return text_after(prompt, body, lm.tokenizer)
+
+
+def _interval(interval: Interval) -> str:
+    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _length(drawn: list[list[Sample]]) -> float:
+    lengths = [len(s.tokens) for answers in drawn for s in answers]
+    return sum(lengths) / len(lengths)
+
+
+def _stopped(drawn: list[list[Sample]]) -> float:
+    stopped = [s.stopped for answers in drawn for s in answers]
+    return sum(stopped) / len(stopped)
+
+
+def _final_accuracy(out: Path) -> str:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    last = [r for r in map(json.loads, lines) if r["kind"] == "eval"][-1]
+    low, high = last["rewards/accuracies_low"], last["rewards/accuracies_high"]
+    return f"{last['rewards/accuracies']:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,0 +1,175 @@
+import math
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from oracles import tree_of, with_plan
+from tiny import byte_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from upweight.data.pack import collate
+from upweight.losses.pair import PAIR_LOSSES, dpo
+from upweight.models.load import ForwardPlan, LanguageModel
+from upweight.models.logprobs import response_logps, token_logps
+from upweight.types import PairLogps
+
+# Closed forms: Rafailov et al. 2023 (arXiv:2305.18290), sections 4 and A.
+
+
+def pairs_of(policy_chosen, policy_rejected, reference_chosen=0.0, reference_rejected=0.0):
+    values = torch.broadcast_tensors(
+        *(
+            torch.as_tensor(x, dtype=torch.float64).reshape(-1)
+            for x in (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+        )
+    )
+    tokens = torch.full(values[0].shape, 7)
+    return PairLogps(*values, tokens_chosen=tokens, tokens_rejected=tokens)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+def test_where_policy_is_reference_the_loss_is_ln_2(smoothing):
+    logps = pairs_of([-3.0, -500.0], [-4.0, -20.0], [-3.0, -500.0], [-4.0, -20.0])
+    got = dpo(logps, beta=0.1, label_smoothing=smoothing)
+    torch.testing.assert_close(got, torch.full_like(got, math.log(2)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 0.5])
+def test_the_gradient_is_beta_sigmoid_of_minus_beta_h(beta):
+    chosen = torch.tensor([-3.0, -50.0, 2000.0], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([-9.0, -10.0, -2000.0], dtype=torch.float64, requires_grad=True)
+    logps = pairs_of(chosen, rejected, -4.0, -5.5)
+    up, down = torch.autograd.grad(dpo(logps, beta=beta).sum(), (chosen, rejected))
+    wanted = -beta * torch.sigmoid(-beta * logps.margin)
+    torch.testing.assert_close(up, wanted, rtol=0, atol=1e-9)
+    torch.testing.assert_close(down, -wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_what_depends_on_the_prompt_alone_cancels(smoothing):
+    shift = torch.tensor([0.0, 5.0, -40.0], dtype=torch.float64)
+    plain = dpo(pairs_of(-3.0, -4.0, -3.5, -2.0), label_smoothing=smoothing)
+    moved = dpo(pairs_of(-3.0 + shift, -4.0 + shift, -3.5, -2.0), label_smoothing=smoothing)
+    torch.testing.assert_close(moved, plain.expand(3))
+
+
+def test_cdpo_is_stationary_where_the_margin_explains_the_flips():
+    h = torch.tensor([21.972246], dtype=torch.float64, requires_grad=True)
+    loss = dpo(pairs_of(h, 0.0), beta=0.1, label_smoothing=0.1).sum()
+    (slope,) = torch.autograd.grad(loss, h)
+    assert abs(slope.item()) < 1e-9
+    assert loss.item() == pytest.approx(0.3251, abs=5e-5)
+    near = dpo(pairs_of([21.0, 23.0, 100.0], 0.0), beta=0.1, label_smoothing=0.1)
+    assert (near > loss.item()).all()
+
+
+def test_cdpo_is_dpo_under_flipped_labels():
+    e, logps = 0.3, pairs_of([-3.0, -9.0], [-4.0, -2.0], -3.5, -2.5)
+    flipped = pairs_of([-4.0, -2.0], [-3.0, -9.0], -2.5, -3.5)
+    mixed = (1 - e) * dpo(logps) + e * dpo(flipped)
+    torch.testing.assert_close(dpo(logps, label_smoothing=e), mixed)
+
+
+def test_far_margins_stay_finite():
+    far = dpo(pairs_of([1e5, -1e5], 0.0), beta=0.1)
+    torch.testing.assert_close(far, torch.tensor([0.0, 1e4], dtype=torch.float64))
+
+
+def test_tabular_dpo_on_bradley_terry_converges_to_the_optimum():
+    beta = 0.5
+    reference = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    reward = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
+    first, second = (torch.tensor(x) for x in zip(*[(0, 1), (0, 2), (1, 2)], strict=True))
+    better = torch.sigmoid(reward[first] - reward[second])
+    free = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [free], max_iter=200, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        solver.zero_grad()
+        policy = free.log_softmax(0)
+        forward = dpo(
+            pairs_of(policy[first], policy[second], reference[first], reference[second]), beta=beta
+        )
+        backward = dpo(
+            pairs_of(policy[second], policy[first], reference[second], reference[first]), beta=beta
+        )
+        loss = (better * forward + (1 - better) * backward).sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    policy = free.detach().softmax(0)
+    wanted = torch.tensor([0.183798, 0.814856, 0.001347], dtype=torch.float64)
+    torch.testing.assert_close(policy, wanted, rtol=0, atol=1e-6)
+    optimum = (reference + reward / beta).softmax(0)
+    torch.testing.assert_close(policy, optimum, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_every_pair_loss_gives_one_value_per_pair_and_depends_on_no_other_pair(name):
+    loss = PAIR_LOSSES[name]
+    both = pairs_of([-3.0, -9.0], [-4.0, -2.0], [-3.5, -8.0], [-2.0, -2.5])
+    alone = [pairs_of(-3.0, -4.0, -3.5, -2.0), pairs_of(-9.0, -2.0, -8.0, -2.5)]
+    got = loss(both)
+    assert got.shape == (2,)
+    torch.testing.assert_close(got, torch.cat([loss(one) for one in alone]))
+
+
+STOP, LONGEST = 0, 5
+
+
+def tiny_language(seed):
+    """A language model on the letters 1, 2, 3 and the stop token 0."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, eos_token_id=STOP, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, 0.0, 0.7)
+    cpu = torch.device("cpu")
+    return LanguageModel(
+        model, byte_tokenizer(), "tiny", "", cpu, torch.float32, ForwardPlan(attention="parts")
+    )
+
+
+def all_strings():
+    """Every string up to its stop token, and those that reach the longest length without one."""
+    for length in range(LONGEST):
+        for letters in product((1, 2, 3), repeat=length):
+            yield (*letters, STOP)
+    yield from product((1, 2, 3), repeat=LONGEST)
+
+
+def language_logps(lm, prompt):
+    forest = collate([tree_of(prompt, list(all_strings()), preferences=())])
+    with torch.no_grad():
+        return response_logps(token_logps(lm, forest), forest)
+
+
+@pytest.mark.parametrize("way", [dict(attention="parts"), dict(shared=False, reason="a test")])
+def test_over_all_strings_of_a_language_implicit_rewards_normalise_the_reference(way):
+    policy, reference = (with_plan(tiny_language(seed), **way) for seed in (1, 2))
+    prompt, beta = (1, 3, 2), 0.3
+    p, r = language_logps(policy, prompt), language_logps(reference, prompt)
+    assert len(p) == sum(3**n for n in range(LONGEST)) + 3**LONGEST
+    assert (p - r).abs().max() > 0.5
+    assert p.exp().sum().item() == pytest.approx(1.0, abs=1e-9)
+    implicit = beta * (p - r)
+    partition = (r + implicit / beta).exp().sum().item()
+    assert partition == pytest.approx(1.0, abs=1e-9)
+
+
+def test_the_sum_over_all_strings_is_not_1_without_the_stop_token():
+    lm = with_plan(tiny_language(1), attention="parts")
+    tree = tree_of((1, 3, 2), list(all_strings()), preferences=())
+    cut = replace(tree, responses=tuple(r[:-1] or r for r in tree.responses))
+    forest = collate([cut])
+    with torch.no_grad():
+        total = response_logps(token_logps(lm, forest), forest).exp().sum().item()
+    assert abs(total - 1) > 0.05
