@@ -7,8 +7,8 @@ from copy import deepcopy
 from functools import lru_cache
 
 import torch
-from tiny import save_tiny, tiny_model
 
+from tiny import save_tiny, tiny_model
 from upweight.models.attention import NAME
 from upweight.models.load import ForwardPlan, LanguageModel, load
 from upweight.types import Preference, ResponseId, RowId, Tree

@@ -2,8 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import SHAPES, loaded, random_trees
 
+from oracles import SHAPES, loaded, random_trees
 from upweight.data.pack import collate
 from upweight.models import attention
 from upweight.models.attention import (

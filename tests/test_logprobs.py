@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from oracles import (
     SHAPES,
     alone,
@@ -12,7 +13,6 @@ from oracles import (
     with_plan,
 )
 from tiny import FALLBACK_FAMILIES, FAMILIES, save_tiny
-
 from upweight.data.pack import collate, unshared
 from upweight.errors import ModelError
 from upweight.models.attention import layout_of
@@ -37,10 +37,12 @@ def test_every_way_gives_what_transformers_gives_one_sequence_at_a_time(family):
     truth = alone(plain, trees)
     wanted = gradients(plain, weigh(truth))
     tolerance = 1e-10 if family in LAYER_NORM else 1e-6
+    # Gemma 2's score cap goes with transformers' eager attention, whose softmax is fp32.
+    exact = 1e-6 if family == "gemma2" else 1e-10
     for way in WAYS.values():
         lm = with_plan(loaded(family, torch.float64), **way)
         got = token_logps(lm, collate(trees))
-        torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(got, truth, rtol=exact, atol=exact)
         assert relative(gradients(lm.model, weigh(got)), wanted) < tolerance
 
 

@@ -4,10 +4,10 @@ from itertools import product
 
 import pytest
 import torch
-from oracles import tree_of, with_plan
-from tiny import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from oracles import tree_of, with_plan
+from tiny import byte_tokenizer
 from upweight.data.pack import collate
 from upweight.losses.pair import PAIR_LOSSES, dpo
 from upweight.models.load import ForwardPlan, LanguageModel
@@ -84,7 +84,11 @@ def test_tabular_dpo_on_bradley_terry_converges_to_the_optimum():
     better = torch.sigmoid(reward[first] - reward[second])
     free = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS(
-        [free], max_iter=200, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+        [free],
+        max_iter=200,
+        tolerance_grad=1e-13,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
 
     def closure():

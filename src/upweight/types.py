@@ -190,13 +190,13 @@ class PairLogps:
 
     @property
     def margin(self) -> Float[Tensor, " pairs"]:
-        """log-ratio of chosen minus log-ratio of rejected, in nats; beta times it is the reward margin."""
+        """log-ratio of chosen minus log-ratio of rejected, in nats; times beta: reward margin."""
         return self.chosen_logratio - self.rejected_logratio
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an objective makes of one forest: a sum, the count it is a sum over, metrics as (sum, count).
+    """What an objective makes of one forest: a sum, its count, metrics as (sum, count).
 
     Sums, never means: an optimizer step is made of several forests, on several ranks, and a mean
     of means is wrong when they hold different numbers of pairs.

@@ -85,9 +85,11 @@ def _row(
     ref: Sequence[float] | None,
     beta: float,
 ) -> Row:
-    rewards = (
-        (None, None) if ref is None else (beta * (policy[c] - ref[c]), beta * (policy[r] - ref[r]))
-    )
+    reward_chosen = None if ref is None else beta * (policy[c] - ref[c])
+    reward_rejected = None if ref is None else beta * (policy[r] - ref[r])
+    margin = None
+    if reward_chosen is not None and reward_rejected is not None:
+        margin = reward_chosen - reward_rejected
     return {
         "row": str(tree.ids[chosen].row),
         "chosen": tree.ids[chosen].index,
@@ -96,9 +98,9 @@ def _row(
         "logp_rejected": policy[r],
         "ref_logp_chosen": None if ref is None else ref[c],
         "ref_logp_rejected": None if ref is None else ref[r],
-        "reward_chosen": rewards[0],
-        "reward_rejected": rewards[1],
-        "margin": None if rewards[0] is None or rewards[1] is None else rewards[0] - rewards[1],
+        "reward_chosen": reward_chosen,
+        "reward_rejected": reward_rejected,
+        "margin": margin,
         "tokens_chosen": len(tree.responses[chosen]),
         "tokens_rejected": len(tree.responses[rejected]),
     }

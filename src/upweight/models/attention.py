@@ -14,7 +14,7 @@ recomputed in the backward pass (checkpointing) sees the forest it saw in the fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -33,7 +33,7 @@ NAME = "upweight"
 
 
 class CannotShare(Exception):
-    """Why a model family cannot compute a prompt once for several responses. Never leaves models/."""
+    """Why a model family cannot share a prompt among responses. Never leaves models/."""
 
 
 @dataclass
@@ -188,7 +188,7 @@ def _tree_by_tree(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Float[Tensor, "1 heads tokens value_dim"]:
-    """Dense attention inside each tree: where a family changes the scores, but still no T x T mask."""
+    """Dense attention inside each tree: for families that change the scores. No T x T mask."""
     window = _binding(layout, window)
     outs: list[Tensor] = []
     for span in layout.spans:
@@ -250,13 +250,22 @@ class _Parts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout,
-                scale: float, window: int | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: Layout,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
         out = torch.empty_like(query)
         lse = query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
         for group in parts_of(layout.spans, window):
             rows = slice(group[0].q0, group[0].q1)
-            pieces = [_forward_part(query, key, value, part, layout, scale, window) for part in group]
+            pieces = [
+                _forward_part(query, key, value, part, layout, scale, window) for part in group
+            ]
             if len(pieces) == 1:
                 out[:, :, rows], lse[:, :, rows] = pieces[0]
                 continue
@@ -277,8 +286,16 @@ class _Parts(torch.autograd.Function):
                 q, k = slice(part.q0, part.q1), slice(part.k0, part.k1)
                 mask = _part_mask(part, ctx.layout, ctx.window, query.dtype)
                 gq, gk, gv = _flash_backward(
-                    grad[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k],
-                    out[:, :, q], lse[:, :, q], 0.0, part.causal, attn_mask=mask, scale=ctx.scale,
+                    grad[:, :, q],
+                    query[:, :, q],
+                    key[:, :, k],
+                    value[:, :, k],
+                    out[:, :, q],
+                    lse[:, :, q],
+                    0.0,
+                    part.causal,
+                    attn_mask=mask,
+                    scale=ctx.scale,
                 )
                 dq[:, :, q] += gq
                 dk[:, :, k] += gk
@@ -298,8 +315,13 @@ def _part_mask(part: Part, layout: Layout, window: int | None, dtype: torch.dtyp
 
 
 def _forward_part(
-    query: Tensor, key: Tensor, value: Tensor, part: Part, layout: Layout,
-    scale: float, window: int | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    part: Part,
+    layout: Layout,
+    scale: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """(output, log-sum-exp) of one block."""
     q, k = slice(part.q0, part.q1), slice(part.k0, part.k1)
@@ -380,8 +402,15 @@ def torch_varlen(
 
     left = -1 if window is None else window - 1
     out = varlen_attn(
-        query, key, value, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k,
-        scale=scale, window_size=(left, 0),
+        query,
+        key,
+        value,
+        plan.cu_q,
+        plan.cu_k,
+        plan.max_q,
+        plan.max_k,
+        scale=scale,
+        window_size=(left, 0),
     )
     assert isinstance(out, Tensor)
     return out
@@ -402,15 +431,23 @@ def varlen_attention(
     q = query[0].transpose(0, 1)
     k = _repeat_heads(key, heads)[0].transpose(0, 1)[plan.keys]
     v = _repeat_heads(value, heads)[0].transpose(0, 1)[plan.keys]
-    out = kernel(q.contiguous(), k.contiguous(), v.contiguous(), plan, scale, _binding(layout, window))
+    out = kernel(
+        q.contiguous(), k.contiguous(), v.contiguous(), plan, scale, _binding(layout, window)
+    )
     return out.transpose(0, 1)[None]
 
 
+def implementation(model: PreTrainedModel) -> str:
+    """The name of the attention function that the model calls."""
+    return str(getattr(model.config, "_attn_implementation", "eager"))
+
+
 @contextmanager
-def native_attention(model: PreTrainedModel) -> Iterator[None]:
+def native_attention(model: PreTrainedModel) -> Generator[None]:
     """The model as transformers runs it, for generation and for families that cannot share."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    before = implementation(model)
+    sdpa = getattr(model, "_supports_sdpa", False)
+    model.set_attn_implementation("sdpa" if sdpa else "eager")
     try:
         yield
     finally:

@@ -10,7 +10,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,17 @@ class LanguageModel:
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
         """Matrix products in the compute dtype; weights, norms and sums stay as they are."""
-        if self.compute_dtype == torch.float32 or next(self.model.parameters()).dtype != torch.float32:
+        if (
+            self.compute_dtype == torch.float32
+            or next(self.model.parameters()).dtype != torch.float32
+        ):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding, which is what ids may index; at least the tokenizer's size."""
+        return next(self.causal.get_input_embeddings().parameters()).shape[0]
 
     @property
     def max_length(self) -> int | None:
@@ -105,7 +114,7 @@ class LanguageModel:
 
 
 def cache_dir() -> Path:
-    """Where converted models and reference log-probs are kept: $UPWEIGHT_CACHE, or the user's cache."""
+    """Where converted models and reference log-probs are: $UPWEIGHT_CACHE, or the user's cache."""
     if own := os.environ.get("UPWEIGHT_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upweight"
@@ -161,7 +170,9 @@ def _convert_gguf(file: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     except OSError as error:
-        raise OutputError(f"the cache {target.parent} cannot be written: {error.strerror}.") from error
+        raise OutputError(
+            f"the cache {target.parent} cannot be written: {error.strerror}."
+        ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(
@@ -169,7 +180,7 @@ def _convert_gguf(file: Path) -> Path:
         )
         # Both describe the file that was read, not these weights, and save_pretrained refuses them.
         del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
-        model.hf_quantizer = None
+        vars(model).pop("hf_quantizer", None)
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         with contextlib.suppress(FileExistsError, OSError):
@@ -202,15 +213,20 @@ def load(
     """
     from upweight.models import proof
 
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    chosen = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    )
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("compute.device is cuda, but torch sees no CUDA device. Use compute.device=cpu.")
+        raise ModelError(
+            "compute.device is cuda, but torch sees no CUDA device. Use compute.device=cpu."
+        )
     folder = resolve(name)
     model = _load_weights(name, folder, trust_remote_code)
     tokenizer = load_tokenizer(name, folder, trust_remote_code)
     # Evaluation mode for good: dropout is noise on a log-ratio, and a policy that is noisy where
     # its reference is not starts away from ln 2.
-    model = model.to(chosen).eval()
+    model.to(chosen)  # pyright: ignore[reportArgumentType]
+    model.eval()
     compute_dtype = (
         (torch.bfloat16 if bfloat16_is_fast(model, chosen) else torch.float32)
         if dtype == "auto"
@@ -231,17 +247,20 @@ def _load_weights(name: str, folder: str, trust_remote_code: bool) -> PreTrained
 
         base_name = json.loads(adapter.read_text()).get("base_model_name_or_path")
         if not base_name:
-            raise ModelError(f"model: {name} is an adapter that does not say which model it is for.")
+            raise ModelError(
+                f"model: {name} is an adapter that does not say which model it is for."
+            )
         base = _load_weights(base_name, resolve(base_name), trust_remote_code)
-        merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
+        with _quiet_peft():
+            merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
         assert isinstance(merged, PreTrainedModel)
         return merged
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if getattr(config, "is_encoder_decoder", False):
             raise ModelError(
-                f"model: {name} is an encoder-decoder ({config.model_type}); upweight aligns causal "
-                "language models."
+                f"model: {name} is an encoder-decoder ({config.model_type}); upweight aligns "
+                "causal language models."
             )
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
@@ -250,6 +269,14 @@ def _load_weights(name: str, folder: str, trust_remote_code: bool) -> PreTrained
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"model: {name} cannot be loaded: {_first_lines(error)}") from error
+
+
+@contextlib.contextmanager
+def _quiet_peft() -> Generator[None]:
+    """peft reads an attribute that transformers 5.23 is about to drop, and says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        yield
 
 
 def load_tokenizer(
@@ -268,7 +295,7 @@ def load_tokenizer(
     if len(tokenizer) == 0 or not tokenizer.encode("a", add_special_tokens=False):
         raise ModelError(
             f"model: the tokenizer of {name} is empty: it turns text into no tokens. Copy "
-            "tokenizer.json and tokenizer_config.json of the model it was made from into the folder."
+            "tokenizer.json and tokenizer_config.json of its origin into the folder."
         )
     return tokenizer
 
@@ -279,7 +306,7 @@ def _first_lines(error: BaseException, num: int = 3) -> str:
 
 
 def bfloat16_is_fast(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether bf16 products take under 0.7 of fp32's time, over the three layouts of a training step.
+    """Whether bf16 products take under 0.7 of fp32's time, over a training step's three layouts.
 
     Forward x W^T, gradient of the input g W and of the weight g^T x, at the shape of the model's
     largest inner matrix. Without AVX512-BF16 or AMX, bf16 on a CPU is tens of times slower.
@@ -329,7 +356,13 @@ def fingerprint(lm: LanguageModel) -> str:
 
 
 def add_lora(
-    lm: LanguageModel, *, rank: int, alpha: float, dropout: float, targets: str | list[str], seed: int
+    lm: LanguageModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: str | list[str],
+    seed: int,
 ) -> LanguageModel:
     """`lm` with a fresh LoRA adapter (Hu et al. 2021, arXiv:2106.09685), the base frozen.
 
@@ -349,10 +382,16 @@ def add_lora(
     )
     torch.manual_seed(seed)
     try:
-        wrapped = get_peft_model(lm.causal, config)
+        with _quiet_peft():
+            wrapped = get_peft_model(lm.causal, config)
     except ValueError as error:
-        names = sorted({n.rsplit(".", 1)[-1] for n, m in lm.causal.named_modules()
-                        if isinstance(m, nn.Linear | Conv1D)})
+        names = sorted(
+            {
+                n.rsplit(".", 1)[-1]
+                for n, m in lm.causal.named_modules()
+                if isinstance(m, nn.Linear | Conv1D)
+            }
+        )
         raise ModelError(
             f"lora.targets {targets!r} match no layer of {lm.name}; its linear layers are called: "
             f"{', '.join(names)}. Use lora.targets=all-linear for all of them."
@@ -366,7 +405,7 @@ def add_lora(
 
 
 @contextlib.contextmanager
-def adapter_off(lm: LanguageModel) -> Iterator[LanguageModel]:
+def adapter_off(lm: LanguageModel) -> Generator[LanguageModel]:
     """`lm` as its own reference: the same weights with the adapter switched off."""
     assert lm.has_adapter
     with lm.model.disable_adapter(), torch.no_grad():  # pyright: ignore
@@ -377,7 +416,10 @@ def checkpoint_layers(lm: LanguageModel) -> None:
     """Recompute each layer in the backward pass instead of keeping its activations."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    lm.causal.gradient_checkpointing_enable({"use_reentrant": False})
+    with warnings.catch_warnings():
+        # transformers 5.23 has another name for it, which 5.17 does not know.
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable.*", FutureWarning)
+        lm.causal.gradient_checkpointing_enable({"use_reentrant": False})
     for module in lm.causal.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # its own flag only: what lies inside stays without dropout
@@ -390,6 +432,7 @@ def export(lm: LanguageModel, folder: Path, *, merge: bool = False) -> list[Path
     merged model in `folder` and the adapter beside it in `adapter/`. Each folder appears whole or
     not at all. The caller has made room (OutputError otherwise).
     """
+
     def write(target: Path, model: Any) -> Path:
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
@@ -414,5 +457,6 @@ def export(lm: LanguageModel, folder: Path, *, merge: bool = False) -> list[Path
     from peft import PeftModel
 
     base = _load_weights(lm.name, lm.folder, trust_remote_code=False)
-    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    with _quiet_peft():
+        merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     return [write(folder, merged), adapter]

@@ -93,16 +93,18 @@ def _rows(
             batches.append([])
             longest = span.stop - span.start
         batches[-1].append(index)
-    pad = lm.tokenizer.pad_token_id or 0
+    pad = found if isinstance(found := lm.tokenizer.pad_token_id, int) else 0
     result: list[tuple[Tensor, Tensor, tuple[Tensor, Tensor]]] = []
     for batch in batches:
         spans = [alone.spans[i] for i in batch]
         ids = [alone.token_ids[s.start : s.stop] for s in spans]
-        mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
         row = [torch.full((sum(s.responses),), r) for r, s in enumerate(spans)]
         column = [torch.arange(s.prompt - 1, s.stop - s.start - 1) for s in spans]
         where = (torch.cat(row).to(lm.device), torch.cat(column).to(lm.device))
-        result.append((pad_sequence(ids, batch_first=True, padding_value=pad), mask, where))
+        padded = pad_sequence(ids, batch_first=True, padding_value=pad)
+        # Ones on the padding too: nothing reads it, and a padded position whose sliding window
+        # holds only padding would be a softmax over nothing, whose NaN spreads as 0 * NaN.
+        result.append((padded, torch.ones_like(padded), where))
     return result
 
 
@@ -120,8 +122,7 @@ def head_logps(
     def chunk_logps(states: Tensor, wanted: Tensor) -> Tensor:
         return -F.cross_entropy(logits(head, config, states), wanted, reduction="none")
 
-    vocab = int(getattr(config, "vocab_size", 0)) or lm.causal.get_input_embeddings().weight.shape[0]
-    rows = max(1, chunk_elements // vocab)
+    rows = max(1, chunk_elements // lm.vocab_size)
     pieces = [
         checkpoint(chunk_logps, states, wanted, use_reentrant=False)
         if torch.is_grad_enabled()
@@ -150,9 +151,7 @@ def logits(head: nn.Module, config: object, states: Float[Tensor, "n width"]) ->
     return out
 
 
-def response_logps(
-    tokens: Float[Tensor, " scored"], forest: Forest
-) -> Float[Tensor, " responses"]:
+def response_logps(tokens: Float[Tensor, " scored"], forest: Forest) -> Float[Tensor, " responses"]:
     """Log-prob of each response: the sum over its tokens, in nats."""
     index = forest.response_of.to(tokens.device)
     assert tokens.dtype in (torch.float32, torch.float64), "log-probs are summed in fp32 (UW105)"

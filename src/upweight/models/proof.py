@@ -92,7 +92,9 @@ def _exact_depth(lm: LanguageModel) -> int | None:
     """The length from which on position encodings depend on the longest sequence of the batch."""
     config = lm.causal.config
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    per_layer = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
+    per_layer = (
+        rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
+    )
     for parameters in per_layer:
         kind = parameters.get("rope_type", parameters.get("type"))
         if kind in ("dynamic", "longrope"):
@@ -111,7 +113,7 @@ def probe_forest(lm: LanguageModel) -> Forest:
     Long enough to cross a small sliding window; a large one is checked by what the layers ask for.
     """
     generator = torch.Generator().manual_seed(0)
-    vocab = lm.causal.get_input_embeddings().weight.shape[0]
+    vocab = lm.vocab_size
     limit = min(vocab, len(lm.tokenizer))
     window = getattr(lm.causal.config, "sliding_window", None) or 0
     prompt = 11 + (window if window <= 256 else 0)
@@ -142,14 +144,16 @@ def one_at_a_time(lm: LanguageModel, forest: Forest) -> Float[Tensor, " scored"]
                 out = lm.model(input_ids=ids, use_cache=False).logits[0]
                 out = out if out.dtype == torch.float64 else out.float()
                 predicted = out[len(tree.prompt) - 1 : -1]
-                pieces.append(-F.cross_entropy(predicted, ids[0, len(tree.prompt) :], reduction="none"))
+                pieces.append(
+                    -F.cross_entropy(predicted, ids[0, len(tree.prompt) :], reduction="none")
+                )
     return torch.cat(pieces)
 
 
 def _failure(lm: LanguageModel, plan: ForwardPlan, probe: Forest, truth: Tensor) -> str | None:
     """What is wrong with a plan, or None. Runs in the weights' own dtype, without autocast."""
     before, compute_dtype = lm.plan, lm.compute_dtype
-    implementation = lm.causal.config._attn_implementation
+    implementation = attention.implementation(lm.causal)
     lm.plan, lm.compute_dtype = plan, torch.float32
     try:
         if plan.shared:

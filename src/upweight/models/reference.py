@@ -159,9 +159,7 @@ def fill(
 def _write_part(reference: Reference, keys: list[bytes]) -> None:
     if not keys:
         return
-    table = pa.table(
-        {"key": keys, "logps": [reference.table[key] for key in keys]}, schema=SCHEMA
-    )
+    table = pa.table({"key": keys, "logps": [reference.table[key] for key in keys]}, schema=SCHEMA)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     name = hashlib.sha256(b"".join(keys)).hexdigest()[:16]
@@ -198,7 +196,9 @@ def verify(reference: Reference, lm: LanguageModel, trees: Sequence[Tree], num: 
         forest = collate([tree])
         with torch.no_grad():
             got = token_logps(lm, forest).cpu()
-        difference = (got - reference.logps(forest)).abs().split(forest.tokens_per_response.tolist())
+        difference = (
+            (got - reference.logps(forest)).abs().split(forest.tokens_per_response.tolist())
+        )
         for response, delta in zip(tree.ids, difference, strict=True):
             if not delta.mean().item() <= worst:
                 worst, where = delta.mean().item(), str(response.row)
@@ -207,7 +207,7 @@ def verify(reference: Reference, lm: LanguageModel, trees: Sequence[Tree], num: 
         raise Refusal(
             "UW107",
             f"the reference log-probs kept in {reference.folder} are not this reference's: {where} "
-            f"differs by {worst:.3g} nats per token when recomputed (rounding explains {tolerance}). "
+            f"differs by {worst:.3g} nats per token when recomputed (rounding: {tolerance}). "
             "Delete that folder to compute them again.",
         )
     return worst

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -76,7 +76,8 @@ def sample(
                 ids[row, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
                 mask[row, width - len(prompts[i]) :] = 1
             out = lm.model.generate(  # pyright: ignore
-                input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device),
+                input_ids=ids.to(lm.device),
+                attention_mask=mask.to(lm.device),
                 generation_config=config,
             )
             for i, row in zip(batch, out[:, width:].tolist(), strict=True):
@@ -88,7 +89,7 @@ def sample(
 
 
 @contextmanager
-def _only(lm: LanguageModel, config: GenerationConfig) -> Iterator[None]:
+def _only(lm: LanguageModel, config: GenerationConfig) -> Generator[None]:
     """`config` alone decides: generate() would fill what it leaves open from the model's own."""
     own = lm.causal.generation_config
     lm.causal.generation_config = config
@@ -114,7 +115,9 @@ def sample_trees(
     ]
 
 
-def tree_logps(lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int = 8192) -> list[list[float]]:
+def tree_logps(
+    lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int = 8192
+) -> list[list[float]]:
     """The log-prob in nats of every response of every tree, in the trees' order."""
     where = {id(tree): i for i, tree in enumerate(trees)}
     result: list[list[float]] = [[] for _ in trees]

@@ -303,7 +303,7 @@ def _evaluate(state: _State, progress: Progress) -> None:
 
 
 def _note_best(state: _State, progress: Progress, name: str, record: Record) -> None:
-    """Remember the step where `checkpoint.best` (SET/METRIC, or METRIC of the first set) is best."""
+    """Remember where `checkpoint.best` (SET/METRIC, or METRIC of the first set) is best."""
     wanted = state.run.checkpoint.best
     if wanted is None:
         return

@@ -1,4 +1,4 @@
-"""fit(): the one training loop. It is handed everything it calls; it knows no files and no screen."""
+"""fit(): the one training loop. It is handed all that it calls; it knows no file and no screen."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _refuse_nonfinite(
     shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     raise Refusal(
         "UW303",
-        f"step {step + 1}: the loss is {loss.item():.4g} and the gradient's norm {norm.item():.4g}. "
+        f"step {step + 1}: the loss is {loss.item():.4g}, the gradient's norm {norm.item():.4g}. "
         f"The weights are as they were before this step. Its rows: {shown}.",
     )
 

@@ -18,7 +18,7 @@ PairLoss = Callable[[PairLogps], Float[Tensor, " pairs"]]
 
 
 def pair(reference: Reference, loss: PairLoss, beta: float) -> Objective:
-    """Preferred pairs under `loss`, which has its options bound; `beta` scales the rewards shown."""
+    """Preferred pairs under `loss`, its options bound; `beta` scales the rewards that are shown."""
 
     def objective(lm: LanguageModel, forest: Forest) -> Step:
         policy = token_logps(lm, forest)

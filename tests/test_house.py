@@ -1,0 +1,74 @@
+"""What the README says is there, and nothing of the machine it was written on is."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from upweight.config import load_run
+from upweight.losses import PAIR_LOSSES
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SOURCE = re.compile(r"arXiv:\d{4}\.\d{4,5}")
+FOREIGN_PATH = re.compile(r"(?<![\w.~-])/(?:work|root)\b")
+
+
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return [body for name, body in BLOCK.findall(text) if name == language]
+
+
+def paths_of(tree: str) -> list[Path]:
+    """The paths of an indented tree, two spaces a level; what follows the name is its note."""
+    at: list[str] = []
+    found: list[Path] = []
+    for line in tree.splitlines():
+        level = (len(line) - len(line.lstrip())) // 2
+        at = [*at[:level], line.split()[0]]
+        found.append(ROOT.joinpath(*at))
+    return found
+
+
+def test_each_yaml_block_of_the_readme_is_a_run(tmp_path: Path) -> None:
+    written = blocks("yaml")
+    assert written
+    for text in written:
+        file = tmp_path / "run.yaml"
+        file.write_text(text, encoding="utf-8")
+        assert load_run(file, required=("out",)).run.objective == "dpo"
+
+
+def test_the_tree_of_the_readme_names_only_what_exists() -> None:
+    (tree,) = blocks("text")
+    assert [path for path in paths_of(tree) if not path.exists()] == []
+
+
+def test_the_tree_of_the_readme_leaves_out_no_wing() -> None:
+    (tree,) = blocks("text")
+    wings = {f.parent for f in (ROOT / "src" / "upweight").glob("*/__init__.py")}
+    assert wings - set(paths_of(tree)) == set()
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_each_pair_loss_names_its_source(name: str) -> None:
+    assert SOURCE.search(inspect.getdoc(PAIR_LOSSES[name]) or "")
+
+
+def test_no_file_names_a_folder_of_the_machine_it_was_written_on() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout, so which files belong to the project is not known")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    files = [ROOT / name for name in listed.split("\0") if name]
+    texts = {f: f.read_text(encoding="utf-8", errors="ignore") for f in files if f.is_file()}
+    assert [str(f) for f, text in texts.items() if FOREIGN_PATH.search(text)] == []

@@ -1,0 +1,116 @@
+import math
+
+import pytest
+import torch
+
+from oracles import loaded, random_trees
+from upweight.data.pack import collate
+from upweight.errors import Refusal
+from upweight.losses.pair import dpo
+from upweight.models.load import fingerprint
+from upweight.models.reference import fill, open_reference
+from upweight.training.loop import Hooks, Plan, Progress, fit
+from upweight.training.objectives import pair
+from upweight.training.optimizer import make_optimizer
+
+TREES = random_trees([(6, 3, 5), (4, 2, 2, 4), (5, 7, 1), (3, 4, 6), (8, 2, 3)] * 2, seed=7)
+
+
+def objective_of(lm, root, trees=TREES, loss=dpo):
+    reference = open_reference(fingerprint(lm), lm, root)
+    fill(reference, lm, trees, 64)
+    return pair(reference, loss, beta=0.1)
+
+
+def train(lm, root, cut, steps=2, loss=dpo, should_stop=lambda: False, **plan):
+    """(records, steps evaluated, steps saved, whether it ran to its end)"""
+    objective = objective_of(lm, root, loss=loss)
+    optimizer = make_optimizer(
+        lm.model, learning_rate=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-3
+    )
+    options = dict(
+        total_steps=steps, steps_per_epoch=steps, learning_rate=1e-2, warmup=0.0,
+        schedule="constant", max_grad_norm=1.0,
+    )  # fmt: skip
+    records, evaluated, saved = [], [], []
+    hooks = Hooks(
+        on_record=records.append,
+        evaluate=lambda progress: evaluated.append(progress.step),
+        save=lambda progress: saved.append(progress.step),
+        should_stop=should_stop,
+    )
+    forests = [collate(TREES[a:b]) for a, b in cut]
+    done = fit(
+        lm, optimizer, objective, lambda step: forests, Plan(**options | plan), hooks, Progress()
+    )
+    return records, evaluated, saved, done
+
+
+WHOLE = [(0, 10)]
+EACH = [(i, i + 1) for i in range(10)]
+RAGGED = [(0, 1), (1, 6), (6, 8), (8, 10)]
+
+
+@pytest.mark.parametrize("cut", [EACH, RAGGED])
+def test_how_a_step_is_cut_into_micro_batches_changes_nothing(tmp_path, cut):
+    whole, pieces = loaded(), loaded()
+    wanted = train(whole, tmp_path / "a", WHOLE)[0]
+    got = train(pieces, tmp_path / "b", cut)[0]
+    for one, other in zip(wanted, got, strict=True):
+        for key in one.keys() - {"kind", "seconds", "tokens_per_second"}:
+            assert one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-6), key
+    for p, q in zip(whole.model.parameters(), pieces.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_the_first_step_costs_ln_2_and_the_loss_falls(tmp_path):
+    records, *_ = train(loaded(), tmp_path, RAGGED, steps=4)
+    losses = [record["loss"] for record in records]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses == sorted(losses, reverse=True)
+    last = records[-1]
+    assert last["step"] == 4 and last["epoch"] == 1.0 and last["kind"] == "train"
+    assert last["num_pairs"] == sum(len(t.preferences) for t in TREES)
+    assert last["num_tokens"] == 4 * sum(t.num_tokens for t in TREES)
+    assert last["rewards/margins"] > 0 and last["learning_rate"] == 1e-2
+
+
+def test_things_happen_when_the_plan_says_and_at_the_end(tmp_path):
+    records, evaluated, saved, done = train(
+        loaded(), tmp_path, WHOLE, steps=5, log_every=2, evaluate_every=2, checkpoint_every=3
+    )
+    assert done
+    assert [record["step"] for record in records] == [2, 4, 5]
+    assert (evaluated, saved) == ([2, 4, 5], [3, 5])
+
+
+def test_a_run_that_is_asked_to_stop_saves_where_it_is(tmp_path):
+    asked = iter([False, False, True])
+    records, evaluated, saved, done = train(
+        loaded(), tmp_path, WHOLE, steps=5, should_stop=lambda: next(asked)
+    )
+    assert not done
+    assert (len(records), evaluated, saved) == (2, [], [2])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_refused_and_the_weights_stay(tmp_path, bad):
+    lm = loaded()
+    before = fingerprint(lm)
+    with pytest.raises(Refusal, match=r"step 1: the loss is .* Its rows: rows\.jsonl:1") as refused:
+        train(lm, tmp_path, RAGGED, loss=lambda logps: dpo(logps) * bad)
+    assert refused.value.code == "UW303"
+    assert "and 2 more" in str(refused.value)
+    assert fingerprint(lm) == before
+
+
+def test_a_gradient_that_is_not_finite_is_refused_too(tmp_path):
+    def steep(logps):
+        # The square root of zero is finite; its slope is not.
+        return (logps.margin * 0).sqrt()
+
+    lm = loaded()
+    before = fingerprint(lm)
+    with pytest.raises(Refusal, match="the loss is 0.* the gradient's norm nan"):
+        train(lm, tmp_path, WHOLE, loss=steep)
+    assert fingerprint(lm) == before

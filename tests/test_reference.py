@@ -1,0 +1,98 @@
+import pytest
+import torch
+
+from oracles import SHAPES, loaded, random_trees
+from upweight.data.pack import collate
+from upweight.errors import OutputError, Refusal
+from upweight.models.load import fingerprint
+from upweight.models.logprobs import token_logps
+from upweight.models.reference import fill, open_reference, response_key, verify
+
+
+def filled(lm, trees, root, **options):
+    reference = open_reference(fingerprint(lm), lm, root)
+    return reference, fill(reference, lm, trees, 40, **options)
+
+
+def test_what_is_kept_is_what_the_model_gives_and_is_found_again(tmp_path):
+    lm, trees = loaded(), random_trees(SHAPES)
+    reference, computed = filled(lm, trees, tmp_path)
+    assert computed == sum(len(t.responses) for t in trees)
+    forest = collate(trees)
+    with torch.no_grad():
+        live = token_logps(lm, forest)
+    torch.testing.assert_close(reference.logps(forest), live, rtol=1e-5, atol=1e-5)
+    again = open_reference(fingerprint(lm), lm, tmp_path)
+    assert again.missing(trees) == []
+    assert torch.equal(again.logps(forest), reference.logps(forest))
+    assert fill(again, lm, trees, 40) == 0
+    assert verify(again, lm, trees) < 1e-4
+
+
+def test_a_pass_that_was_cut_off_computes_only_the_rest(tmp_path):
+    lm, trees = loaded(), random_trees(SHAPES)
+
+    class Cut(Exception):
+        pass
+
+    def cut(done, total):
+        if done > 20:
+            raise Cut
+
+    with pytest.raises(Cut):
+        filled(lm, trees, tmp_path, seconds_per_part=0.0, on_progress=cut)
+    reference, computed = filled(lm, trees, tmp_path)
+    assert 0 < computed <= sum(len(t.responses) for t in trees)
+    assert reference.missing(trees) == []
+
+
+def test_a_part_that_cannot_be_read_is_computed_anew(tmp_path):
+    lm, trees = loaded(), random_trees(SHAPES)
+    reference, computed = filled(lm, trees, tmp_path)
+    for part in reference.folder.glob("part-*.parquet"):
+        part.write_bytes(b"half a fi")
+    assert filled(lm, trees, tmp_path)[1] == computed
+
+
+def test_other_weights_or_another_dtype_are_another_reference():
+    lm = loaded()
+    before = fingerprint(lm)
+    assert fingerprint(loaded()) == before
+    lm.compute_dtype = torch.bfloat16
+    assert fingerprint(lm) != before
+    lm.compute_dtype = torch.float32
+    with torch.no_grad():
+        next(lm.model.parameters())[3, 5] += 1e-6
+    assert fingerprint(lm) != before
+
+
+def test_a_key_tells_prompt_from_response():
+    keys = {response_key("f", (1, 2), (3,)), response_key("f", (1,), (2, 3))}
+    keys |= {response_key("g", (1,), (2, 3)), response_key("f", (1, 2, 3), ())}
+    assert len(keys) == 4
+
+
+def test_values_of_another_model_are_refused_with_the_row(tmp_path):
+    lm, trees = loaded(), random_trees(SHAPES)
+    reference, _ = filled(lm, trees, tmp_path)
+    for key, row in reference.table.items():
+        reference.table[key] = row + 0.05
+    with pytest.raises(Refusal, match=r"rows\.jsonl:\d differs by 0\.05") as refused:
+        verify(reference, lm, trees)
+    assert refused.value.code == "UW107"
+
+
+def test_values_that_are_not_numbers_are_refused(tmp_path):
+    lm, trees = loaded(), random_trees(SHAPES)
+    reference, _ = filled(lm, trees, tmp_path)
+    for key, row in reference.table.items():
+        reference.table[key] = row * float("nan")
+    with pytest.raises(Refusal, match="UW107"):
+        verify(reference, lm, trees)
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path):
+    lm = loaded()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="Set UPWEIGHT_CACHE"):
+        open_reference("f" * 64, lm, tmp_path / "file")

@@ -1,0 +1,68 @@
+import torch
+from transformers import GenerationConfig
+
+from oracles import alone, loaded, plain_model
+from upweight.models.sample import sample, sample_trees, tree_logps
+
+PROMPTS = [(5, 6, 7), (9,), (200, 100, 50, 25, 12)]
+
+
+def test_the_same_seed_gives_the_same_and_another_gives_another():
+    lm = loaded()
+    first = sample(lm, PROMPTS, num=2, max_new_tokens=8, seed=1)
+    assert sample(lm, PROMPTS, num=2, max_new_tokens=8, seed=1) == first
+    assert sample(lm, PROMPTS, num=2, max_new_tokens=8, seed=2) != first
+    assert [len(drawn) for drawn in first] == [2, 2, 2]
+
+
+def test_the_callers_random_state_is_left_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    sample(loaded(), PROMPTS, max_new_tokens=4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_greedy_is_the_argmax_one_prompt_at_a_time():
+    lm, plain = loaded(), plain_model()
+    drawn = sample(lm, PROMPTS, max_new_tokens=6, temperature=0.0)
+    for prompt, (answer,) in zip(PROMPTS, drawn, strict=True):
+        ids = list(prompt)
+        for token in answer.tokens:
+            with torch.no_grad():
+                wanted = plain(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()
+            assert token == wanted
+            ids.append(token)
+        assert len(answer.tokens) == 6 or answer.stopped
+
+
+def test_a_response_ends_with_its_stop_token_and_keeps_it():
+    lm = loaded()
+    free = sample(lm, PROMPTS[:1], max_new_tokens=5, temperature=0.0)[0][0].tokens
+    lm.causal.generation_config.eos_token_id = [2, free[1]]
+    assert set(lm.stop_token_ids) == {2, free[1]}
+    (answer,) = sample(lm, PROMPTS[:1], max_new_tokens=5, temperature=0.0)[0]
+    assert answer.stopped and answer.tokens == free[: free.index(free[1]) + 1]
+
+
+def test_the_models_own_generation_config_bends_nothing():
+    lm = loaded()
+    before = sample(lm, PROMPTS, num=3, max_new_tokens=8)
+    own = GenerationConfig(
+        do_sample=True, top_k=1, repetition_penalty=5.0, temperature=0.01, min_new_tokens=7,
+        eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    lm.causal.generation_config = own
+    assert sample(lm, PROMPTS, num=3, max_new_tokens=8) == before
+    assert lm.causal.generation_config is own
+
+
+def test_samples_are_scored_as_trees():
+    lm = loaded()
+    drawn = sample(lm, PROMPTS, num=2, max_new_tokens=4)
+    trees = sample_trees(PROMPTS, drawn)
+    got = tree_logps(lm, trees, tokens_per_bin=20)
+    for tree, sums in zip(trees, got, strict=True):
+        with torch.no_grad():
+            pieces = alone(plain_model(), [tree]).split([len(r) for r in tree.responses])
+        wanted = torch.stack([piece.sum() for piece in pieces])
+        torch.testing.assert_close(torch.tensor(sums), wanted, rtol=1e-5, atol=1e-5)
