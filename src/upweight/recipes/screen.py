@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Screen(Protocol):
     def stage(self, name: str) -> None:
         """A named part of the run begins."""
