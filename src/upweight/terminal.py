@@ -28,7 +28,7 @@ class Terminal:
         self.name, self.began = name, time.monotonic()
         self._show(Text(f"{name} ...", style="bold"))
 
-    def progress(self, done: float, total: float) -> None:
+    def progress(self, done: int, total: int) -> None:
         if total:
             share = done / total
             self._show(Text(f"{self.name} {100 * share:3.0f} %{self._left(share)}", style="bold"))
