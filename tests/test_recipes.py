@@ -30,7 +30,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(out: str, *more: str) -> int:
     words = "--model model --data pairs.jsonl --pairs_per_step 4 --learning-rate 1e-3 --dtype"
-    words += f" float32 --fraction 0.2 --max_new_tokens 8 --out {out}"
+    words += f" float32 --fraction 0.2 --samples 2 --max_new_tokens 8 --out {out}"
     return main(["train", *words.split(), *more])
 
 

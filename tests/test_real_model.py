@@ -1,0 +1,81 @@
+"""On the demo's model and real text: what is scored is what plain transformers gives."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from upweight.cli import main
+from upweight.errors import ModelError
+from upweight.models.load import demo_model_path, resolve
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def folder() -> str:
+    try:
+        return resolve(demo_model_path())
+    except ModelError as error:
+        pytest.skip(str(error))
+
+
+def rows_of(name: str, num: int) -> list[dict]:
+    file = DATA / name
+    if not file.is_file():
+        pytest.skip(f"shared/data/{name} is not there")
+    with file.open() as lines:
+        return [json.loads(line) for line in islice(lines, num)]
+
+
+def plain_logp(model, tokenizer, prompt: str, answer: str) -> tuple[float, int]:
+    """One sequence through plain transformers: the answer and its stop token, summed, in nats."""
+    turns = [{"role": "user", "content": prompt}]
+    start = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (start, answer)]
+    answer_ids = [*ids[1], tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = model(torch.tensor([[*ids[0], *answer_ids]])).logits[0].double()
+    predicted = logits[len(ids[0]) - 1 : -1].log_softmax(-1)
+    return predicted.gather(1, torch.tensor(answer_ids)[:, None]).sum().item(), len(answer_ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num"),
+    [("truthfulqa_pairs.jsonl", 12), ("gsm8k_responses.jsonl", 3), ("longprompt_pairs.jsonl", 3)],
+)
+def test_score_equals_one_plain_forward_per_sequence_on_real_rows(
+    folder: str, name: str, num: int, tmp_path: Path
+):
+    rows, out = rows_of(name, num), tmp_path / "scores.jsonl"
+    words = ["--data", str(DATA / name), "--limit", str(num), "--dtype", "float32"]
+    assert main(["score", "--model", folder, *words, "--out", str(out)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    worst = 0.0
+    scores = [json.loads(line) for line in out.read_text().splitlines()]
+    assert scores
+    known: dict[tuple[int, int], tuple[float, int]] = {}
+    for score in scores:
+        line = int(score["row"].rsplit(":", 1)[1]) - 1
+        row = rows[line]
+        texts = (
+            [r["text"] for r in row["responses"]]
+            if "responses" in row
+            else [row["chosen"], row["rejected"]]
+        )
+        for side in ("chosen", "rejected"):
+            index = score[side]
+            if (line, index) not in known:
+                known[line, index] = plain_logp(model, tokenizer, row["prompt"], texts[index])
+            logp, tokens = known[line, index]
+            assert score[f"tokens_{side}"] == tokens
+            worst = max(worst, abs(score[f"logp_{side}"] - logp))
+    assert worst <= 1e-3, worst
+    print(f"{name}: {len(known)} responses, largest difference {worst:.2e} nats")
