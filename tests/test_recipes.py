@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upweight as uw
+import upweight.recipes.train as run_train
 from tiny import save_tiny
 from upweight.cli import main
 
@@ -57,11 +61,55 @@ def test_a_run_that_is_resumed_ends_bit_identically():
             file.unlink()
         folder.rmdir()
     assert main(["train", "cut/run.yaml", "resume=true"]) == 0
-    whole, cut = (load_file(f"{run}/model/model.safetensors") for run in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    lines = [Path(f"{run}/metrics.jsonl").read_text().splitlines() for run in ("whole", "cut")]
-    steps = [[(r["step"], r["kind"]) for r in map(json.loads, found)] for found in lines]
-    assert steps[0] == steps[1]
+    assert same_weights_and_steps("whole", "cut")
+
+
+def after_step(step: int, do: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`do` happens as soon as the record of `step` is written."""
+    append = run_train.append_jsonl
+
+    def append_then(path: Path, record: dict[str, object]) -> None:
+        append(path, record)
+        if path.name == "metrics.jsonl" and (record["step"], record["kind"]) == (step, "train"):
+            do()
+
+    monkeypatch.setattr(run_train, "append_jsonl", append_then)
+
+
+def same_weights_and_steps(one: str, other: str) -> bool:
+    ours, theirs = (load_file(f"{run}/model/model.safetensors") for run in (one, other))
+    lines = [Path(f"{run}/metrics.jsonl").read_text().splitlines() for run in (one, other)]
+    steps = [[(r["step"], r["kind"], r["loss"]) for r in map(json.loads, found)] for found in lines]
+    return all(torch.equal(ours[name], theirs[name]) for name in ours) and steps[0] == steps[1]
+
+
+def test_a_killed_run_loses_at_most_one_interval_and_then_ends_bit_identically(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    assert train("whole", "--checkpoint.every", "2") == 0
+    child = os.fork()
+    if child == 0:
+        after_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL), monkeypatch)
+        train("cut", "--checkpoint.every", "2")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [f.name for f in Path("cut/checkpoints").iterdir()] == ["step-00000002"]
+    assert main(["train", "cut/run.yaml", "resume=true"]) == 0
+    assert same_weights_and_steps("whole", "cut")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_prints_the_command_that_goes_on(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert train("whole") == 0
+    with monkeypatch.context() as patched:
+        after_step(2, lambda: signal.raise_signal(number), patched)
+        assert train("cut", "--checkpoint.every", "99") == 130
+    said = capsys.readouterr().err
+    assert "stopped after step 2" in said and "upweight train cut/run.yaml resume=true" in said
+    assert main(["train", "cut/run.yaml", "resume=true"]) == 0
+    assert same_weights_and_steps("whole", "cut")
 
 
 def test_resuming_with_other_settings_is_refused(capsys: pytest.CaptureFixture[str]):

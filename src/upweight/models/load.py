@@ -174,10 +174,11 @@ def _convert_gguf(file: Path) -> Path:
             f"the cache {target.parent} cannot be written: {error.strerror}."
         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32
-        )
+        with _no_bar_of_gguf():
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                str(file.parent), gguf_file=file.name, dtype=torch.float32
+            )
         # Both describe the file that was read, not these weights, and save_pretrained refuses them.
         del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
         vars(model).pop("hf_quantizer", None)
@@ -194,6 +195,19 @@ def _convert_gguf(file: Path) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def _no_bar_of_gguf() -> Generator[None]:
+    """transformers' GGUF reader draws a progress bar that its own switch does not turn off."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    before = reader.tqdm
+    reader.tqdm = transformers.utils.logging.tqdm  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        reader.tqdm = before
+
+
 def load(
     name: str,
     *,
@@ -202,13 +216,14 @@ def load(
     path: str = "auto",
     sharing: bool = True,
     trust_remote_code: bool = False,
-    prove: bool = True,
+    plan: ForwardPlan | None = None,
 ) -> LanguageModel:
     """The model called `name` (hub id, folder, adapter folder or .gguf file), ready for forests.
 
     Weights are kept in fp32; `dtype` is what matrix products run in, where "auto" is bfloat16 if
     a probe finds it fast on this device and float32 otherwise. An adapter folder is loaded with
-    its base and merged: what it stands for is the start and the reference. Dropout is off.
+    its base and merged: what it stands for is the start and the reference. Dropout is off. A
+    `plan` that was proved on these weights before is not proved again.
     Raises ModelError saying what is missing.
     """
     from upweight.models import proof
@@ -233,10 +248,9 @@ def load(
         else {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     )
     lm = LanguageModel(model, tokenizer, name, folder, chosen, compute_dtype, ForwardPlan())
-    if prove:
-        lm.plan = proof.find_plan(lm, path=path, sharing=sharing)
-        if lm.plan.shared:
-            lm.causal.set_attn_implementation(attention.NAME)
+    lm.plan = plan or proof.find_plan(lm, path=path, sharing=sharing)
+    if lm.plan.shared:
+        lm.causal.set_attn_implementation(attention.NAME)
     return lm
 
 

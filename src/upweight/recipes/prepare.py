@@ -156,6 +156,7 @@ def reference_model(run: Run, lm: LanguageModel) -> Generator[LanguageModel]:
         path=run.compute.attention,
         sharing=run.compute.sharing,
         trust_remote_code=run.compute.trust_remote_code,
+        plan=lm.plan if run.reference is None else None,
     )
     _require_same_tokens(run, lm, loaded)
     yield loaded
