@@ -1,8 +1,10 @@
+import pytest
 import torch
 from transformers import GenerationConfig
 
 from oracles import alone, loaded, plain_model
-from upweight.models.sample import sample, sample_trees, tree_logps
+from tiny import FALLBACK_FAMILIES, FAMILIES
+from upweight.models.sample import _Draw, sample, sample_trees, tree_logps
 
 PROMPTS = [(5, 6, 7), (9,), (200, 100, 50, 25, 12)]
 
@@ -22,17 +24,43 @@ def test_the_callers_random_state_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_greedy_is_the_argmax_one_prompt_at_a_time():
-    lm, plain = loaded(), plain_model()
-    drawn = sample(lm, PROMPTS, max_new_tokens=6, temperature=0.0)
-    for prompt, (answer,) in zip(PROMPTS, drawn, strict=True):
+@pytest.mark.parametrize("family", [*FAMILIES, *FALLBACK_FAMILIES])
+def test_greedy_is_the_argmax_one_prompt_at_a_time(family: str):
+    lm, plain = loaded(family), plain_model(family)
+    drawn = sample(lm, PROMPTS, num=2, max_new_tokens=12, temperature=0.0)
+    for prompt, answers in zip(PROMPTS, drawn, strict=True):
+        assert answers[0] == answers[1]
         ids = list(prompt)
-        for token in answer.tokens:
+        for token in answers[0].tokens:
             with torch.no_grad():
                 wanted = plain(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()
             assert token == wanted
             ids.append(token)
-        assert len(answer.tokens) == 6 or answer.stopped
+        assert len(answers[0].tokens) == 12 or answers[0].stopped
+
+
+def test_a_response_does_not_depend_on_what_is_in_its_batch():
+    lm = loaded()
+    lm.causal.generation_config.eos_token_id = list(range(40))  # some rows end early and leave
+    together = sample(lm, PROMPTS, num=3, max_new_tokens=12)
+    assert len({len(s.tokens) for drawn in together for s in drawn}) > 3
+    assert sample(lm, PROMPTS, num=3, max_new_tokens=12, rows_per_batch=3) == together
+    assert sample(lm, PROMPTS[:1], num=3, max_new_tokens=12) == together[:1]
+
+
+def test_tokens_are_drawn_in_proportion_to_their_probability():
+    # u on an even grid of n points: a token of probability p is hit n p times, give or take one.
+    scores, n = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 2, 4000
+    grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
+        draw = _Draw(1, temperature, top_p, frozenset())
+        got = torch.bincount(torch.tensor(draw.pick(scores.expand(n, -1), grid)), minlength=50)
+        p = (scores[0].double() / temperature).softmax(-1)
+        if top_p < 1:
+            ranked, token = p.sort(descending=True)
+            kept = token[: int((ranked.cumsum(0) < top_p).sum()) + 1]
+            p = torch.zeros_like(p).index_put((kept,), p[kept] / p[kept].sum())
+        assert (got - n * p).abs().max() < 1.01
 
 
 def test_a_response_ends_with_its_stop_token_and_keeps_it():
