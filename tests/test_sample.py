@@ -4,6 +4,7 @@ from transformers import GenerationConfig
 
 from oracles import alone, loaded, plain_model
 from tiny import FALLBACK_FAMILIES, FAMILIES
+from upweight.models.load import add_lora, checkpoint_layers
 from upweight.models.sample import _Draw, sample, sample_trees, tree_logps
 
 PROMPTS = [(5, 6, 7), (9,), (200, 100, 50, 25, 12)]
@@ -94,3 +95,22 @@ def test_samples_are_scored_as_trees():
             pieces = alone(plain_model(), [tree]).split([len(r) for r in tree.responses])
         wanted = torch.stack([piece.sum() for piece in pieces])
         torch.testing.assert_close(torch.tensor(sums), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_neither_dropout_nor_recomputation_reaches_what_is_measured():
+    lm, still = (
+        add_lora(loaded(), rank=4, alpha=8.0, dropout=rate, targets="all-linear", seed=0)
+        for rate in (0.5, 0.0)
+    )
+    for one in (lm, still):
+        with torch.no_grad():
+            for name, parameter in one.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.05)
+    checkpoint_layers(lm)
+    noisy = [module for module in lm.model.modules() if module.training]
+    drawn = sample(lm, PROMPTS, num=2, max_new_tokens=8)
+    assert drawn == sample(still, PROMPTS, num=2, max_new_tokens=8)
+    trees = sample_trees(PROMPTS, drawn)
+    assert tree_logps(lm, trees) == tree_logps(still, trees)
+    assert noisy and all(module.training for module in noisy)

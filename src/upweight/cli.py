@@ -67,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path)
     report.set_defaults(run=_report)
 
+    explain = commands.add_parser(
+        "explain", help="what a diagnosis code means and what to do; without one, the list"
+    )
+    explain.add_argument("code", nargs="?", metavar="CODE", help="such as UW101")
+    explain.set_defaults(run=_explain)
+
     demo = commands.add_parser("demo", help="the embedded default, start to report")
     demo.add_argument("--model", help="another model than the one that ships as a package")
     demo.add_argument("--out", help="run directory (runs/demo, or the next free one)")
@@ -165,6 +171,23 @@ def _report(arguments: argparse.Namespace) -> int:
     from upweight.recipes.train import rebuild_report
 
     print(rebuild_report(arguments.folder))
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    from upweight.trust.codes import FAMILIES, as_text, list_as_text, page
+
+    console = Console(highlight=False)
+    if arguments.code is None:
+        written = list_as_text(FAMILIES)
+    else:
+        written = as_text(page(arguments.code), width=min(console.width, 88))
+    text = Text(written)
+    text.highlight_regex(r"(?m)^\S.*$", "bold")
+    console.print(text, soft_wrap=True)
     return 0
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from upweight.data.pack import bins, collate
 from upweight.data.trees import text_after
-from upweight.models.load import LanguageModel
+from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import response_logps, token_logps
 from upweight.models.reference import Reference
 from upweight.models.sample import Sample, sample, sample_trees, tree_logps
@@ -55,7 +55,7 @@ def score_trees(
     """
     where = {id(tree): i for i, tree in enumerate(trees)}
     found: list[list[Row]] = [[] for _ in trees]
-    with torch.no_grad():
+    with torch.no_grad(), evaluation_mode(lm):
         for group in bins(list(trees), tokens_per_bin):
             forest = collate(group)
             policy = response_logps(token_logps(lm, forest), forest).double().tolist()

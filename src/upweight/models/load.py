@@ -426,6 +426,19 @@ def adapter_off(lm: LanguageModel) -> Generator[LanguageModel]:
         yield lm
 
 
+@contextlib.contextmanager
+def evaluation_mode(lm: LanguageModel) -> Generator[None]:
+    """No LoRA dropout, no recomputed layers (which would drop the cache of a generation too)."""
+    training = [module for module in lm.model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def checkpoint_layers(lm: LanguageModel) -> None:
     """Recompute each layer in the backward pass instead of keeping its activations."""
     from transformers.modeling_layers import GradientCheckpointingLayer

@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from upweight.data.pack import bins, collate
 from upweight.models.attention import native_attention
-from upweight.models.load import LanguageModel
+from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import logits, response_logps, token_logps
 from upweight.types import ResponseId, RowId, Tree
 
@@ -58,7 +58,7 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_batch = max(1, rows_per_batch // num)
     drawn: list[list[Sample]] = [[] for _ in prompts]
-    with torch.no_grad(), native_attention(lm.causal), lm.compute():
+    with torch.no_grad(), evaluation_mode(lm), native_attention(lm.causal), lm.compute():
         for first in range(0, len(order), per_batch):
             group = order[first : first + per_batch]
             ids, mask = _left_padded(lm, [prompts[i] for i in group])
@@ -218,7 +218,7 @@ def tree_logps(
     """The log-prob in nats of every response of every tree, in the trees' order."""
     where = {id(tree): i for i, tree in enumerate(trees)}
     result: list[list[float]] = [[] for _ in trees]
-    with torch.no_grad():
+    with torch.no_grad(), evaluation_mode(lm):
         for group in bins(list(trees), tokens_per_bin):
             forest = collate(group)
             sums = response_logps(token_logps(lm, forest), forest).tolist()

@@ -1,0 +1,277 @@
+"""UW1xx: the reference is the wrong one, or the arithmetic loses what is learned."""
+
+from __future__ import annotations
+
+from upweight.trust.codes.page import Page
+
+PAGES: tuple[Page, ...] = (
+    Page(
+        code="UW101",
+        title="The reference is not the model that the policy starts from",
+        severity="refuses",
+        meaning=(
+            "The implicit reward is beta times the log of how much likelier a response is under "
+            "the policy than under the reference. A policy that starts as its reference starts "
+            "with rewards of 0 and a loss of ln 2. With another reference the rewards begin with "
+            "the difference of the two models, and training works against that difference as much "
+            "as for the preferences."
+        ),
+        found_by=(
+            "read the first training line of `metrics.jsonl`. The metrics of step 1 are measured "
+            "before its update, so with `log_every` 1 that line must have a `loss` of ln 2 = "
+            "0.6931 and `rewards/margins` of 0, up to rounding. The evaluation at step 0 says the "
+            "same of held-out preferences. Without training: `upweight score --model START "
+            "--reference REFERENCE --data FILE --out scores.jsonl` must give margins of 0, up to "
+            "rounding."
+        ),
+        guarded_by=(
+            "While `reference` is null, the reference log-probs are computed from the policy "
+            "itself before step 1, with the same weights and dtype. An adapter folder given as "
+            "`model` is merged into its base first, so that the start and the reference are the "
+            "tuned model and not its base. A reference with another vocabulary is an error."
+        ),
+        causes=(
+            "`reference` names the base model, and `model` a fine-tuned one.",
+            "`reference` and `model` name two checkpoints of one training run.",
+            "One of the two is a quantized copy of the other, such as a .gguf file.",
+        ),
+        do=(
+            "Leave `reference` out: the model as it starts is then the reference.",
+            "Give the fine-tuned model or its adapter folder as `model`.",
+            "If another reference is what you want, expect a first loss other than ln 2, and "
+            "compare rewards only with runs that have the same reference.",
+        ),
+        source="Rafailov et al. 2023, section 4 (arXiv:2305.18290)",
+    ),
+    Page(
+        code="UW102",
+        title="The policy is compared with itself throughout",
+        severity="refuses",
+        meaning=(
+            "The reference shares its weights with the policy, so it moves at every step. The "
+            "margin stays 0 and the loss stays ln 2, while the weights change and nothing holds "
+            "them back."
+        ),
+        found_by=(
+            "look at `metrics.jsonl` after some dozen steps. `rewards/margins` of exactly 0 with "
+            "a `grad_norm` above 0 is this failure. With a `grad_norm` of 0 it is UW103."
+        ),
+        guarded_by=(
+            "The reference is data: its log-probs are computed before step 1 and kept as numbers, "
+            "which no update can move. For the sampled KL the reference is the model with its "
+            "adapter off, or a second copy that is loaded from disk."
+        ),
+        causes=(
+            "A training script of your own gives the policy as a live reference.",
+            "Reference log-probs were filled in after the first update.",
+        ),
+        do=(
+            "Fill the reference before the first update, from the model as it starts.",
+            "In a script of your own, copy the model or switch its adapter off.",
+        ),
+    ),
+    Page(
+        code="UW103",
+        title="Nothing is learned",
+        severity="refuses",
+        meaning=(
+            "The run finishes, and the model it writes answers as the one it began with. No "
+            "gradient reached the trained weights, or the updates were too small to matter."
+        ),
+        found_by=(
+            "look at `metrics.jsonl`. A `grad_norm` of 0 means that no gradient arrives. A "
+            "`grad_norm` above 0 with a `loss` that stays near 0.6931 and `rewards/margins` that "
+            "stay near 0 means that the updates are too small or too few."
+        ),
+        guarded_by=(
+            "A model without a trainable parameter is an error, and so are `lora.targets` that "
+            "match no layer and an `optimizer.learning_rate` of 0. A response without tokens is "
+            "left out and counted. Warmup never spends an update on a rate of 0."
+        ),
+        causes=(
+            "The learning rate is too small for so few steps. Where none is set it is 5e-7 for "
+            "full training and 1e-5 for LoRA.",
+            "The run is so short that `optimizer.warmup` takes much of it.",
+            "The preferences carry no signal that generalizes; then the training loss falls and "
+            "the held-out one does not (UW306).",
+        ),
+        do=(
+            "Raise `optimizer.learning_rate` (try ten times the value) or `epochs`.",
+            "Read the model line that the run prints at its start: it says how many parameters "
+            "are trained.",
+            "Train on a few rows (`data.limit=8`) for many `epochs`: if `rewards/accuracies` does "
+            "not reach 1 on rows seen so often, the fault is not in the amount of data.",
+        ),
+    ),
+    Page(
+        code="UW104",
+        title="Weights in bfloat16 swallow the updates",
+        severity="refuses",
+        meaning=(
+            "bfloat16 keeps 8 significant bits: next to a weight w its neighbours lie between "
+            "w/256 and w/128 away. An update smaller than half of that is rounded to nothing. At "
+            "learning rates of preference training most updates are, so part of the model never "
+            "moves."
+        ),
+        found_by=(
+            "compare two checkpoints of the weights and count the elements that differ. If most "
+            "are the same to the last bit after many steps, the updates were rounded away."
+        ),
+        guarded_by=(
+            "Weights are loaded and updated in float32, whatever `compute.dtype` is; bfloat16 is "
+            "used for matrix products alone."
+        ),
+        causes=(
+            "A training script of your own casts the model to bfloat16 before it trains.",
+            "The trained model was converted to bfloat16 afterwards, which rounds small changes "
+            "away in the same manner.",
+        ),
+        do=(
+            "Train with `upweight train`, or keep float32 master weights in your own script.",
+            "Measure a converted model before it is used: `upweight score --model CONVERTED "
+            "--reference START --data FILE --out scores.jsonl`, and compare its margins with "
+            "those of the model in float32.",
+        ),
+        source="Micikevicius et al. 2018, section 3.1 (arXiv:1710.03740)",
+    ),
+    Page(
+        code="UW105",
+        title="Log-probs are summed in half precision",
+        severity="refuses",
+        meaning=(
+            "A response's log-prob is a sum over its tokens, often hundreds of nats below 0. "
+            "Between 256 and 512 the numbers of bfloat16 are 2 apart, those of float16 a quarter. "
+            "A margin is a difference of such sums, so it would be mostly rounding."
+        ),
+        found_by=(
+            "The dtype of the token log-probs is asserted to be float32 or float64 wherever they "
+            "are summed. An assertion is for our own bugs: it ends the run with a traceback."
+        ),
+        causes=(
+            "Code of your own passes half-precision log-probs to `response_logps` or `pair_logps`.",
+            "A bug in upweight.",
+        ),
+        do=(
+            "Cast logits to float32 before the log-softmax, and sum what comes out.",
+            "If the traceback has no code of your own in it, report it.",
+        ),
+        detectors=("upweight.models.logprobs:response_logps",),
+    ),
+    Page(
+        code="UW106",
+        title="Dropout or other noise is on",
+        severity="refuses",
+        meaning=(
+            "A reward is the difference of two log-probs. Noise in either is noise in the reward: "
+            "margins of pairs that are alike are then random, and a policy that equals its "
+            "reference does not start at a loss of ln 2."
+        ),
+        found_by=(
+            "score the same rows twice with `upweight score --model MODEL --data FILE --out "
+            "scores.jsonl` and another `--out`. On one machine the two files must agree up to "
+            "rounding."
+        ),
+        guarded_by=(
+            "Models are put into evaluation mode when they are loaded and stay in it, so their "
+            "own dropout is off, in training too. Reference log-probs are computed without an "
+            "adapter. `lora.dropout` is 0 unless you set it."
+        ),
+        causes=(
+            "`lora.dropout` is above 0: the adapter's dropout is on while the run trains, and "
+            "while it evaluates.",
+            "The model's own code draws random numbers in its forward pass.",
+            "A script of your own calls `model.train()`.",
+        ),
+        do=(
+            "Set `lora.dropout` to 0.",
+            "Put the model into evaluation mode in a script of your own.",
+        ),
+    ),
+    Page(
+        code="UW107",
+        title="The reference log-probs that were kept are not this reference's",
+        severity="refuses",
+        meaning=(
+            "Reference log-probs are kept on disk and used again by later runs. If they are of "
+            "other weights or of other tokens, every reward is off by a number that differs from "
+            "row to row, and nothing else in the run looks wrong."
+        ),
+        found_by=(
+            "They are kept by content: under the fingerprint of weights, config and dtype, and "
+            "under the exact token ids of prompt and response. At every start and resume that "
+            "uses kept values, 8 rows spread over the data are computed again. The run is "
+            "refused when a response's log-probs differ by more than rounding explains: on "
+            "average over its tokens, 0.001 nats in float32 or 0.1 in bfloat16."
+        ),
+        causes=(
+            "Files of the cache were copied, edited or damaged.",
+            "The machine, its drivers or a library changed, and with them the arithmetic.",
+            "The model's code has changed, which its fingerprint does not see.",
+        ),
+        do=(
+            "Delete the folder that the message names: the values are computed again.",
+            "Set the environment variable `UPWEIGHT_CACHE` to a folder that only this machine "
+            "uses.",
+            "If fresh values differ again in bfloat16, compare with `compute.dtype=float32`.",
+        ),
+        detectors=("upweight.models.reference:verify",),
+    ),
+    Page(
+        code="UW108",
+        title="An evaluation is scored against the wrong reference",
+        severity="refuses",
+        meaning=(
+            "Rewards, margins and accuracy are relative to a reference. Measured against another "
+            "one than the policy was trained against, they answer another question, and two runs "
+            "cannot be compared."
+        ),
+        found_by=(
+            "compare `reference_fingerprint` in `environment.json` of the runs that you compare. "
+            "For numbers from `upweight score`, see that `--reference` names the model that the "
+            "run began with and that `--beta` is the run's."
+        ),
+        guarded_by=(
+            "Within a run, training and all evaluations read the same reference log-probs. "
+            "Resuming a run with a reference of another fingerprint is an error."
+        ),
+        causes=(
+            "`--reference` of `upweight score` names another model than the run's.",
+            "The model folder was overwritten between training and scoring.",
+            "`compute.dtype` differs, which makes it another reference.",
+        ),
+        do=(
+            "Score again with the run's own `model`, or its `reference` where one was set; both "
+            "are in `run.yaml`.",
+            "Set `compute.dtype` to the same value in every run that is to be compared.",
+        ),
+    ),
+    Page(
+        code="UW109",
+        title="An option that was accepted does nothing",
+        severity="refuses",
+        meaning=(
+            "You set an option, the run takes it, and nothing reads it. The result is then "
+            "credited to a setting that was never in effect."
+        ),
+        found_by=(
+            "read `run.yaml` in the run directory: it has every value with where it came from. "
+            "To see an option act, run two steps with and without it (`steps=2`) and compare the "
+            "lines of `metrics.jsonl`."
+        ),
+        guarded_by=(
+            "A key that does not exist is refused, with the nearest one that does. Two values for "
+            "one key in the same place are refused, and so are `steps` and `epochs` together."
+        ),
+        causes=(
+            "`upweight score` and `upweight sample` take every key of run.yaml as a flag; those "
+            "of training have no effect there.",
+            "A later layer overrides the value: file, then flag, then key=value. There, `steps` "
+            "replaces `epochs` and the other way round.",
+            "A variable in `data.template_options` that this chat template does not use.",
+        ),
+        do=(
+            "Look the value up in `run.yaml` of the run, with its origin.",
+            "Remove options that you do not rely on.",
+        ),
+    ),
+)

@@ -1,0 +1,362 @@
+"""UW2xx: the rows or their tokens are not what they are taken for."""
+
+from __future__ import annotations
+
+from upweight.trust.codes.page import Page
+
+PAGES: tuple[Page, ...] = (
+    Page(
+        code="UW201",
+        title="Other tokens are scored than the response and its stop",
+        severity="refuses",
+        meaning=(
+            "A response's log-prob must be the sum over its own tokens and one stop token. With "
+            "tokens of the prompt in the sum, the reward is about the prompt; with the first or "
+            "last token missing, the model is not taught how to begin or when to stop."
+        ),
+        found_by=(
+            "run `upweight check run.yaml`. It prints the first training rows as they are scored: "
+            "what stands between the bars is the response, and after the last bar comes its stop "
+            "token."
+        ),
+        guarded_by=(
+            "Scored tokens are given by where each response lies, not by a mask value. Batches "
+            "have no padding that could be scored. A response's first token is predicted at the "
+            "prompt's last token, whatever lies between the two in the batch."
+        ),
+        causes=(
+            "Prompt and response come apart elsewhere than you think: the column `prompt` is "
+            "missing, and what both responses share was taken as the prompt.",
+            "The response repeats the prompt as text.",
+            "A bug in upweight.",
+        ),
+        do=(
+            "Give `prompt` as a column of its own, and responses without it.",
+            "Compare `tokens_chosen` and `tokens_rejected` in the lines of `upweight score` with "
+            "your own count.",
+        ),
+    ),
+    Page(
+        code="UW202",
+        title="The prompt's tokens are not how prompt and response together begin",
+        severity="refuses",
+        meaning=(
+            "Serving gives the model the tokens of the prompt alone. If tokenizing prompt and "
+            "response as one text gives other tokens at their boundary, or the chat template "
+            "writes another prompt when a response follows, training scores a continuation of a "
+            "prompt that serving never shows."
+        ),
+        found_by=(
+            "look for `boundary` under `dropped` and `left_out` in `account.json`; `examples` has "
+            "the first five rows of each reason, with the tokens. `boundary_repaired` counts the "
+            "rows whose prompt gave white space to the responses."
+        ),
+        guarded_by=(
+            "Each prompt is tokenized alone and with each of its responses. Where the two differ "
+            "by no more than white space, the prompt ends at the last token that all have. Where "
+            "they differ by more, the response is not used and is counted."
+        ),
+        causes=(
+            "The chat template writes something at the end of a bare prompt that it leaves out "
+            "before an answer, such as the beginning of a thought.",
+            "In plain text, the response begins inside a word or number that the prompt began.",
+        ),
+        do=(
+            "Set the template's own variables in `data.template_options`, such as enable_thinking.",
+            "In plain text, end prompts without white space and begin responses with it.",
+        ),
+    ),
+    Page(
+        code="UW203",
+        title="The stop token is missing, doubled or not scored",
+        severity="refuses",
+        meaning=(
+            "A model that never sees its stop token scored learns nothing about ending, and "
+            "training shifts its length by chance. A second stop token adds a term to every "
+            "reward that is about nothing."
+        ),
+        found_by=(
+            "run `upweight check run.yaml` and read what follows the last bar of each response: "
+            "one stop token, the one that your server stops at. `appended_stop` in "
+            "`account.json` counts the responses to which it was added."
+        ),
+        guarded_by=(
+            "A response is cut after the first stop token behind its content, and gets one where "
+            "the template writes none. One that has the text of a special token inside is left "
+            "out as `stop_in_response`. Only `data.truncation` response makes responses without "
+            "a stop; `truncated` counts them. Padding is never recognized by its id, so it does "
+            "no harm if the padding token is the stop token."
+        ),
+        causes=(
+            "`eos_token` in tokenizer_config.json is the base model's, and the chat template ends "
+            "turns with another token.",
+            "The texts of the rows contain special tokens.",
+            "`data.truncation` is response, and most responses are longer than `data.max_length`.",
+        ),
+        do=(
+            "Correct `eos_token` in tokenizer_config.json or `eos_token_id` in "
+            "generation_config.json of the model.",
+            "Remove special tokens from the texts of the rows.",
+            "Set `data.truncation=drop`, or raise `data.max_length`.",
+        ),
+    ),
+    Page(
+        code="UW204",
+        title="Beginning-of-text is doubled or inside a response",
+        severity="refuses",
+        meaning=(
+            "Models are trained with one beginning-of-text token, at the first position. A second "
+            "one moves every log-prob, in policy and reference alike, and training then fits "
+            "prompts that serving does not send."
+        ),
+        found_by=(
+            "run `upweight check run.yaml` and read the beginning of each prompt: it is shown "
+            "with its special tokens. Where a chat template is used, `special_in_prompt` in "
+            "`account.json` counts the rows that contain a special token's text before the "
+            "template adds any."
+        ),
+        guarded_by=(
+            "Of two beginning-of-text tokens at the start of a prompt one is removed. A response "
+            "that has the text of a special token inside is left out as `stop_in_response`."
+        ),
+        causes=(
+            "The rows were rendered with a chat template already, and are rendered again.",
+            "A chat template writes the token into every turn.",
+        ),
+        do=(
+            "Give the conversation as messages, without special tokens.",
+            "For text that is rendered already, set `data.template=none`.",
+        ),
+    ),
+    Page(
+        code="UW205",
+        title="Truncation changes what is compared",
+        severity="refuses",
+        meaning=(
+            "If one side of the preferences is longer, cutting or dropping falls on that side, "
+            "and the data that remain prefer something else. A response that is cut has no stop "
+            "token, and a prompt that is cut may have lost its question."
+        ),
+        found_by=(
+            "read `truncated` in `account.json`, which counts the prompts and responses that were "
+            "cut, and of the responses the chosen and the rejected ones. `dropped` has the rows "
+            "that were `too_long`, and `lengths` the percentiles of what is used. Chosen and "
+            "rejected far apart, or many rows gone, is this failure."
+        ),
+        guarded_by=(
+            "Nothing is cut unless `data.truncation` asks for it; a row that is too long is "
+            "dropped and counted. One token of the prompt and of each response always stays. "
+            "The report says when more than 5 % of the training rows were not used."
+        ),
+        causes=(
+            "`data.max_length` is much smaller than the rows.",
+            "The model's own limit is smaller than the rows.",
+            "One source of the data writes far longer answers than the other.",
+        ),
+        do=(
+            "Raise `data.max_length`, up to the model's limit.",
+            "Keep `data.truncation=drop` unless prompts are what is long; then use "
+            "`data.truncation=prompt`, which cuts prompts at their beginning.",
+            "Balance the lengths in the data, and look at UW211.",
+        ),
+    ),
+    Page(
+        code="UW206",
+        title="Chosen and rejected are the same",
+        severity="warns",
+        meaning=(
+            "Two equal responses make a margin of 0 whatever the policy does. Their pair has a "
+            "loss of ln 2 and no gradient, and accuracy counts it as half right."
+        ),
+        found_by=(
+            "look for `identical_responses` under `dropped` and `left_out` in `account.json`. "
+            "Every such row is counted; a large share says that something is wrong with the data."
+        ),
+        guarded_by=(
+            "Responses that are equal as text, or as tokens after cutting, are one response. A "
+            "row in which no preference remains is dropped as `identical_responses`."
+        ),
+        causes=(
+            "Two samples of one model at a low temperature.",
+            "`data.truncation` is response, and the two differ only behind the cut.",
+            "A conversion that wrote one column into both.",
+        ),
+        do=(
+            "Read the rows that `examples` in `account.json` names.",
+            "Sample with a higher temperature, or sample more responses per prompt.",
+            "Raise `data.max_length`.",
+        ),
+    ),
+    Page(
+        code="UW207",
+        title="Chosen and rejected are swapped",
+        severity="warns",
+        meaning=(
+            "The policy learns to do what people rejected. The loss falls and accuracy rises as in "
+            "a good run, because both are measured on the same swapped labels."
+        ),
+        found_by=(
+            "read the rows that `upweight check run.yaml` prints, and agree or disagree with each. "
+            "Then run `upweight score --model START --data FILE --out scores.jsonl` and count how "
+            "often `logp_chosen` / `tokens_chosen` is above `logp_rejected` / "
+            "`tokens_rejected`: far below half is a reason to read more rows, not a proof."
+        ),
+        guarded_by=(
+            "The report says so when a held-out accuracy is below chance by its whole interval. "
+            "That finds an evaluation set that is swapped against the training set, and no data "
+            "that are swapped throughout."
+        ),
+        causes=(
+            "Columns were swapped when the data were converted.",
+            "Scores are ranks, where 1 is the best: here a higher score is the better one.",
+            "A label such as winner: 1 counts from 0 in one place and from 1 in another.",
+        ),
+        do=(
+            "Swap the columns, or negate the scores, in the data.",
+            "Keep twenty rows that you have read yourself as a set under `evaluation.sets`.",
+        ),
+    ),
+    Page(
+        code="UW208",
+        title="Rows disappear without a word",
+        severity="refuses",
+        meaning=(
+            "A run on a fraction of the data looks like a run on all of it. If what is missing is "
+            "not random, such as all long rows, the model learns from a biased rest."
+        ),
+        found_by=(
+            "compare `read` in `account.json` with the number of rows in your files. `read` is "
+            "`used` plus the sum of `dropped`. `left_out` counts responses of used rows that are "
+            "in no preference, and `unused_columns` columns that nothing reads."
+        ),
+        guarded_by=(
+            "Every row that is read is used or dropped for a reason that is counted, and an "
+            "assertion holds the sum. The first five rows of each reason are kept with a "
+            "sentence."
+        ),
+        causes=(
+            "`data.limit` is set: rows beyond it are not read.",
+            "A file is missing from `data.path`.",
+            "Rows were lost before, when the file was written.",
+        ),
+        do=(
+            "Run `upweight check run.yaml` and read its account line.",
+            "Remove `data.limit`.",
+        ),
+    ),
+    Page(
+        code="UW209",
+        title="A prompt is in training and in evaluation",
+        severity="refuses",
+        meaning=(
+            "Accuracy on prompts that were trained on measures memory. It rises with every epoch "
+            "and says nothing about new prompts."
+        ),
+        found_by=(
+            "Every set of `evaluation.sets` is compared with the training rows by prompt. White "
+            "space around the texts does not count, nor whether a prompt is text or one user "
+            "turn. One shared prompt is enough to refuse; the message names a row of each side. "
+            "Prompts that are nearly the same are not found."
+        ),
+        causes=(
+            "The sets were split by row, and a prompt has several rows.",
+            "The public test split of the data repeats prompts of its train split.",
+            "The same file is in `data.path` and in `evaluation.sets`.",
+        ),
+        do=(
+            "Use `evaluation.fraction`, which holds out whole prompts, in place of a set.",
+            "Remove the shared prompts from one side.",
+        ),
+        detectors=("upweight.recipes.prepare:prepare",),
+    ),
+    Page(
+        code="UW210",
+        title="Preferences contradict or repeat each other",
+        severity="warns",
+        meaning=(
+            "Two rows that prefer opposite responses cancel. Preferences in a circle cannot all "
+            "be learned. Repeated rows weigh as often as they occur. In each case part of the "
+            "loss cannot fall, and the accuracy that can be reached is below 1."
+        ),
+        found_by=(
+            "group the rows by prompt and look for a pair of responses that occurs in both "
+            "orders. `duplicates` in `account.json` counts rows that say the same as an earlier "
+            "one."
+        ),
+        guarded_by=(
+            "Rows that repeat an earlier one are counted, and used. Empty and equal responses are "
+            "left out as `empty_response` and `identical_responses`."
+        ),
+        causes=(
+            "Several annotators who disagree.",
+            "Data sets were concatenated that share rows.",
+            "Scores that differ by chance make preferences of responses that are equally good.",
+        ),
+        do=(
+            "Remove repeated rows, and settle contradictions by majority.",
+            "Raise `data.min_score_gap`, so that close scores make no preference.",
+            "Set `loss.label_smoothing` to the share of labels that you believe are flipped.",
+        ),
+    ),
+    Page(
+        code="UW211",
+        title="A shortcut solves the data",
+        severity="warns",
+        meaning=(
+            "If a rule such as taking the longer response is right nearly as often as the policy, "
+            "accuracy does not show that anything else was learned. The policy then tends to "
+            "write long answers, not better ones."
+        ),
+        found_by=(
+            "read `report.html`, which holds the policy's held-out accuracy against the better of "
+            "two rules, longer or shorter, with an interval of the difference. For other "
+            "shortcuts, such as lists or a phrase, count on the rows of `ledger.parquet` how "
+            "often the chosen response has them and the rejected one does not."
+        ),
+        guarded_by=(
+            "The report says so when the length rule is better than chance and the policy is not "
+            "shown to be better than the rule."
+        ),
+        causes=(
+            "Annotators or a judge model favour long or formatted answers.",
+            "Chosen and rejected come from two models with different habits.",
+        ),
+        do=(
+            "Choose training rows so that chosen and rejected are equally long on average.",
+            "Make both responses with the same model and the same instructions.",
+            "Name a set of pairs of equal length under `evaluation.sets`.",
+        ),
+        source=(
+            "Singhal et al. 2023 (arXiv:2310.03716); for DPO: Park et al. 2024 (arXiv:2403.19159)"
+        ),
+    ),
+    Page(
+        code="UW212",
+        title="Both responses are improbable under the reference",
+        severity="warns",
+        meaning=(
+            "The data come from other models. The policy learns how to rank texts that it would "
+            "never write, which need not change what it does write; and lowering an improbable "
+            "response can move probability anywhere (UW304)."
+        ),
+        found_by=(
+            "compare log-probs per token, in nats. The data's: `upweight score --model START "
+            "--data FILE --out scores.jsonl`, then `logp_chosen` / `tokens_chosen`. The model's "
+            "own: `upweight sample --model START --prompts FILE --out samples.jsonl`, then `logp` "
+            "/ `tokens` of each response. The further apart, the more off-policy the data."
+        ),
+        causes=(
+            "The responses were written by people or by other models.",
+            "`model` is a base model, and the data are conversations.",
+            "The data's format differs from the model's chat template.",
+        ),
+        do=(
+            "Fine-tune the model on the chosen responses first, and give the result as `model`.",
+            "Sample responses from the model itself, score them, and train on those: `upweight "
+            "sample --model START --prompts FILE --out samples.jsonl -n 4` writes the layout "
+            "that training reads, once each response has a score.",
+            "See that `data.template` is right for this model.",
+        ),
+        source="Tajwar et al. 2024 (arXiv:2404.14367)",
+    ),
+)
