@@ -174,11 +174,12 @@ PAGES: tuple[Page, ...] = (
         guarded_by=(
             "Models are put into evaluation mode when they are loaded and stay in it, so their "
             "own dropout is off, in training too. Reference log-probs are computed without an "
-            "adapter. `lora.dropout` is 0 unless you set it."
+            "adapter. `lora.dropout` is 0 unless you set it, and then acts on the training steps "
+            "alone: evaluations, samples and scores are made without it."
         ),
         causes=(
-            "`lora.dropout` is above 0: the adapter's dropout is on while the run trains, and "
-            "while it evaluates.",
+            "`lora.dropout` is above 0: the adapter's dropout is on in training steps, and the "
+            "metrics of a step are of the noisy policy.",
             "The model's own code draws random numbers in its forward pass.",
             "A script of your own calls `model.train()`.",
         ),
