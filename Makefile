@@ -16,7 +16,7 @@ $(VENV)/demo-installed: $(VENV)/installed
 	touch $@
 
 $(VENV)/test-installed: $(VENV)/demo-installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,tensorboard]'
 	touch $@
 
 demo: $(VENV)/demo-installed

@@ -16,8 +16,9 @@ from tiny import FALLBACK_FAMILIES, FAMILIES, save_tiny
 from upweight.data.pack import collate, unshared
 from upweight.errors import ModelError
 from upweight.models.attention import layout_of
+from upweight.models.head import head_logps
 from upweight.models.load import load
-from upweight.models.logprobs import head_logps, pair_logps, response_logps, token_logps
+from upweight.models.logprobs import pair_logps, response_logps, token_logps
 
 WAYS = {
     "parts": dict(attention="parts"),

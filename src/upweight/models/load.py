@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+import transformers.modeling_gguf_pytorch_utils
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -198,10 +199,9 @@ def _convert_gguf(file: Path) -> Path:
 @contextlib.contextmanager
 def _no_bar_of_gguf() -> Generator[None]:
     """transformers' GGUF reader draws a progress bar that its own switch does not turn off."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
+    reader: Any = transformers.modeling_gguf_pytorch_utils
     before = reader.tqdm
-    reader.tqdm = transformers.utils.logging.tqdm  # pyright: ignore[reportAttributeAccessIssue]
+    reader.tqdm = transformers.utils.logging.tqdm
     try:
         yield
     finally:

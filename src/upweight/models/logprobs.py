@@ -1,7 +1,6 @@
 """Hidden states -> log-probs of the scored tokens, without a logits tensor -> sums per response.
 
-Only the positions that predict a scored token reach the head, in chunks whose logits are dropped
-at once and recomputed in the backward pass. Sums are fp32.
+Only the positions that predict a scored token reach the head (head.py). Sums are fp32.
 """
 
 from __future__ import annotations
@@ -9,21 +8,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from upweight.data.pack import unshared
 from upweight.models.attention import layout_of, native_attention
+from upweight.models.head import CHUNK_ELEMENTS, KEPT_ELEMENTS, head_logps
 from upweight.models.load import LanguageModel
 from upweight.types import Forest, PairLogps
 
-CHUNK_ELEMENTS = 1 << 25
-"""Logits alive at once: 128 MiB of fp32."""
-
 
 def token_logps(
-    lm: LanguageModel, forest: Forest, chunk_elements: int = CHUNK_ELEMENTS
+    lm: LanguageModel,
+    forest: Forest,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    kept_elements: int = KEPT_ELEMENTS,
 ) -> Float[Tensor, " scored"]:
     """log p(token | what it continues) in nats, fp32, for every scored token of the forest.
 
@@ -34,7 +33,8 @@ def token_logps(
     if lm.plan.native_head:
         return _native_logps(lm, forest)
     hidden = scored_hidden(lm, forest)
-    return head_logps(lm, hidden, forest.token_ids[forest.scored], chunk_elements)
+    targets = forest.token_ids[forest.scored]
+    return head_logps(lm, hidden, targets, chunk_elements, kept_elements)
 
 
 def scored_hidden(lm: LanguageModel, forest: Forest) -> Float[Tensor, "scored width"]:
@@ -106,49 +106,6 @@ def _rows(
         # holds only padding would be a softmax over nothing, whose NaN spreads as 0 * NaN.
         result.append((padded, torch.ones_like(padded), where))
     return result
-
-
-def head_logps(
-    lm: LanguageModel,
-    hidden: Float[Tensor, "scored width"],
-    targets: Int[Tensor, " scored"],
-    chunk_elements: int = CHUNK_ELEMENTS,
-) -> Float[Tensor, " scored"]:
-    """Log-softmax of the head at each hidden state, read at its target: fp32, chunk by chunk."""
-    head = lm.causal.get_output_embeddings()
-    assert head is not None
-    config = lm.causal.config
-
-    def chunk_logps(states: Tensor, wanted: Tensor) -> Tensor:
-        return -F.cross_entropy(logits(head, config, states), wanted, reduction="none")
-
-    rows = max(1, chunk_elements // lm.vocab_size)
-    pieces = [
-        checkpoint(chunk_logps, states, wanted, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else chunk_logps(states, wanted)
-        for states, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
-    ]
-    return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
-
-
-def logits(head: nn.Module, config: object, states: Float[Tensor, "n width"]) -> Tensor:
-    """The head's logits in at least fp32, with the three adjustments that families make to them.
-
-    final_logit_softcapping (Gemma 2), logit_scale (Cohere), logits_scaling (Granite); the proof at
-    start finds families that do something else.
-    """
-    with torch.autocast(states.device.type, enabled=False):
-        weight = next(head.parameters())
-        out = head(states.to(weight.dtype))
-    out = out if out.dtype == torch.float64 else out.float()
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-        out = cap * torch.tanh(out / cap)
-    if (scale := getattr(config, "logit_scale", None)) is not None:
-        out = out * scale
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:
-        out = out / divisor
-    return out
 
 
 def response_logps(tokens: Float[Tensor, " scored"], forest: Forest) -> Float[Tensor, " responses"]:

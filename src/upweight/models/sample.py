@@ -13,8 +13,9 @@ from transformers import DynamicCache, GenerationConfig
 
 from upweight.data.pack import bins, collate
 from upweight.models.attention import native_attention
+from upweight.models.head import logits
 from upweight.models.load import LanguageModel, evaluation_mode
-from upweight.models.logprobs import logits, response_logps, token_logps
+from upweight.models.logprobs import response_logps, token_logps
 from upweight.types import ResponseId, RowId, Tree
 
 KEPT_SHARE = 0.8

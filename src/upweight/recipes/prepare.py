@@ -14,6 +14,7 @@ from upweight.data.render import Renderer, make_renderer
 from upweight.data.stream import grow, load_examples, overlap, split_account, split_by_prompt
 from upweight.data.trees import show
 from upweight.errors import DataError, Refusal
+from upweight.evidence.track import clients
 from upweight.models.load import LanguageModel, adapter_off, fingerprint, load
 from upweight.models.reference import Reference, fill, open_reference, verify
 from upweight.recipes.screen import Screen, Silent
@@ -197,6 +198,7 @@ def check(resolved: Resolved, screen: Screen | None = None, num_shown: int = 3) 
     """
     screen = screen or Silent()
     run = resolved.run
+    clients(run.track)
     screen.stage("model")
     lm = load_policy(run)
     screen.note(f"model: {lm.name}, {describe(lm)}")

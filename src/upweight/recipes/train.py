@@ -28,6 +28,7 @@ from upweight.data.stream import batch_for_step, num_steps, plan_epoch
 from upweight.errors import ConfigError, OutputError
 from upweight.evidence import evaluate
 from upweight.evidence.report import write_report
+from upweight.evidence.track import Target, Tracking, clients, tracking
 from upweight.losses import PAIR_LOSSES
 from upweight.models.load import LanguageModel, add_lora, checkpoint_layers, export
 from upweight.models.reference import Reference
@@ -88,6 +89,7 @@ class _State:
     screen: Screen
     optimizer: torch.optim.Optimizer
     digest: str
+    trackers: Tracking
     best: float | None = None
     best_step: int | None = None
     reference_answers: dict[str, list[Sample]] = field(default_factory=dict[str, list[Sample]])
@@ -103,7 +105,12 @@ def dpo(resolved: Resolved, screen: Screen | None = None) -> Result:
     resolved = with_rates(resolved)
     run = resolved.run
     assert run.out is not None
-    with open_run_dir(Path(run.out), run.resume) as rundir, _stop_on_signals(screen) as stop:
+    to_open = clients(run.track)
+    with (
+        open_run_dir(Path(run.out), run.resume) as rundir,
+        _stop_on_signals(screen) as stop,
+        contextlib.ExitStack() as stack,
+    ):
         screen.stage("model")
         newest = checkpoint.recover(rundir.file("checkpoints")) if run.resume else None
         lm = load_policy(run)
@@ -111,6 +118,9 @@ def dpo(resolved: Resolved, screen: Screen | None = None) -> Result:
         prepared = prepare(run, lm)
         for line in account_lines(prepared):
             screen.note(line)
+        # Before the first file of the run, so that a login that is wrong leaves an empty folder.
+        target = Target(rundir.path, leaf_values(run), _step_of(newest))
+        trackers = stack.enter_context(tracking(to_open, target, screen.note))
         write_atomic(rundir.file("account.json"), json.dumps(account_record(prepared), indent=1))
         screen.stage("reference")
         everything = [tree for trees in prepared.trees.values() for tree in trees]
@@ -128,7 +138,9 @@ def dpo(resolved: Resolved, screen: Screen | None = None) -> Result:
         if run.compute.checkpointing:
             checkpoint_layers(lm)
         screen.note(f"model: {lm.name}, {describe(lm)}")
-        state, progress = _begin(resolved, lm, rundir, prepared, reference, screen, newest)
+        state, progress = _begin(
+            resolved, lm, rundir, prepared, reference, screen, newest, trackers
+        )
         screen.stage("training")
         if progress.step == 0:
             _evaluate(state, progress)
@@ -138,6 +150,10 @@ def dpo(resolved: Resolved, screen: Screen | None = None) -> Result:
             screen.note(f"Go on with:  {resume_command(rundir.path)}")
             return Result(rundir.path, None, None, False, progress.step)
         return _finish(state, progress)
+
+
+def _step_of(newest: Path | None) -> int | None:
+    return int(newest.name.removeprefix(checkpoint.CHECKPOINT)) if newest is not None else None
 
 
 def resume_command(out: Path) -> str:
@@ -152,6 +168,7 @@ def _begin(
     reference: Reference,
     screen: Screen,
     newest: Path | None,
+    trackers: Tracking,
 ) -> tuple[_State, Progress]:
     """The plan, the optimizer, and with `newest` the state of the run that is gone on with."""
     run = resolved.run
@@ -181,7 +198,8 @@ def _begin(
         beta2=options.beta2,
         epsilon=options.epsilon,
     )
-    state = _State(run, lm, rundir, prepared, reference, plan, screen, optimizer, _digest(run))
+    digest = _digest(run)
+    state = _State(run, lm, rundir, prepared, reference, plan, screen, optimizer, digest, trackers)
     progress = Progress()
     if newest is not None:
         saved = checkpoint.load(newest, verified=True)
@@ -231,21 +249,23 @@ def _train(state: _State, progress: Progress, stop: threading.Event) -> bool:
         batch = batch_for_step(trees, run.batch.pairs_per_step, run.seed, step)
         return [collate(group) for group in bins(merge_same_prompts(batch, capacity), capacity)]
 
-    def on_record(record: Record) -> None:
-        append_jsonl(state.rundir.file("metrics.jsonl"), record)
-        state.screen.record(record, state.plan.total_steps)
-
     loss = functools.partial(
         PAIR_LOSSES[run.objective], beta=run.loss.beta, label_smoothing=run.loss.label_smoothing
     )
     hooks = Hooks(
-        on_record=on_record,
+        on_record=functools.partial(_log, state),
         evaluate=functools.partial(_evaluate, state),
         save=functools.partial(_save, state),
         should_stop=stop.is_set,
     )
     objective = pair(state.reference, loss, run.loss.beta)
     return fit(state.lm, state.optimizer, objective, forests, state.plan, hooks, progress)
+
+
+def _log(state: _State, record: Record) -> None:
+    append_jsonl(state.rundir.file("metrics.jsonl"), record)
+    state.trackers.log(record)
+    state.screen.record(record, state.plan.total_steps)
 
 
 def _save(state: _State, progress: Progress) -> None:
@@ -292,8 +312,7 @@ def _evaluate(state: _State, progress: Progress) -> None:
         }
         if run.evaluation.samples:
             record |= _sample(state, progress, name, trees)
-        append_jsonl(state.rundir.file("metrics.jsonl"), record)
-        state.screen.record(record, state.plan.total_steps)
+        _log(state, record)
         _note_best(state, progress, name, record)
         rows += [{"step": progress.step, "set": name, **row} for row in scored]
         if last:
@@ -380,6 +399,7 @@ def _finish(state: _State, progress: Progress) -> Result:
     report = write_report(state.rundir.path)
     state.screen.note(f"model:  {written[0]}")
     state.screen.note(f"report: {report}")
+    state.trackers.close(finished=True)
     return Result(state.rundir.path, written[0], report, True, progress.step)
 
 

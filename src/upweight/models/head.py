@@ -1,0 +1,181 @@
+"""The output head on scored positions only: log-probs of given tokens, never a whole logits tensor.
+
+A plain linear head takes one pass over its logits for value and gradients. With z the logits at a
+position, y the token there, E = exp(z - z_y) and S = sum E:
+
+    log p = -log S        dz = onehot(y) - E / S
+
+so a chunk costs three products: z = h W^T, E W for the hidden states' gradient, E^T h for the
+weight's. E is kept from the forward pass to the backward, whatever loss comes between. Under LoRA
+the head is frozen and W[y] - E W / S is all that is kept, two products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from upweight.models.load import LanguageModel
+
+CHUNK_ELEMENTS = 1 << 26
+"""Logits that are worked on at once: 128 MiB in bf16."""
+
+KEPT_ELEMENTS = 1 << 29
+"""Exponentials kept from forward to backward: 1 GiB in bf16. Beyond that they are made again."""
+
+ADJUSTMENTS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Config keys by which Gemma 2, Cohere and Granite change their logits. What other families do to
+them is found by the proof at start."""
+
+
+def head_logps(
+    lm: LanguageModel,
+    hidden: Float[Tensor, "scored width"],
+    targets: Int[Tensor, " scored"],
+    chunk_elements: int = CHUNK_ELEMENTS,
+    kept_elements: int = KEPT_ELEMENTS,
+) -> Float[Tensor, " scored"]:
+    """Log-softmax of the head at each hidden state, read at its target: at least fp32, in nats."""
+    head = lm.causal.get_output_embeddings()
+    assert head is not None
+    config = lm.causal.config
+    rows = max(1, chunk_elements // lm.vocab_size)
+    if not _is_plain(head, config):
+        return _adjusted_logps(head, config, hidden, targets, rows)
+    weight = head.weight
+    assert isinstance(weight, Tensor)
+    dtype = lm.compute_dtype if weight.dtype == torch.float32 else weight.dtype
+    keep = kept_elements // lm.vocab_size
+    return _LinearHead.apply(  # pyright: ignore[reportReturnType]
+        hidden, weight, targets, dtype, rows, keep, torch.is_grad_enabled()
+    )
+
+
+def _is_plain(head: nn.Module, config: object) -> bool:
+    return (
+        type(head) is nn.Linear
+        and "bias" not in dict(head.named_parameters())
+        and all(getattr(config, key, None) is None for key in ADJUSTMENTS)
+    )
+
+
+class _LinearHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Float[Tensor, "scored width"],
+        weight: Float[Tensor, "vocab width"],
+        targets: Int[Tensor, " scored"],
+        dtype: torch.dtype,
+        rows: int,
+        keep: int,
+        learn: bool,
+    ) -> Float[Tensor, " scored"]:
+        h, w = hidden.to(dtype), weight.to(dtype)
+        frozen = not ctx.needs_input_grad[1]
+        pieces: list[Tensor] = []
+        kept: list[Tensor | None] = []
+        for first in range(0, len(h), rows):
+            y = targets[first : first + rows]
+            e, total, logps = _exponentials(h[first : first + rows], w, y)
+            pieces.append(logps)
+            if learn and frozen:
+                kept.append(w[y] - (e @ w) / total[:, None].to(dtype))
+            else:
+                kept.append(e if learn and first + len(y) <= keep else None)
+        logps = torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+        ctx.save_for_backward(h, weight, targets)
+        ctx.rows, ctx.frozen, ctx.kept, ctx.given = rows, frozen, kept, hidden.dtype
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        h, weight, targets = ctx.saved_tensors
+        kept: list[Tensor | None] = ctx.kept
+        slope = grads[0]
+        dh = torch.empty(h.shape, dtype=ctx.given, device=h.device)
+        if ctx.frozen:
+            for n, piece in enumerate(kept):
+                at = slice(n * ctx.rows, n * ctx.rows + ctx.rows)
+                assert piece is not None
+                dh[at] = slope[at, None] * piece
+            return dh, *[None] * 6
+        w = weight.to(h.dtype)
+        dw = torch.zeros_like(weight)
+        for n, e in enumerate(kept):
+            at = slice(n * ctx.rows, n * ctx.rows + ctx.rows)
+            y, states = targets[at], h[at]
+            kept[n] = None
+            if e is None:
+                e, total, _ = _exponentials(states, w, y)
+            else:
+                total = e.sum(-1, dtype=slope.dtype)
+            share = (slope[at] / total)[:, None]
+            dh[at] = slope[at, None] * w[y] - share * (e @ w)
+            dw -= e.T @ (share * states).to(h.dtype)
+            dw.index_add_(0, y, (slope[at, None] * states).to(dw.dtype))
+        return dh, dw, *[None] * 5
+
+
+def _exponentials(
+    h: Float[Tensor, "rows width"], w: Float[Tensor, "vocab width"], y: Int[Tensor, " rows"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(E, S, log p) of rows in the dtype of `h` and `w`, log p and S in at least fp32.
+
+    A product's output is rounded to `h`'s dtype, and a bf16 logit of 20 would be 0.06 nats off. So
+    the target's own logit is taken in fp32 and subtracted inside the product, before rounding: what
+    is rounded is z - z_y, and log p is accurate relative to itself.
+    """
+    exact = torch.float64 if h.dtype == torch.float64 else torch.float32
+    at_target = (h.to(exact) * w[y].to(exact)).sum(-1)
+    offset = at_target.to(h.dtype)
+    z = torch.addmm(-offset[:, None], h, w.T)
+    top = z.amax(-1)
+    shift = torch.zeros_like(top)
+    if z.is_cuda or bool((top > 60).any()):  # exp overflows at 88; on a GPU asking would wait
+        shift = top.clamp(min=0)
+        z -= shift[:, None]
+    e = z.exp_()
+    total = e.sum(-1, dtype=exact)
+    return e, total, (at_target - offset.to(exact)) - shift.to(exact) - total.log()
+
+
+def _adjusted_logps(
+    head: nn.Module,
+    config: object,
+    hidden: Float[Tensor, "scored width"],
+    targets: Int[Tensor, " scored"],
+    rows: int,
+) -> Float[Tensor, " scored"]:
+    """Any head, chunk by chunk, its logits dropped at once and recomputed in the backward pass."""
+
+    def chunk_logps(states: Tensor, wanted: Tensor) -> Tensor:
+        return -F.cross_entropy(logits(head, config, states), wanted, reduction="none")
+
+    pieces = [
+        checkpoint(chunk_logps, states, wanted, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else chunk_logps(states, wanted)
+        for states, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def logits(head: nn.Module, config: object, states: Float[Tensor, "n width"]) -> Tensor:
+    """The head's logits in at least fp32, with the adjustments that families make to them."""
+    with torch.autocast(states.device.type, enabled=False):
+        weight = next(head.parameters())
+        out = head(states.to(weight.dtype))
+    out = out if out.dtype == torch.float64 else out.float()
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        out = cap * torch.tanh(out / cap)
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        out = out * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        out = out / divisor
+    return out

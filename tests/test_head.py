@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch import nn
+
+from oracles import gradients, loaded, relative
+from upweight.models import head
+from upweight.models.head import head_logps
+
+TARGETS = torch.tensor([0, 5, 7, 5, 9, 259, 100, 3])
+
+
+def dense(weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The whole logits tensor, its log-softmax, the targets' column."""
+    return (hidden @ weight.T).log_softmax(-1)[torch.arange(len(TARGETS)), TARGETS]
+
+
+def case(dtype: torch.dtype, scale: float = 1.0):
+    lm = loaded(dtype=dtype)
+    weight = lm.causal.get_output_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    hidden = scale * torch.randn(8, 32, generator=generator, dtype=torch.float64)
+    slope = torch.randn(8, generator=generator, dtype=torch.float64)
+    return lm, weight, hidden.to(dtype).requires_grad_(), slope
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 100])
+@pytest.mark.parametrize("kept", [0, 3, 100])
+def test_one_pass_equals_the_dense_head_in_value_and_gradients(rows: int, kept: int):
+    lm, weight, hidden, slope = case(torch.float64)
+    got = head_logps(lm, hidden, TARGETS, rows * 260, kept * 260)
+    wanted = dense(weight, hidden)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad((slope * got).sum(), (hidden, weight))
+    theirs = torch.autograd.grad((slope * wanted).sum(), (hidden, weight))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_frozen_head_gives_the_same_gradient_of_the_hidden_states():
+    lm, weight, hidden, slope = case(torch.float64)
+    weight.requires_grad_(False)
+    got = head_logps(lm, hidden, TARGETS, 3 * 260)
+    (ours,) = torch.autograd.grad((slope * got).sum(), hidden)
+    (theirs,) = torch.autograd.grad((slope * dense(weight, hidden)).sum(), hidden)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("scale", "common"), [(1.0, 0.0), (30.0, 0.0), (400.0, 0.0), (1.0, 64.0)])
+def test_in_bf16_a_log_prob_is_accurate_relative_to_itself(scale: float, common: float):
+    # A bf16 number has 8 significant bits, so rounding z - z_y moves it by at most 2^-8 of itself,
+    # which where the mass is is at most |log p| + ln V; rounding the exponentials adds 2^-8. What
+    # all logits have in common (here 64 * 8, whose own rounding would be 2 nats) adds nothing.
+    lm, weight, hidden, slope = case(torch.float32, scale)
+    with torch.no_grad():
+        weight[:, 0], hidden[:, 0] = common, 8.0
+    lm.compute_dtype = torch.bfloat16
+    got = head_logps(lm, hidden, TARGETS, 3 * 260)
+    rounded = weight.bfloat16().double(), hidden.bfloat16().double()
+    wanted = dense(*rounded)
+    assert got.dtype == torch.float32 and torch.isfinite(got).all()
+    assert wanted.min() < -2 * scale
+    bound = 2**-8 * (wanted.abs() + torch.tensor(260.0).log() + 1) + 1e-5
+    assert ((got - wanted).abs() <= bound).all()
+    if (scale, common) != (1.0, 0.0):
+        # A target at e^-70 blurs the tokens that it lost to, and W[y] - E W / S cancels what all
+        # rows of W have in common: gradients are bf16's, no better.
+        return
+    ours = torch.autograd.grad((slope.float() * got).sum(), (hidden, weight))
+    w, h = (x.detach().requires_grad_() for x in rounded)
+    theirs = torch.autograd.grad((slope * dense(w, h)).sum(), (h, w))
+    for mine, exact in zip(ours, theirs, strict=True):
+        assert relative({"": mine}, {"": exact}) < 2e-2
+
+
+def test_a_planted_error_in_the_gradient_shows(monkeypatch: pytest.MonkeyPatch):
+    exponentials = head._exponentials
+
+    def without_the_target(h, w, y):
+        e, total, logps = exponentials(h, w, y)
+        return e.index_put((torch.arange(len(y)), y), torch.zeros(())), total, logps
+
+    lm, weight, hidden, slope = case(torch.float64)
+    wanted = gradients(lm.model, (slope * dense(weight, hidden)).sum())
+    for planted, off in ((exponentials, False), (without_the_target, True)):
+        monkeypatch.setattr(head, "_exponentials", planted)
+        got = gradients(lm.model, (slope * head_logps(lm, hidden, TARGETS)).sum())
+        assert (relative(got, wanted) > 1e-6) == off
+
+
+def test_a_head_with_a_bias_takes_the_general_way():
+    lm, weight, hidden, _ = case(torch.float64)
+    with_bias = nn.Linear(32, 260, dtype=torch.float64)
+    lm.causal.set_output_embeddings(with_bias)
+    wanted = with_bias(hidden).log_softmax(-1)[torch.arange(8), TARGETS]
+    torch.testing.assert_close(head_logps(lm, hidden, TARGETS, 3 * 260), wanted)
