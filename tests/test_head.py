@@ -76,7 +76,7 @@ def test_a_planted_error_in_the_gradient_shows(monkeypatch: pytest.MonkeyPatch):
 
     def without_the_target(h, w, y):
         e, total, logps = exponentials(h, w, y)
-        return e.index_put((torch.arange(len(y)), y), torch.zeros(())), total, logps
+        return e.index_put((torch.arange(len(y)), y), torch.zeros((), dtype=e.dtype)), total, logps
 
     lm, weight, hidden, slope = case(torch.float64)
     wanted = gradients(lm.model, (slope * dense(weight, hidden)).sum())
