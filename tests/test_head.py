@@ -74,16 +74,27 @@ def test_in_bf16_a_log_prob_is_accurate_relative_to_itself(scale: float, common:
 def test_a_planted_error_in_the_gradient_shows(monkeypatch: pytest.MonkeyPatch):
     exponentials = head._exponentials
 
-    def without_the_target(h, w, y):
-        e, total, logps = exponentials(h, w, y)
-        return e.index_put((torch.arange(len(y)), y), torch.zeros((), dtype=e.dtype)), total, logps
+    def with_the_target_counted_twice(h, w, y):
+        e, own, rest, logps = exponentials(h, w, y)
+        return e.index_put((torch.arange(len(y)), y), own), own, rest, logps
 
     lm, weight, hidden, slope = case(torch.float64)
     wanted = gradients(lm.model, (slope * dense(weight, hidden)).sum())
-    for planted, off in ((exponentials, False), (without_the_target, True)):
+    for planted, off in ((exponentials, False), (with_the_target_counted_twice, True)):
         monkeypatch.setattr(head, "_exponentials", planted)
         got = gradients(lm.model, (slope * head_logps(lm, hidden, TARGETS)).sum())
         assert (relative(got, wanted) > 1e-6) == off
+
+
+def test_a_nearly_certain_token_keeps_its_log_prob_in_bf16():
+    # p = 1 - 1e-4: rounded to bf16 it would be 1, and its log 0.
+    lm, weight, _, _ = case(torch.float32)
+    lm.compute_dtype = torch.bfloat16
+    hidden = (30 * weight[TARGETS] / weight[TARGETS].norm(dim=1, keepdim=True) ** 2).detach()
+    got = head_logps(lm, hidden, TARGETS)
+    wanted = dense(weight.bfloat16().double(), hidden.bfloat16().double())
+    assert (wanted > -1e-2).all() and (wanted < -1e-9).all()
+    torch.testing.assert_close(got.double(), wanted, rtol=0.1, atol=0.0)
 
 
 def test_a_head_with_a_bias_takes_the_general_way():

@@ -1,13 +1,13 @@
 """The output head on scored positions only: log-probs of given tokens, never a whole logits tensor.
 
 A plain linear head takes one pass over its logits for value and gradients. With z the logits at a
-position, y the token there, E = exp(z - z_y) and S = sum E:
+position, y its token, e = exp(z - z_y) without the token itself (e[y] = 0) and R = sum e:
 
-    log p = -log S        dz = onehot(y) - E / S
+    log p = -log(1 + R)        dz = (R onehot(y) - e) / (1 + R)
 
-so a chunk costs three products: z = h W^T, E W for the hidden states' gradient, E^T h for the
-weight's. E is kept from the forward pass to the backward, whatever loss comes between. Under LoRA
-the head is frozen and W[y] - E W / S is all that is kept, two products.
+so a chunk costs three products: z = h W^T, e W for the hidden states' gradient, e^T h for the
+weight's. e is kept from the forward pass to the backward, whatever loss comes between. Under LoRA
+the head is frozen and (R W[y] - e W) / (1 + R) is all that is kept: two products.
 """
 
 from __future__ import annotations
@@ -78,24 +78,26 @@ class _LinearHead(torch.autograd.Function):
     ) -> Float[Tensor, " scored"]:
         h, w = hidden.to(dtype), weight.to(dtype)
         frozen = not ctx.needs_input_grad[1]
-        pieces: list[Tensor] = []
+        done: list[tuple[Tensor, Tensor, Tensor]] = []
         kept: list[Tensor | None] = []
         for first in range(0, len(h), rows):
             y = targets[first : first + rows]
-            e, total, logps = _exponentials(h[first : first + rows], w, y)
-            pieces.append(logps)
+            e, own, rest, logps = _exponentials(h[first : first + rows], w, y)
+            done.append((own, rest, logps))
             if learn and frozen:
-                kept.append(w[y] - (e @ w) / total[:, None].to(dtype))
+                kept.append((rest[:, None] * w[y] - e @ w) / (own + rest)[:, None])
             else:
                 kept.append(e if learn and first + len(y) <= keep else None)
-        logps = torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
-        ctx.save_for_backward(h, weight, targets)
+        if not done:
+            return hidden.new_zeros(0, dtype=torch.float32)
+        own, rest, logps = (torch.cat(pieces) for pieces in zip(*done, strict=True))
+        ctx.save_for_backward(h, weight, targets, own, rest)
         ctx.rows, ctx.frozen, ctx.kept, ctx.given = rows, frozen, kept, hidden.dtype
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, weight, targets = ctx.saved_tensors
+        h, weight, targets, own, rest = ctx.saved_tensors
         kept: list[Tensor | None] = ctx.kept
         slope = grads[0]
         dh = torch.empty(h.shape, dtype=ctx.given, device=h.device)
@@ -107,42 +109,56 @@ class _LinearHead(torch.autograd.Function):
             return dh, *[None] * 6
         w = weight.to(h.dtype)
         dw = torch.zeros_like(weight)
+        share = (slope / (own + rest))[:, None]
         for n, e in enumerate(kept):
             at = slice(n * ctx.rows, n * ctx.rows + ctx.rows)
             y, states = targets[at], h[at]
             kept[n] = None
             if e is None:
-                e, total, _ = _exponentials(states, w, y)
-            else:
-                total = e.sum(-1, dtype=slope.dtype)
-            share = (slope[at] / total)[:, None]
-            dh[at] = slope[at, None] * w[y] - share * (e @ w)
-            dw -= e.T @ (share * states).to(h.dtype)
-            dw.index_add_(0, y, (slope[at, None] * states).to(dw.dtype))
+                e = _exponentials(states, w, y)[0]
+            dh[at] = share[at] * (rest[at, None] * w[y] - e @ w)
+            dw -= e.T @ (share[at] * states).to(h.dtype)
+            dw.index_add_(0, y, (share[at] * rest[at, None] * states).to(dw.dtype))
         return dh, dw, *[None] * 5
 
 
 def _exponentials(
     h: Float[Tensor, "rows width"], w: Float[Tensor, "vocab width"], y: Int[Tensor, " rows"]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(E, S, log p) of rows in the dtype of `h` and `w`, log p and S in at least fp32.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(e, own, R, log p) of rows, all but log p scaled by one factor a row; e in `h`'s dtype, the
+    rest in at least fp32. `own` is the target's exponential: 1 but for rounding and the factor.
 
     A product's output is rounded to `h`'s dtype, and a bf16 logit of 20 would be 0.06 nats off. So
     the target's own logit is taken in fp32 and subtracted inside the product, before rounding: what
-    is rounded is z - z_y, and log p is accurate relative to itself.
+    is rounded is z - z_y, and log p is accurate relative to itself, near 0 too.
     """
     exact = torch.float64 if h.dtype == torch.float64 else torch.float32
     at_target = (h.to(exact) * w[y].to(exact)).sum(-1)
     offset = at_target.to(h.dtype)
     z = torch.addmm(-offset[:, None], h, w.T)
     top = z.amax(-1)
-    shift = torch.zeros_like(top)
+    shift = torch.zeros_like(at_target)
     if z.is_cuda or bool((top > 60).any()):  # exp overflows at 88; on a GPU asking would wait
-        shift = top.clamp(min=0)
-        z -= shift[:, None]
-    e = z.exp_()
-    total = e.sum(-1, dtype=exact)
-    return e, total, (at_target - offset.to(exact)) - shift.to(exact) - total.log()
+        top = top.clamp(min=0)
+        z -= top[:, None]
+        shift = top.to(exact)
+    e = z.exp_().scatter_(1, y[:, None], 0.0)
+    rest = _row_sums(e)
+    left = at_target - offset.to(exact) - shift
+    own = left.exp()
+    logps = torch.where(shift > 0, left - (own + rest).log(), -torch.log1p(rest / own))
+    return e, own, rest, logps
+
+
+def _row_sums(e: Float[Tensor, "rows vocab"], block: int = 512) -> Float[Tensor, " rows"]:
+    """In at least fp32. A half-precision row is summed in blocks by the kernel that accumulates in
+    fp32 and rounds once a block: thirty times faster than converting, and the roundings of a
+    hundred blocks cancel to some 1e-4."""
+    if e.dtype in (torch.float32, torch.float64):
+        return e.sum(-1)
+    whole = e.shape[1] // block * block
+    blocks = e[:, :whole].unflatten(1, (-1, block)).sum(-1)
+    return blocks.float().sum(-1) + e[:, whole:].float().sum(-1)
 
 
 def _adjusted_logps(
