@@ -114,6 +114,11 @@ def dpo(resolved: Resolved, screen: Screen | None = None) -> Result:
         screen.stage("model")
         newest = checkpoint.recover(rundir.file("checkpoints")) if run.resume else None
         lm = load_policy(run)
+        # What the probe found is the run's from here on, also where it is resumed.
+        dtype = str(lm.compute_dtype).removeprefix("torch.")
+        if run.compute.dtype == "auto":
+            resolved = resolved.with_value("compute.dtype", dtype, "resolved")
+            run = resolved.run
         screen.stage("rows")
         prepared = prepare(run, lm)
         for line in account_lines(prepared):
