@@ -23,7 +23,8 @@ from upweight.data.pack import bins, collate, merge_same_prompts
 from upweight.data.stream import batch_for_step, plan_epoch
 from upweight.evidence.evaluate import score_trees
 from upweight.losses import PAIR_LOSSES
-from upweight.models.load import LanguageModel, add_lora
+from upweight.models.adapter import add_lora
+from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
 from upweight.recipes import dpo
 from upweight.recipes.prepare import describe, fill_reference, load_policy, prepare

@@ -190,6 +190,16 @@ def test_queries_lie_as_they_are_and_keys_are_gathered_behind_their_prompt():
     assert (plan.max_q, plan.max_k) == (3, 5)
 
 
+def test_the_plan_of_a_forest_is_made_once_for_all_layers(monkeypatch):
+    forest = collate(random_trees(SHAPES))
+    layout = layout_of(forest, "varlen")
+    made = []
+    monkeypatch.setattr(attention, "varlen_plan", lambda *a: made.append(a) or varlen_plan(*a))
+    for _ in range(3):
+        varlen_attention(*tensors(forest.num_tokens), layout, 0.3, kernel=plain_kernel)
+    assert len(made) == 1
+
+
 class Layer(torch.nn.Module):
     layer_idx = 1
 

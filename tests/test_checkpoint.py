@@ -46,6 +46,9 @@ def position(step: int) -> Position:
         best=0.1 + 0.2,
         best_step=step,
         seconds=1.5,
+        model_fingerprint="model",
+        data_digests={"train": "rows"},
+        window={"sums": {"loss": [0.1, 1.0]}, "num_tokens": 3, "num_pairs": 1, "seconds": 0.5},
     )
 
 
@@ -344,8 +347,8 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
 def test_a_checkpoint_of_another_format_is_left_alone(tmp_path: Path) -> None:
     path = save(tmp_path, tiny_state(1))
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    said = "of format 2 and this version of upweight reads format 1. Resume with the version"
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    said = "of format 1 and this version of upweight reads format 2. Resume with the version"
     for read in (latest, recover):
         with pytest.raises(OutputError, match=re.escape(said)):
             read(tmp_path)

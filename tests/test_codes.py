@@ -188,6 +188,7 @@ def test_numbers_on_the_pages_are_those_of_the_code() -> None:
     num = inspect.signature(reference.verify).parameters["num"].default
     assert f"{num} rows" in CODES["UW107"].found_by
     assert f"{proof.TOLERANCE_NATS[torch.float32]} nats" in CODES["UW301"].guarded_by
+    assert f"{proof.TOLERANCE_NATS[torch.float32]} nats" in CODES["UW401"].found_by
     assert verdict._NOTEWORTHY_FALL_NATS == 0.5 and "half a nat" in CODES["UW304"].guarded_by
     assert f"{verdict._NOTEWORTHY_LENGTH} times" in CODES["UW305"].guarded_by
     assert f"{100 * verdict._NOTEWORTHY_DROPS:.0f} %" in CODES["UW205"].guarded_by

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from upweight.config import (
+    READS,
     Data,
     Lora,
     Loss,
@@ -24,6 +25,7 @@ from upweight.config import (
     flags,
     leaf_values,
     load_run,
+    require_read,
     values_from_flags,
 )
 from upweight.config.keys import keys
@@ -280,6 +282,33 @@ def test_contradictions_between_sections_are_refused(tmp_path: Path) -> None:
     assert error_of("template=none", "template_options={a: 1}") == (
         "template_options has no effect with data.template none; keep one of them."
     )
+    assert error_of("attention=dense", "sharing=false") == (
+        "attention has no effect with compute.sharing false; keep one of them."
+    )
+    assert run_of("attention=auto", "sharing=false").compute.sharing is False
+
+
+@pytest.mark.parametrize("command", READS)
+@pytest.mark.parametrize("key", OTHER)
+def test_a_command_takes_exactly_the_values_that_it_reads(command: str, key: str) -> None:
+    # With a reference beta is read; without one, score says so.
+    beside = {"reference": "sft"} if (command, key) == ("score", "loss.beta") else {}
+    run = run_of(**{key: OTHER[key]} | CONTEXT.get(key, {}) | beside)
+    if key in READS[command]:
+        assert CONTEXT.get(key, {}).keys() <= READS[command]
+        require_read(command, run)
+        return
+    with pytest.raises(ConfigError) as caught:
+        require_read(command, run)
+    readers = [name for name in READS if key in READS[name]]
+    first = str(caught.value).splitlines()[-2]
+    assert all(name in first for name in readers) and f"{command} does not read it" in first
+    assert first.startswith("lora is true" if key.startswith("lora") else f"{key} is ")
+
+
+def test_score_reads_beta_only_with_a_reference() -> None:
+    with pytest.raises(ConfigError, match="score reads it only with a reference"):
+        require_read("score", run_of("beta=0.2"))
 
 
 def test_one_key_under_two_names_in_one_place_is_refused(tmp_path: Path) -> None:
@@ -384,6 +413,13 @@ WRONG = {
     ),
     "sets=a.jsonl": ('sets must be a mapping {name: text or a list of texts}, found "a.jsonl".'),
     "template_options=3": "template_options must be a mapping {name: value}, found 3.",
+    "threads=1025": "threads must be a whole number >= 1 and <= 1024 or null, found 1025.",
+    "temperature=-0.1": "temperature must be a number >= 0, found -0.1.",
+    r'out="a\0b"': r'out must be text or null, found "a\u0000b". Take the NUL character out.',
+    r'sets={"a\0b": f}': (
+        "sets must be a mapping {name: text or a list of texts}, "
+        r'found {"a\u0000b": f}. Take the NUL character out.'
+    ),
     "loss=0.1": "loss must be a section with the keys beta, label_smoothing; found 0.1.",
     "lora=yes": (
         "lora must be true, false or a section with the keys rank, alpha, dropout, targets; "
@@ -526,7 +562,10 @@ def test_dump_gives_every_leaf_with_its_origin() -> None:
     assert "seed: 0  # file a?b\n" in dump(odd)
 
 
-texts = st.text(min_size=1, max_size=12) | st.sampled_from(["1e-5", "no", "null", "~", "#", "2024"])
+printed = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+texts = st.text(printed, min_size=1, max_size=12) | st.sampled_from(
+    ["1e-5", "no", "null", "~", "#", "2024"]
+)
 json_values = st.recursive(
     st.none()
     | st.booleans()

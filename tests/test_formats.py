@@ -338,6 +338,8 @@ def many_row(**columns):
         (pairs_row(weight=-1), None, "weight is a number (-1); allowed: a number above 0."),
         (pairs_row(weight="much"), None, 'weight is text ("much"); allowed: a finite number.'),
         (pairs_row(tools="["), None, 'tools is text ("["); allowed: a list of tool definitions.'),
+        (pairs_row(tools='[{"name": "a", "name": "b"}]'), None,
+         """tools has the key 'name' twice in an object ({"name": "b"}). Keep one."""),
         (pairs_row(tools=[1]), None, "tools[0] is a number (1); allowed: an object."),
         (pairs_row(template_options=[]), None, "_options is a list ([]); allowed: an object."),
         (pairs_row(template_options={}, chat_template_kwargs={}), None, "two names of one thing"),

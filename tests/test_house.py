@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import upweight.losses.pair as pair_losses
+from tiny import save_tiny
 from upweight.config import load_run
-from upweight.losses import PAIR_LOSSES
+from upweight.demo.run import demo
+from upweight.errors import UpweightError
+from upweight.losses import PAIR_LOSSES, PairLogps
+from upweight.recipes.screen import Silent
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -43,6 +51,34 @@ def test_each_yaml_block_of_the_readme_is_a_run(tmp_path: Path) -> None:
         assert load_run(file, required=("out",)).run.objective == "dpo"
 
 
+def test_the_python_block_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UPWEIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    save_tiny("my-model")
+    pairs = [{"prompt": f"{i}?", "chosen": "yes " * i, "rejected": f"no {i}"} for i in range(1, 5)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    Path("prompts.jsonl").write_text('{"prompt": "Why?"}\n')
+    verbs, _ = blocks("python")
+    exec(verbs, {})
+    assert Path("runs/a/report.html").is_file()
+    for name, num in (("scores.jsonl", 4), ("answers.jsonl", 1)):
+        assert len(Path(name).read_text().splitlines()) == num
+
+
+def test_the_loss_that_the_readme_adds_is_its_equation(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, block = blocks("python")
+    monkeypatch.setattr("upweight.losses.pair.hinge", None, raising=False)
+    exec(block, vars(pair_losses))
+    hinge = pair_losses.hinge
+    assert SOURCE.search(inspect.getdoc(hinge) or "")
+    margins, zero = torch.tensor([0.0, 4.0, 10.0, 99.0, -20.0]), torch.zeros(5)
+    tokens = torch.ones(5, dtype=torch.long)
+    got = hinge(PairLogps(margins, zero, zero, zero, tokens, tokens), beta=0.1)
+    torch.testing.assert_close(got, torch.tensor([1.0, 0.6, 0.0, 0.0, 3.0]))
+
+
 def test_the_tree_of_the_readme_names_only_what_exists() -> None:
     (tree,) = blocks("text")
     assert [path for path in paths_of(tree) if not path.exists()] == []
@@ -72,3 +108,9 @@ def test_no_file_names_a_folder_of_the_machine_it_was_written_on() -> None:
     files = [ROOT / name for name in listed.split("\0") if name]
     texts = {f: f.read_text(encoding="utf-8", errors="ignore") for f in files if f.is_file()}
     assert [str(f) for f, text in texts.items() if FOREIGN_PATH.search(text)] == []
+
+
+def test_the_demo_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
+    with pytest.raises(UpweightError, match=r"Run: pip install 'upweight\[demo\]'"):
+        demo(None, "out", Silent())

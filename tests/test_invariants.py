@@ -17,14 +17,9 @@ from oracles import (
 from tiny import FAMILIES, save_tiny
 from upweight.data.pack import bins, collate, merge_same_prompts
 from upweight.errors import ModelError
-from upweight.models.load import (
-    adapter_off,
-    add_lora,
-    checkpoint_layers,
-    export,
-    fingerprint,
-    load,
-)
+from upweight.models.adapter import adapter_off, add_lora
+from upweight.models.export import export
+from upweight.models.load import checkpoint_layers, fingerprint, load
 from upweight.models.logprobs import response_logps, token_logps
 from upweight.models.reference import fill, open_reference
 from upweight.models.sample import tree_logps

@@ -1,3 +1,6 @@
+import functools
+import json
+
 import pytest
 import torch
 
@@ -9,15 +12,18 @@ from oracles import (
     plain_model,
     random_trees,
     relative,
+    tree_of,
     weigh,
     with_plan,
 )
+from test_attention import plain_kernel
 from tiny import FALLBACK_FAMILIES, FAMILIES, save_tiny
 from upweight.data.pack import collate, unshared
 from upweight.errors import ModelError
-from upweight.models.attention import layout_of
+from upweight.models import attention
+from upweight.models.attention import layout_of, native_attention
 from upweight.models.head import head_logps
-from upweight.models.load import load
+from upweight.models.load import checkpoint_layers, load
 from upweight.models.logprobs import pair_logps, response_logps, token_logps
 
 WAYS = {
@@ -26,7 +32,7 @@ WAYS = {
     "unshared": dict(shared=False, reason="a test"),
 }
 
-LAYER_NORM = {"gpt2", "gpt_neox"}
+LAYER_NORM = {"gpt2", "gpt_neox", "opt"}
 """The other families have RMSNorms, which transformers computes in fp32 in a float64 model too:
 there the gradient of a shared prompt is rounded once per prompt and not once per response."""
 
@@ -69,10 +75,14 @@ def test_the_models_own_head_gives_the_same(family):
 
 @pytest.mark.parametrize(
     "family, reason",
-    [("mamba", "keeps a recurrent state"), ("bloom", "does not use transformers' Attention")],
+    [
+        ("mamba", "keeps a recurrent state"),
+        ("bloom", "does not use transformers' Attention"),
+        ("falcon", "does not use transformers' Attention"),
+    ],
 )
 def test_a_family_that_cannot_share_runs_one_row_per_response_and_says_why(family, reason):
-    assert set(FALLBACK_FAMILIES) == {"mamba", "bloom"}
+    assert set(FALLBACK_FAMILIES) == {"mamba", "bloom", "falcon"}
     lm = loaded(family)
     assert not lm.plan.shared
     assert family in lm.plan.describe() and reason in lm.plan.describe()
@@ -103,6 +113,87 @@ def test_a_depth_that_changes_position_scaling_is_read_one_row_at_a_time():
     truth = token_logps(lm, collate(trees))
     deep = with_plan(lm, attention="parts", exact_depth=10)
     torch.testing.assert_close(token_logps(deep, collate(trees)), truth, rtol=1e-5, atol=1e-5)
+
+
+def stretched(tmp_path, **options):
+    """A model whose position scaling changes beyond 32 tokens, in the lengths that it was given."""
+    folder = save_tiny(str(tmp_path / "stretched"))
+    config = tmp_path / "stretched" / "config.json"
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 32,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+    }
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_parameters": rope}))
+    return load(folder, device="cpu", dtype="float32", **options)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_deep_row_is_exact_forward_and_backward(tmp_path, sharing, recompute):
+    trees = random_trees([(40, 3, 5), (5, 2, 4)])
+    lm = stretched(tmp_path, sharing=sharing)
+    assert lm.plan.exact_depth == 32 and lm.plan.shared == sharing
+    with native_attention(lm.causal):
+        truth = alone(lm.model, trees)
+        wanted = gradients(lm.model, weigh(truth))
+    if recompute:
+        checkpoint_layers(lm)
+    got = token_logps(lm, collate(trees))
+    torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
+    assert relative(gradients(lm.model, weigh(got)), wanted) < 1e-4
+
+
+def half_only(query, key, value, plan, scale, window):
+    """A variable-length kernel as CUDA has it: in half precision, or not at all."""
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        raise RuntimeError(f"the kernel does not take {query.dtype}")
+    return plain_kernel(query, key, value, plan, scale, window)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_the_variable_length_kernel_is_proved_in_the_dtype_that_it_runs_in(
+    tmp_path, monkeypatch, family
+):
+    kernel = functools.partial(attention.varlen_attention, kernel=half_only)
+    monkeypatch.setattr(attention, "varlen_attention", kernel)
+    folder = save_tiny(str(tmp_path), family)
+    lm = load(folder, device="cpu", dtype="bfloat16", path="varlen")
+    assert lm.plan.shared and lm.plan.attention == "varlen"
+    with pytest.raises(ModelError, match="the kernel does not take torch.float32"):
+        load(folder, device="cpu", dtype="float32", path="varlen")
+
+
+def test_a_variable_length_kernel_that_is_wrong_is_not_taken(tmp_path, monkeypatch):
+    def blind(query, key, value, plan, scale, window):
+        """Each run sees itself alone, and not the prompt that it continues."""
+        return plain_kernel(query, key, value, plan, scale, 1)
+
+    kernel = functools.partial(attention.varlen_attention, kernel=blind)
+    monkeypatch.setattr(attention, "varlen_attention", kernel)
+    with pytest.raises(ModelError, match=r"a token's log-prob is \S+ nats off"):
+        load(save_tiny(str(tmp_path)), device="cpu", dtype="bfloat16", path="varlen")
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_an_id_without_an_embedding_is_refused_with_its_row(sharing):
+    lm = loaded(sharing=sharing)
+    lm.tokenizer.add_tokens(["<tool>", "<more>"])
+    tree = tree_of([1, 2], [[3], [260, 4]], line=7)
+    with pytest.raises(ModelError, match=r"rows.jsonl:7 has token id 260 \(<more>\).* 0 to 259"):
+        token_logps(lm, collate([tree]))
+
+
+def test_a_padding_token_without_an_embedding_is_not_needed():
+    lm = loaded(sharing=False)
+    forest = collate(random_trees(SHAPES))
+    wanted = token_logps(lm, forest)
+    lm.tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<a>"]})
+    lm.tokenizer.pad_token = "<a>"
+    assert lm.tokenizer.pad_token_id >= lm.vocab_size
+    assert torch.equal(token_logps(lm, forest), wanted)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

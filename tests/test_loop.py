@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from upweight.errors import Refusal
 from upweight.losses.pair import dpo
 from upweight.models.load import fingerprint
 from upweight.models.reference import fill, open_reference
-from upweight.training.loop import Hooks, Plan, Progress, fit
+from upweight.training.loop import Hooks, Plan, Progress, Window, fit
 from upweight.training.objectives import pair
 from upweight.training.optimizer import make_optimizer
 
@@ -22,7 +23,9 @@ def objective_of(lm, root, trees=TREES, loss=dpo):
     return pair(reference, loss, beta=0.1)
 
 
-def train(lm, root, cut, steps=2, loss=dpo, should_stop=lambda: False, **plan):
+def train(
+    lm, root, cut, steps=2, loss=dpo, should_stop=lambda: False, to_keep=(), progress=None, **plan
+):
     """(records, steps evaluated, steps saved, whether it ran to its end)"""
     objective = objective_of(lm, root, loss=loss)
     optimizer = make_optimizer(
@@ -35,14 +38,13 @@ def train(lm, root, cut, steps=2, loss=dpo, should_stop=lambda: False, **plan):
     records, evaluated, saved = [], [], []
     hooks = Hooks(
         on_record=records.append,
-        evaluate=lambda progress: evaluated.append(progress.step),
+        evaluate=lambda progress: evaluated.append(progress.step) or progress.step in to_keep,
         save=lambda progress: saved.append(progress.step),
         should_stop=should_stop,
     )
     forests = [collate(TREES[a:b]) for a, b in cut]
-    done = fit(
-        lm, optimizer, objective, lambda step: forests, Plan(**options | plan), hooks, Progress()
-    )
+    whole = Plan(**options | plan)
+    done = fit(lm, optimizer, objective, lambda step: forests, whole, hooks, progress or Progress())
     return records, evaluated, saved, done
 
 
@@ -91,6 +93,31 @@ def test_a_run_that_is_asked_to_stop_saves_where_it_is(tmp_path):
     )
     assert not done
     assert (len(records), evaluated, saved) == (2, [], [2])
+
+
+def test_what_an_evaluation_wants_kept_is_saved_off_the_plan(tmp_path):
+    *_, saved, done = train(
+        loaded(), tmp_path, WHOLE, steps=5, evaluate_every=2, checkpoint_every=3, to_keep=(2,)
+    )
+    assert done and saved == [2, 3, 5]
+
+
+def test_a_stopped_run_keeps_what_was_summed_for_the_next_record(tmp_path):
+    whole = train(loaded(), tmp_path, EACH, steps=4, log_every=4)[0]
+    asked = iter([False, False, False, True])
+    progress = Progress()
+    stopped = train(
+        loaded(), tmp_path, EACH, steps=4, log_every=4,
+        should_stop=lambda: next(asked), progress=progress,
+    )  # fmt: skip
+    assert stopped[0] == [] and progress.step == 3
+    window = Window.from_plain(json.loads(json.dumps(progress.window.to_plain())))
+    assert window == progress.window
+    again = Progress(3, progress.num_tokens, progress.seconds, window)
+    resumed = train(loaded(), tmp_path, EACH, steps=4, log_every=4, progress=again)[0]
+    for key in ("step", "num_pairs", "num_tokens", "tokens/chosen"):
+        assert resumed[0][key] == whole[0][key], key
+    assert resumed[0]["seconds"] > progress.seconds
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -6,13 +6,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from oracles import tree_of, with_plan
+from oracles import alone, tree_of, with_plan
 from tiny import byte_tokenizer
 from upweight.data.pack import collate
+from upweight.evidence.evaluate import score_trees
 from upweight.losses.pair import PAIR_LOSSES, dpo
 from upweight.models.load import ForwardPlan, LanguageModel
 from upweight.models.logprobs import response_logps, token_logps
-from upweight.types import PairLogps
+from upweight.models.reference import fill, open_reference
+from upweight.types import PairLogps, Preference
 
 # Closed forms: Rafailov et al. 2023 (arXiv:2305.18290), sections 4 and A.
 
@@ -150,23 +152,39 @@ def all_strings():
     yield from product((1, 2, 3), repeat=LONGEST)
 
 
-def language_logps(lm, prompt):
-    forest = collate([tree_of(prompt, list(all_strings()), preferences=())])
-    with torch.no_grad():
-        return response_logps(token_logps(lm, forest), forest)
-
-
 @pytest.mark.parametrize("way", [dict(attention="parts"), dict(shared=False, reason="a test")])
-def test_over_all_strings_of_a_language_implicit_rewards_normalise_the_reference(way):
-    policy, reference = (with_plan(tiny_language(seed), **way) for seed in (1, 2))
-    prompt, beta = (1, 3, 2), 0.3
-    p, r = language_logps(policy, prompt), language_logps(reference, prompt)
-    assert len(p) == sum(3**n for n in range(LONGEST)) + 3**LONGEST
-    assert (p - r).abs().max() > 0.5
-    assert p.exp().sum().item() == pytest.approx(1.0, abs=1e-9)
-    implicit = beta * (p - r)
-    partition = (r + implicit / beta).exp().sum().item()
-    assert partition == pytest.approx(1.0, abs=1e-9)
+def test_over_all_strings_of_a_language_implicit_rewards_normalise_the_reference(way, tmp_path):
+    policy, start = (with_plan(tiny_language(seed), **way) for seed in (1, 2))
+    strings, beta = list(all_strings()), 0.3
+    assert len(strings) == sum(3**n for n in range(LONGEST)) + 3**LONGEST
+    # Each string is in a preference, so that the rows give the implicit reward of all.
+    tree = tree_of((1, 3, 2), strings, [Preference(k, 0) for k in range(1, len(strings))])
+
+    reference = open_reference("f" * 64, start, tmp_path)
+    fill(reference, start, [tree], tokens_per_bin=4096)
+    forest = collate([tree])
+    kept = response_logps(reference.logps(forest), forest).double()
+    assert kept.exp().sum().item() == pytest.approx(1.0, abs=1e-6)  # kept in fp32
+
+    # pi_ref one string at a time, the rewards as the package reports them: what both sides got
+    # wrong alike would not cancel.
+    rows = score_trees(policy, [tree], reference, beta, tokens_per_bin=4096)
+    rewards = [rows[0]["reward_rejected"], *(row["reward_chosen"] for row in rows)]
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    with torch.no_grad():
+        pieces = alone(tiny_language(2).model, [tree]).split([len(s) for s in strings])
+    exact = torch.stack([piece.sum() for piece in pieces])
+    assert exact.exp().sum().item() == pytest.approx(1.0, abs=1e-9)
+    assert (rewards / beta).abs().max() > 0.5
+    assert (exact + rewards / beta).exp().sum().item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_over_all_strings_of_a_language_probabilities_sum_to_1():
+    lm = with_plan(tiny_language(1), attention="parts")
+    forest = collate([tree_of((1, 3, 2), list(all_strings()), preferences=())])
+    with torch.no_grad():
+        total = response_logps(token_logps(lm, forest), forest).exp().sum().item()
+    assert total == pytest.approx(1.0, abs=1e-9)
 
 
 def test_the_sum_over_all_strings_is_not_1_without_the_stop_token():

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from upweight.cli import main
 from upweight.errors import ModelError
-from upweight.models.load import demo_model_path, resolve
+from upweight.models.weights import demo_model_path, resolve
 
+OWN = Path(__file__).parent / "real_rows.jsonl"
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -25,10 +26,9 @@ def folder() -> str:
         pytest.skip(str(error))
 
 
-def rows_of(name: str, num: int) -> list[dict]:
-    file = DATA / name
+def rows_of(file: Path, num: int) -> list[dict]:
     if not file.is_file():
-        pytest.skip(f"shared/data/{name} is not there")
+        pytest.skip(f"shared/data/{file.name} is not there")
     with file.open() as lines:
         return [json.loads(line) for line in islice(lines, num)]
 
@@ -47,20 +47,26 @@ def plain_logp(model, tokenizer, prompt: str, answer: str) -> tuple[float, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "num"),
-    [("truthfulqa_pairs.jsonl", 12), ("gsm8k_responses.jsonl", 3), ("longprompt_pairs.jsonl", 3)],
+    ("file", "num"),
+    [
+        (OWN, 13),
+        (DATA / "truthfulqa_pairs.jsonl", 12),
+        (DATA / "gsm8k_responses.jsonl", 3),
+        (DATA / "longprompt_pairs.jsonl", 3),
+    ],
+    ids=lambda value: value.stem if isinstance(value, Path) else None,
 )
 def test_score_equals_one_plain_forward_per_sequence_on_real_rows(
-    folder: str, name: str, num: int, tmp_path: Path
+    folder: str, file: Path, num: int, tmp_path: Path
 ):
-    rows, out = rows_of(name, num), tmp_path / "scores.jsonl"
-    words = ["--data", str(DATA / name), "--limit", str(num), "--dtype", "float32"]
+    rows, out = rows_of(file, num), tmp_path / "scores.jsonl"
+    words = ["--data", str(file), "--limit", str(num), "--dtype", "float32"]
     assert main(["score", "--model", folder, *words, "--out", str(out)]) == 0
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     worst = 0.0
     scores = [json.loads(line) for line in out.read_text().splitlines()]
-    assert scores
+    assert len({score["row"] for score in scores}) == num
     known: dict[tuple[int, int], tuple[float, int]] = {}
     for score in scores:
         line = int(score["row"].rsplit(":", 1)[1]) - 1
@@ -78,4 +84,4 @@ def test_score_equals_one_plain_forward_per_sequence_on_real_rows(
             assert score[f"tokens_{side}"] == tokens
             worst = max(worst, abs(score[f"logp_{side}"] - logp))
     assert worst <= 1e-3, worst
-    print(f"{name}: {len(known)} responses, largest difference {worst:.2e} nats")
+    print(f"{file.name}: {len(known)} responses, largest difference {worst:.2e} nats")

@@ -15,27 +15,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upweight as uw
-import upweight.recipes.train as run_train
+import upweight.recipes.state as run_state
+from runs import PAIRS, furnish, rows_of, train, write_rows
 from tiny import save_tiny
 from upweight.cli import main
+from upweight.config import load_run
+from upweight.recipes import dpo
+from upweight.recipes.best import metrics
+from upweight.recipes.screen import Silent
+from upweight.training.checkpoint import load as load_checkpoint
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UPWEIGHT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    save_tiny("model")
-    rows = [
-        {"prompt": f"question {i}", "chosen": "fine " * (1 + i % 3), "rejected": f"bad thing {i}"}
-        for i in range(24)
-    ]
-    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def train(out: str, *more: str) -> int:
-    words = "--model model --data pairs.jsonl --pairs_per_step 4 --learning-rate 1e-3 --dtype"
-    words += f" float32 --fraction 0.2 --samples 2 --max_new_tokens 8 --out {out}"
-    return main(["train", *words.split(), *more])
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    furnish(tmp_path, monkeypatch)
 
 
 def test_one_command_trains_evaluates_exports_and_reports():
@@ -64,33 +57,47 @@ def test_a_run_that_is_resumed_ends_bit_identically():
     assert same_weights_and_steps("whole", "cut")
 
 
-def after_step(step: int, do: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def after_step(
+    step: int, do: Callable[[], None], monkeypatch: pytest.MonkeyPatch, kind: str = "train"
+) -> None:
     """`do` happens as soon as the record of `step` is written."""
-    append = run_train.append_jsonl
+    append = run_state.append_jsonl
 
     def append_then(path: Path, record: dict[str, object]) -> None:
         append(path, record)
-        if path.name == "metrics.jsonl" and (record["step"], record["kind"]) == (step, "train"):
+        if path.name == "metrics.jsonl" and (record["step"], record["kind"]) == (step, kind):
             do()
 
-    monkeypatch.setattr(run_train, "append_jsonl", append_then)
+    monkeypatch.setattr(run_state, "append_jsonl", append_then)
+
+
+TIMES = {"seconds", "tokens_per_second"}
 
 
 def same_weights_and_steps(one: str, other: str) -> bool:
     ours, theirs = (load_file(f"{run}/model/model.safetensors") for run in (one, other))
-    lines = [Path(f"{run}/metrics.jsonl").read_text().splitlines() for run in (one, other)]
-    steps = [[(r["step"], r["kind"], r["loss"]) for r in map(json.loads, found)] for found in lines]
-    return all(torch.equal(ours[name], theirs[name]) for name in ours) and steps[0] == steps[1]
+    records = [
+        [{key: value for key, value in r.items() if key not in TIMES} for r in found]
+        for found in (rows_of(f"{run}/metrics.jsonl") for run in (one, other))
+    ]
+    rest = [
+        (rows_of(f"{run}/samples.jsonl"), pq.read_table(f"{run}/ledger.parquet").to_pylist())
+        for run in (one, other)
+    ]
+    same = all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return same and records[0] == records[1] and rest[0] == rest[1]
 
 
+@pytest.mark.parametrize("log_every", ["1", "3"])
 def test_a_killed_run_loses_at_most_one_interval_and_then_ends_bit_identically(
-    monkeypatch: pytest.MonkeyPatch,
+    log_every: str, monkeypatch: pytest.MonkeyPatch
 ):
-    assert train("whole", "--checkpoint.every", "2") == 0
+    often = ("--checkpoint.every", "2", "--log_every", log_every, "--evaluation.every", "2")
+    assert train("whole", *often) == 0
     child = os.fork()
     if child == 0:
-        after_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL), monkeypatch)
-        train("cut", "--checkpoint.every", "2")
+        after_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL), monkeypatch)
+        train("cut", *often)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert [f.name for f in Path("cut/checkpoints").iterdir()] == ["step-00000002"]
@@ -112,10 +119,165 @@ def test_a_signal_saves_and_prints_the_command_that_goes_on(
     assert same_weights_and_steps("whole", "cut")
 
 
-def test_resuming_with_other_settings_is_refused(capsys: pytest.CaptureFixture[str]):
+def test_a_run_that_stops_before_its_first_step_is_evaluated_there_once(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    assert train("whole") == 0
+    with monkeypatch.context() as patched:
+        after_step(0, lambda: signal.raise_signal(signal.SIGINT), patched, kind="eval")
+        assert train("cut") == 130
+    assert [f.name for f in Path("cut/checkpoints").iterdir()] == ["step-00000000"]
+    assert main(["train", "cut/run.yaml", "resume=true"]) == 0
+    assert same_weights_and_steps("whole", "cut")
+
+
+def test_a_signal_before_training_ends_the_run_at_once_and_leaves_its_folder_free():
+    class Stopping(Silent):
+        def progress(self, done: int, total: int) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    resolved = load_run(None, values={"model": "model", "data": "pairs.jsonl", "out": "run"})
+    with pytest.raises(KeyboardInterrupt):
+        dpo(resolved, Stopping())
     assert train("run") == 0
+
+
+def test_a_run_that_failed_before_its_first_step_is_in_nobodys_way():
+    assert train("run", "--lora.targets", "[qproj]") == 2
+    assert train("run", "--reference", "nowhere/at/all") == 2
+    assert train("run", "--steps", "1") == 0
+
+
+def test_resuming_with_other_settings_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert train("run", "--steps", "1") == 0
     assert main(["train", "run/run.yaml", "resume=true", "beta=0.3"]) == 2
     assert "started with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_resuming_with_other_rows_is_refused(command: str, capsys: pytest.CaptureFixture[str]):
+    assert train("run", "--steps", "1") == 0
+    swapped = [r | {"chosen": r["rejected"], "rejected": r["chosen"]} for r in PAIRS]
+    write_rows("pairs.jsonl", swapped)
+    assert main([command, "run/run.yaml", "resume=true"]) == 2
+    said = capsys.readouterr().err
+    assert "the rows of the set train are not those that the run in run began with" in said
+    assert "Put pairs.jsonl back as it was" in said
+
+
+def test_resuming_from_another_start_is_refused_whatever_the_reference(
+    capsys: pytest.CaptureFixture[str],
+):
+    save_tiny("other", seed=1)
+    assert train("run", "--reference", "other", "--lora.rank", "2", "--steps", "1") == 0
+    save_tiny("model", seed=2)
+    assert main(["train", "run/run.yaml", "resume=true"]) == 2
+    assert "the run in run was started from another model" in capsys.readouterr().err
+    save_tiny("other", seed=2)
+    assert main(["train", "run/run.yaml", "resume=true"]) == 2
+    assert "the run in run was trained against another reference" in capsys.readouterr().err
+
+
+def test_a_run_whose_checkpoints_are_damaged_is_not_begun_again(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert train("run", "--steps", "1") == 0
+    for folder in Path("run/checkpoints").iterdir():
+        (folder / "weights.safetensors").write_bytes(b"")
+    assert main(["train", "run/run.yaml", "resume=true"]) == 2
+    assert "run has no whole checkpoint to resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("best", "at"), [("heldout/logps/chosen", 1), ("kl", 0)])
+def test_the_best_checkpoint_is_kept_wherever_the_best_evaluation_is(best: str, at: int):
+    often = ("--checkpoint.every", "99", "--keep", "1", "--evaluation.every", "1")
+    assert train("run", "--checkpoint.best", best, *often, "--learning-rate", "0.1") == 0
+    key = best.removeprefix("heldout/")
+    found = {r["step"]: r[key] for r in rows_of("run/metrics.jsonl") if r["kind"] == "eval"}
+    choose = min if key == "kl" else max
+    assert choose(found, key=found.__getitem__) == at, "the run peaks off the grid"
+    kept = sorted(folder.name for folder in Path("run/checkpoints").iterdir())
+    assert kept == [f"step-{at:08d}", f"step-{max(found):08d}"]
+
+
+def test_the_best_checkpoint_may_be_that_of_any_set():
+    write_rows("more.jsonl", [r | {"prompt": f"more {r['prompt']}"} for r in PAIRS[:4]])
+    sets = ("--evaluation.sets", "{more: more.jsonl}", "--checkpoint.best", "more/loss")
+    assert train("run", *sets, "--steps", "2") == 0
+    newest = load_checkpoint(Path("run/checkpoints/step-00000002")).position
+    losses = {r["step"]: r["loss"] for r in rows_of("run/metrics.jsonl") if r.get("set") == "more"}
+    assert (newest.best_step, newest.best) == min(losses.items(), key=lambda item: item[1])
+
+
+def test_what_checkpoint_best_takes_is_what_an_evaluation_records():
+    for more in ((), ("--temperature", "0.5"), ("--samples", "0")):
+        out = f"run-{len(more) and more[0]}"
+        assert train(out, "--steps", "1", *more) == 0
+        run = load_run(f"{out}/run.yaml").run
+        (record, *_) = (r for r in rows_of(f"{out}/metrics.jsonl") if r["kind"] == "eval")
+        numbers = {k for k, v in record.items() if isinstance(v, float)} - {"epoch"}
+        assert set(metrics(run)) == numbers
+
+
+def test_a_limit_is_one_on_training_rows():
+    write_rows("held.jsonl", [r | {"prompt": f"held {r['prompt']}"} for r in PAIRS])
+    sets = ("--evaluation.sets", "{held: held.jsonl}", "--fraction", "0", "--limit", "3")
+    assert train("run", *sets, "--steps", "1") == 0
+    account = json.loads(Path("run/account.json").read_text())["sets"]
+    assert (account["train"]["used"], account["held"]["used"]) == (3, 24)
+
+
+def test_the_reference_of_every_evaluation_is_that_of_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    after_step(2, lambda: save_tiny("model", seed=3), monkeypatch)
+    assert train("run") == 2
+    said = capsys.readouterr().err
+    assert "error[UW108]: the reference model is not what it was when the run began" in said
+
+
+@pytest.mark.parametrize("more", [(), ("--lora.rank", "2"), ("--reference", "other")])
+def test_the_reference_answers_alike_at_every_evaluation(more: tuple[str, ...]):
+    save_tiny("other", seed=1)
+    assert train("run", "--compute.checkpointing", "true", *more) == 0
+    answers = {(row["prompt"], row["reference"]) for row in rows_of("run/samples.jsonl")}
+    assert len(answers) == len({prompt for prompt, _ in answers}) == 2
+    environment = json.loads(Path("run/environment.json").read_text())
+    same = environment["model_fingerprint"] == environment["reference_fingerprint"]
+    assert same == ("--reference" not in more)
+
+
+def test_check_writes_nothing_and_trains_nothing():
+    before = sorted(Path().rglob("*"))
+    assert train("run", command="check") == 0
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--reference nowhere/at/all", "no folder nowhere/at/all"),
+        ("--reference foreign", "another vocabulary"),
+        ("--lora.targets [qproj]", "match no layer"),
+        ("--out run", "run holds a run already"),
+        ("--out pairs.jsonl/run", "pairs.jsonl/run cannot be written"),
+        ("--checkpoint.best heldout/lost", "Did you mean heldout/loss?"),
+        ("--checkpoint.best kl --temperature 0.5", "checkpoint.best is kl, which no evaluation"),
+    ],
+)
+def test_check_raises_what_train_would(more: str, said: str, capsys: pytest.CaptureFixture[str]):
+    save_tiny("foreign")
+    tokenizer = AutoTokenizer.from_pretrained("foreign")
+    tokenizer.add_tokens(["word"])
+    tokenizer.save_pretrained("foreign")
+    assert train("run", "--steps", "1") == 0
+    errors: list[str] = []
+    for command in ("check", "train"):
+        capsys.readouterr()
+        # The last --out wins.
+        assert train("new", *more.split(), command=command) == 2
+        errors.append(capsys.readouterr().err.partition("error")[2])
+    assert errors[0] == errors[1] and said in errors[0]
 
 
 def test_lora_exports_an_adapter_and_on_request_the_merged_model():
@@ -141,14 +303,21 @@ def test_score_writes_one_object_per_preference_and_leaves_the_reference_open():
         "--dtype",
         "float32",
         "--out",
-        "s.jsonl",
+        "new/s.jsonl",
     ]
     assert main(score) == 0
-    rows = [json.loads(line) for line in Path("s.jsonl").read_text().splitlines()]
+    rows = rows_of("new/s.jsonl")
     assert len(rows) == 24 and rows[0]["margin"] is None and rows[0]["logp_chosen"] < 0
-    assert main([*score, "--reference", "model"]) == 0
-    rows = [json.loads(line) for line in Path("s.jsonl").read_text().splitlines()]
-    assert all(abs(row["margin"]) < 1e-5 for row in rows)
+    save_tiny("other", seed=1)
+    assert main([*score, "--reference", "other", "--beta", "0.5"]) == 0
+    theirs = uw.score(model="other", data="pairs.jsonl", dtype="float32")
+    for row, plain, other in zip(rows_of("new/s.jsonl"), rows, theirs, strict=True):
+        assert row["logp_chosen"] == plain["logp_chosen"] != other["logp_chosen"]
+        for side in ("chosen", "rejected"):
+            assert row[f"ref_logp_{side}"] == pytest.approx(other[f"logp_{side}"], abs=1e-4)
+            ratio = row[f"logp_{side}"] - other[f"logp_{side}"]
+            assert row[f"reward_{side}"] == pytest.approx(0.5 * ratio, abs=1e-4)
+        assert row["margin"] == row["reward_chosen"] - row["reward_rejected"]
 
 
 def test_sample_writes_the_k_responses_layout():
@@ -157,28 +326,8 @@ def test_sample_writes_the_k_responses_layout():
     assert all(len(row["responses"]) == 2 for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("train --model model --data pairs.jsonl --out o betta=1", "Did you mean beta"),
-        ("train --model nowhere/at/all --data pairs.jsonl --out o", "no folder nowhere/at/all"),
-        ("train --model model --data missing.jsonl --out o", "missing.jsonl"),
-        ("train --model model --data pairs.jsonl", "out is missing"),
-        ("train --model model --data bad.jsonl --out o", "bad.jsonl:1"),
-        ("train --model empty --data pairs.jsonl --out o", "no config.json"),
-        ("train --model bare --data pairs.jsonl --out o", "tokenizer"),
-        ("train --model model --data pairs.jsonl --out model", "model"),
-        ("report empty", "no run.yaml"),
-    ],
-)
-def test_a_users_mistake_is_one_message_and_exit_2(
-    words: str, said: str, capsys: pytest.CaptureFixture[str]
-):
-    Path("bad.jsonl").write_text("{not json\n")
-    Path("empty").mkdir()
-    Path("bare").mkdir()
-    for name in ("config.json", "model.safetensors"):
-        Path("bare", name).write_bytes(Path("model", name).read_bytes())
-    assert main(words.split()) == 2
-    error = capsys.readouterr().err
-    assert said in error and "Traceback" not in error
+def test_temperature_zero_is_the_same_answer_every_time():
+    greedy = uw.sample("model", "pairs.jsonl", num=2, max_new_tokens=4, temperature=0, limit=2)
+    for row in greedy:
+        first, second = (answer["text"] for answer in row["responses"])
+        assert first == second

@@ -1,7 +1,9 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
-from oracles import SHAPES, loaded, random_trees
+from oracles import SHAPES, loaded, random_trees, tree_of
 from upweight.data.pack import collate
 from upweight.errors import OutputError, Refusal
 from upweight.models.load import fingerprint
@@ -44,6 +46,15 @@ def test_a_pass_that_was_cut_off_computes_only_the_rest(tmp_path):
     reference, computed = filled(lm, trees, tmp_path)
     assert 0 < computed <= sum(len(t.responses) for t in trees)
     assert reference.missing(trees) == []
+
+
+def test_many_answers_to_one_prompt_stay_within_a_bin(tmp_path):
+    lm, prompt = loaded(), tuple(range(20, 30))
+    trees = [tree_of(prompt, [(40 + i, 50), (90 + i,)], line=i + 1) for i in range(12)]
+    seen = [0]
+    _, computed = filled(lm, trees, tmp_path, on_progress=lambda done, total: seen.append(done))
+    assert computed == 24
+    assert max(b - a for a, b in pairwise(seen)) <= 40
 
 
 def test_a_part_that_cannot_be_read_is_computed_anew(tmp_path):

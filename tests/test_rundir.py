@@ -25,6 +25,8 @@ from upweight.training.rundir import (
     append_jsonl,
     open_run_dir,
     replacing,
+    require_file,
+    require_run_dir,
     require_space,
     truncate_jsonl_after,
     truncate_ledger_after,
@@ -145,6 +147,39 @@ def test_a_run_that_was_killed_before_it_wrote_anything_is_in_nobodys_way(tmp_pa
     (tmp_path / ".tmp-run.yaml.00").write_text("half")
     with open_run_dir(tmp_path, resume=False):
         assert names(tmp_path) == [".upweight.lock"]
+
+
+def test_what_opening_would_refuse_is_known_without_writing(tmp_path: Path) -> None:
+    stopped_run(tmp_path / "run")
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for path, resume in (("run", False), ("new", True), ("file", False), ("file/new", False)):
+        with pytest.raises(OutputError) as known:
+            require_run_dir(tmp_path / path, resume)
+        with pytest.raises(OutputError) as refused:
+            open_run_dir(tmp_path / path, resume)
+        assert str(known.value) == str(refused.value)
+    require_run_dir(tmp_path / "run", True)
+    require_run_dir(tmp_path / "new" / "er", False)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_without_permission_is_known_without_writing(locked_folder: Path) -> None:
+    with pytest.raises(OutputError, match="Permission denied"):
+        require_run_dir(locked_folder / "new", False)
+    with pytest.raises(OutputError, match="Permission denied"):
+        require_file(locked_folder / "scores.jsonl")
+
+
+def test_a_file_that_could_not_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    require_file(tmp_path / "a" / "b" / "scores.jsonl")
+    assert names(tmp_path / "a" / "b") == []
+    (tmp_path / "file").write_text("kept")
+    require_file(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept" and names(tmp_path) == ["a", "file"]
+    for path in ("file/x", "a", "/proc/x/y", "x" * 300):
+        with pytest.raises(OutputError):
+            require_file(tmp_path / path)
 
 
 def test_a_folder_in_use_names_the_process_until_the_kernel_ends_it(tmp_path: Path) -> None:

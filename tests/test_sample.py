@@ -3,8 +3,12 @@ import torch
 from transformers import GenerationConfig
 
 from oracles import alone, loaded, plain_model
-from tiny import FALLBACK_FAMILIES, FAMILIES
-from upweight.models.load import add_lora, checkpoint_layers
+from tiny import FALLBACK_FAMILIES, FAMILIES, byte_tokenizer
+from upweight.data.render import make_renderer
+from upweight.errors import ConfigError, ModelError
+from upweight.evidence.evaluate import draw
+from upweight.models.adapter import add_lora
+from upweight.models.load import checkpoint_layers
 from upweight.models.sample import _Draw, sample, sample_trees, tree_logps
 
 PROMPTS = [(5, 6, 7), (9,), (200, 100, 50, 25, 12)]
@@ -71,6 +75,118 @@ def test_a_response_ends_with_its_stop_token_and_keeps_it():
     assert set(lm.stop_token_ids) == {2, free[1]}
     (answer,) = sample(lm, PROMPTS[:1], max_new_tokens=5, temperature=0.0)[0]
     assert answer.stopped and answer.tokens == free[: free.index(free[1]) + 1]
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_the_stop_tokens_that_are_given_end_a_response(family: str):
+    lm = loaded(family)
+    options = dict(max_new_tokens=5, temperature=0.0)
+    free = sample(lm, PROMPTS[:1], **options, stop_token_ids=())[0][0]
+    assert len(free.tokens) == 5 and not free.stopped
+    wanted = free.tokens[: free.tokens.index(free.tokens[1]) + 1]
+    (answer,) = sample(lm, PROMPTS[:1], **options, stop_token_ids=[free.tokens[1]])[0]
+    assert answer.stopped and answer.tokens == wanted
+    (drawn,) = draw(lm, PROMPTS[:1], 5, 0.0, 0, stop_token_ids=[free.tokens[1]])
+    assert drawn == answer
+
+
+def test_what_training_teaches_to_stop_at_stops_a_sample():
+    # A ChatML template on a tokenizer whose end of text is another token than <|im_end|>.
+    lm = loaded()
+    lm.tokenizer = byte_tokenizer(eos="<|endoftext|>")
+    lm.causal.generation_config.eos_token_id = None
+    taught = make_renderer(lm.tokenizer, stop_token_ids=lm.stop_token_ids).stop_ids
+    assert set(lm.stop_token_ids) == {0} and taught == {0, 2}
+    with torch.no_grad():
+        lm.causal.get_output_embeddings().weight[2] += 10 * last_hidden(lm, PROMPTS[0])
+    options = dict(max_new_tokens=3, temperature=0.0)
+    assert sample(lm, PROMPTS[:1], **options)[0][0].tokens[:2] == (2, 2)
+    (stopped,) = sample(lm, PROMPTS[:1], **options, stop_token_ids=taught)[0]
+    assert stopped.tokens == (2,) and stopped.stopped
+
+
+def last_hidden(lm, prompt):
+    out = plain_model().model(input_ids=torch.tensor([prompt])).last_hidden_state[0, -1]
+    return out / out.norm()
+
+
+NEAR_THE_END = [tuple(range(10, 130)) * 4, tuple(range(20, 131)) * 4, (9,)]  # 480, 444, 1 tokens
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_response_ends_where_the_models_positions_end(sharing: bool):
+    lm, plain = loaded("gpt2", sharing=sharing), plain_model("gpt2")  # 512 learned positions
+    options = dict(max_new_tokens=64, temperature=0.0, stop_token_ids=())
+    drawn = sample(lm, NEAR_THE_END, **options)
+    assert [len(s.tokens) for (s,) in drawn] == [32, 64, 64]
+    assert not any(s.stopped for (s,) in drawn)
+    assert drawn[1:] == sample(lm, NEAR_THE_END[1:], **options)
+    ids = torch.tensor([[*NEAR_THE_END[0], *drawn[0][0].tokens]])
+    with torch.no_grad():
+        wanted = plain(input_ids=ids).logits[0, 479:-1].argmax(-1).tolist()
+    assert list(drawn[0][0].tokens) == wanted
+    sums = tree_logps(lm, sample_trees(NEAR_THE_END, drawn))
+    assert all(torch.tensor(row).isfinite().all() for row in sums)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ((7,) * 512, "prompt 2 of 2 has 512 tokens, and the model reads at most 512, response "
+         "included. Leave it out, or shorten it."),
+        ((), "prompt 2 of 2 has no tokens. Leave it out."),
+        ((9, 260), "prompt 2 of 2 holds the token '<new>' (id 260), and the model has embeddings "
+         "for the ids 0 to 259. Use the model's own tokenizer, or leave the prompt out."),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_the_model_cannot_take_says_why(prompt, says: str):
+    with pytest.raises(ModelError) as error:
+        lm = loaded("gpt2")
+        lm.tokenizer.add_tokens(["<spare>", "<new>"])
+        sample(lm, [(5, 6), prompt])
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_padding_needs_no_token_of_its_own(family: str):
+    lm = loaded(family)
+    wanted = sample(lm, PROMPTS, num=2, max_new_tokens=6)
+    lm.tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    lm.tokenizer.add_tokens([f"<{i}>" for i in range(9)])
+    lm.tokenizer.pad_token = "<8>"
+    assert lm.tokenizer.pad_token_id >= lm.vocab_size
+    assert sample(lm, PROMPTS, num=2, max_new_tokens=6) == wanted
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        *[("num", n, "1 or more") for n in (0, -1)],
+        *[("max_new_tokens", n, "1 or more") for n in (0, -5)],
+        *[("top_p", p, "above 0, to 1") for p in (0, -3.0, 1.5, NAN)],
+        *[
+            ("temperature", t, "0 (greedy), or a number above")
+            for t in (-1, -1e-50, NAN, float("inf"))
+        ],
+    ],
+)
+def test_an_option_out_of_its_range_is_refused(option: str, value: float, allowed: str):
+    with pytest.raises(ConfigError) as error:
+        sample(loaded(), PROMPTS, **{option: value})
+    assert str(error.value) == f"sample: {option} is {value}; allowed: {allowed}."
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_the_ends_of_the_ranges_are_the_argmax(family: str):
+    lm = loaded(family)
+    greedy = sample(lm, PROMPTS, max_new_tokens=6, temperature=0)
+    for temperature in (1e-6, 1e-50):
+        assert sample(lm, PROMPTS, max_new_tokens=6, temperature=temperature) == greedy
+    assert sample(lm, PROMPTS, max_new_tokens=6, top_p=1e-50) == greedy
+    assert sample(lm, PROMPTS, max_new_tokens=6, temperature=2, top_p=1) != greedy
 
 
 def test_the_models_own_generation_config_bends_nothing():

@@ -107,6 +107,45 @@ def test_parquet_gives_nested_rows(tmp_path):
     assert rows_of(path) == [(RowId(path, 1), rows[0]), (RowId(path, 2), rows[1])]
 
 
+def test_a_parquet_column_that_no_layout_reads_is_counted_whatever_it_holds(tmp_path):
+    columns = {
+        "at": pa.array([1, 2], pa.timestamp("ns")),
+        "chosen": ["a", "b"],
+        "day": pa.array([10**8] * 2, pa.date32()),
+        "rejected": ["c", "d"],
+        "tags": pa.array([[("a", 1), ("a", 2)]] * 2, pa.map_(pa.string(), pa.int64())),
+    }
+    path = str(tmp_path / "a.parquet")
+    pq.write_table(pa.table(columns), path)
+    assert [list(row) for _, row in rows_of(path)] == [list(columns)] * 2
+    examples, account = load_examples([path])
+    assert [e.responses[0].content for e in examples] == ["a", "b"]
+    assert account.unused_columns == {"at": 2, "day": 2, "tags": 2}
+
+
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [
+        (pa.array([1], pa.timestamp("ns")), "Nanosecond resolution"),
+        (pa.array([10**8], pa.date32()), "date value out of range"),
+        (pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64())), "duplicate key"),
+        (pa.StructArray.from_arrays([pa.array(["x"])] * 2, ["t", "t"]), "duplicate field names"),
+    ],
+)
+def test_a_parquet_value_that_python_cannot_hold_is_a_data_error(tmp_path, column, says):
+    path = str(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"prompt": column}), path)
+    found = refusal(path)
+    assert found.startswith(f"{path} has a value among rows 1 to 1 that cannot be read")
+    assert says in found and "Columns read: prompt" in found
+
+
+def test_a_parquet_column_that_stands_twice_is_refused(tmp_path):
+    path, texts = str(tmp_path / "a.parquet"), pa.array(["x"])
+    pq.write_table(pa.Table.from_arrays([texts] * 3, ["prompt", "chosen", "prompt"]), path)
+    assert refusal(path) == f"{path} names the column 'prompt' twice. Rename or remove one."
+
+
 def test_files_are_read_in_the_order_given(tmp_path):
     a, b = write_rows(tmp_path / "a.jsonl", ROWS), write_rows(tmp_path / "b.jsonl", ROWS[:1])
     assert [str(row_id) for row_id, _ in rows_of(b, a)] == [f"{b}:1", f"{a}:1", f"{a}:2"]
@@ -135,6 +174,12 @@ def test_files_are_read_in_the_order_given(tmp_path):
         ("a.json", '[{"a": 1}, 2]', "a.json:2 is no object but '2'."),
         ("a.json", '{"a": [], "b": []}', "a.json is an object with 2 lists."),
         ("a.json", "1", "a.json:1 is no object but '1'."),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n',
+         """a.jsonl:2 has the key 'a' twice in an object ({"a": 2}). Keep one."""),
+        ("a.jsonl", '{"a": {"\\ud800": 1, "\\ud800": 2}}', "a.jsonl:1 has the key '\\ud800' twice"),
+        ("a.json", '{"a": 1}\n{"a": 1, "a": 2}\n', "a.json:2 has the key 'a' twice"),
+        ("a.csv", 'prompt\n"[{""role"": ""user"", ""role"": ""user""}]"\n',
+         "a.csv:2: prompt has the key 'role' twice in an object"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n',
          "a.jsonl is not UTF-8: byte 0xff at offset 16. Save it as UTF-8."),
         ("a.csv", b"a\n\xe9\n", "a.csv is not UTF-8: byte 0xe9 at offset 2."),

@@ -365,6 +365,17 @@ def test_an_unreadable_template_and_a_missing_one_say_what_to_do():
         grown(turns, tok)
     with pytest.raises(ModelError, match="is a conversation, and data.template is none. Set it"):
         grown(turns, warm_tokenizer(), template="none")
+    alone = Example((user("Why?"),), (), (), ROW)
+    with pytest.raises(ModelError, match="train.jsonl:7 is a conversation, and the tokenizer has"):
+        prompt_ids(alone, make_renderer(tok))
+
+
+def test_a_prompt_alone_that_leaves_no_room_for_a_response_is_dropped():
+    tok, alone = byte_tokenizer(template=None), Example("Why?", (), (), ROW)
+    assert len(prompt_ids(alone, make_renderer(tok, max_length=5))) == 4
+    found = prompt_ids(alone, make_renderer(tok, max_length=4))
+    assert isinstance(found, Dropped) and found.reason == "too_long"
+    assert found.detail == "prompt 4 tokens, and max_length is 4, response included"
 
 
 def test_without_an_end_of_text_token_there_must_be_another_stop():

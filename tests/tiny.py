@@ -72,6 +72,19 @@ FAMILIES: dict[str, dict] = {
     "gpt_neox": dict(**_SIZES),
     "phi3": dict(**_SIZES, num_key_value_heads=2),
     "mistral": dict(**_SIZES, **_GROUPED, sliding_window=8),
+    # Its own dropout of 0.1, which its layers apply themselves, stays in its config.
+    "opt": dict(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    ),
 }
 FALLBACK_FAMILIES: dict[str, dict] = {
     "mamba": dict(
@@ -90,6 +103,17 @@ FALLBACK_FAMILIES: dict[str, dict] = {
         n_head=4,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
+    ),
+    "falcon": dict(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
         bos_token_id=0,
         eos_token_id=2,
         pad_token_id=0,

@@ -32,31 +32,36 @@ def check(config: str | Path | None = None, **values: Any) -> Prepared:
         return check_recipe(load_run(config, values=values), screen)
 
 
-def score(out: str | Path | None = None, **values: Any) -> list[dict[str, object]]:
-    """Log-probs, and with `reference` implicit rewards and margins, per preference, in nats."""
+def score(**values: Any) -> list[dict[str, object]]:
+    """Log-probs, and with `reference` implicit rewards and margins, per preference, in nats.
 
-    return score_file(load_run(None, values=values).run, Path(out) if out else None)
+    `uw.score(model=..., reference=..., data=..., out="scores.jsonl")`; without `out` nothing is
+    written.
+    """
+
+    return score_file(load_run(None, values=values).run)
 
 
 def sample(
     model: str,
     prompts: Sequence[str] | str,
     *,
-    out: str | Path | None = None,
     num: int = 1,
     max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    temperature: float | int = 1.0,
+    top_p: float | int = 1.0,
     **values: Any,
 ) -> list[dict[str, object]]:
-    """`num` responses to each prompt of the files `prompts`, with their log-probs in nats."""
+    """`num` responses to each prompt of the files `prompts`, with their log-probs in nats.
 
-    settings: Mapping[str, Any] = {"model": model, "data": prompts, **values}
-    return sample_file(
-        load_run(None, values=settings).run,
-        Path(out) if out else None,
-        num=num,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-    )
+    temperature 0 takes the likeliest token. Without `out` nothing is written.
+    """
+
+    settings: Mapping[str, Any] = {
+        **values,
+        "model": model,
+        "data.path": prompts,
+        "evaluation.max_new_tokens": max_new_tokens,
+        "evaluation.temperature": temperature,
+    }
+    return sample_file(load_run(None, values=settings).run, num=num, top_p=top_p)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from upweight.config import Resolved, flags, load_run, values_from_flags
+from upweight.config import READS, Resolved, flags, load_run, values_from_flags
 from upweight.errors import UpweightError
 
 
@@ -41,26 +42,33 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a model on preferences", allow_abbrev=False)
-    _add_config(train, overrides=True)
+    _add_config(train, "train", overrides=True)
     train.set_defaults(run=_train)
 
     check = commands.add_parser(
         "check", help="everything that can be known before step 1", allow_abbrev=False
     )
-    _add_config(check, overrides=True)
+    _add_config(check, "check", overrides=True)
     check.set_defaults(run=_check)
 
     score = commands.add_parser(
         "score", help="log-probs, implicit rewards and margins per preference", allow_abbrev=False
     )
-    _add_config(score, overrides=False)
+    _add_config(score, "score", overrides=False)
     score.set_defaults(run=_score)
 
     sample = commands.add_parser("sample", help="answers to prompts", allow_abbrev=False)
-    sample.add_argument("--prompts", nargs="+", required=True, help="files with a prompt a row")
+    sample.add_argument(
+        "--prompts",
+        nargs="+",
+        required=True,
+        dest="data.path",
+        metavar="FILE",
+        help="files with a prompt a row",
+    )
     sample.add_argument("-n", "--num", type=int, default=1, help="answers to each prompt (1)")
     sample.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (1.0: off)")
-    _add_config(sample, overrides=False)
+    _add_config(sample, "sample", overrides=False)
     sample.set_defaults(run=_sample)
 
     report = commands.add_parser("report", help="rebuild report.html of a run directory")
@@ -80,12 +88,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser, overrides: bool) -> None:
-    """run.yaml, key=value overrides, and every key as a flag."""
+def _add_config(parser: argparse.ArgumentParser, command: str, overrides: bool) -> None:
+    """run.yaml, key=value overrides, and every key as a flag.
+
+    A flag that the command does not read is not shown, and refused later with the commands that do.
+    """
     if overrides:
         parser.add_argument("config", nargs="*", metavar="RUN.yaml | key=value")
     group = parser.add_argument_group("keys of run.yaml, each a flag")
     for flag in flags():
+        if command == "sample" and flag.key == "data.path":
+            continue  # called --prompts there
+        about = f"{flag.description} (default: {flag.default})".replace("%", "%%")
         names = list(flag.names)
         names += [n.replace("_", "-") for n in names if "_" in n]
         group.add_argument(
@@ -95,24 +109,29 @@ def _add_config(parser: argparse.ArgumentParser, overrides: bool) -> None:
             nargs="+" if flag.many else "?" if flag.switch else None,
             const="true" if flag.switch else None,
             metavar=flag.type,
-            help=f"{flag.description} (default: {flag.default})".replace("%", "%%"),
+            help=about if flag.key in READS[command] else argparse.SUPPRESS,
         )
 
 
 def _resolve(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> Resolved:
     said: list[str] = list(getattr(arguments, "config", []))
-    files = [word for word in said if "=" not in word]
+    files = [word for word in said if _is_file(word)]
     if len(files) > 1:
         raise UpweightError(f"one RUN.yaml at a time; found: {', '.join(files)}")
     known = {flag.key for flag in flags()}
     texts = {key: value for key, value in vars(arguments).items() if key in known}
     return load_run(
         files[0] if files else None,
-        [word for word in said if "=" in word],
+        [word for word in said if not _is_file(word)],
         values_from_flags(texts),
         origin_of_values="flag",
         required=required,
     )
+
+
+def _is_file(word: str) -> bool:
+    """Whether a word is RUN.yaml and not key=value: a folder's name may hold an equals sign."""
+    return "=" not in word or "/" in word.partition("=")[0] or os.path.isfile(word)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -140,30 +159,18 @@ def _score(arguments: argparse.Namespace) -> int:
     from upweight.recipes import score_file
     from upweight.terminal import default_screen
 
-    assert resolved.run.out is not None
     with default_screen() as screen:
-        score_file(resolved.run, Path(resolved.run.out), screen)
+        score_file(resolved.run, screen)
     return 0
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    setattr(arguments, "data.path", arguments.prompts)
     resolved = _resolve(arguments, required=("out",))
     from upweight.recipes import sample_file
     from upweight.terminal import default_screen
 
-    run = resolved.run
-    assert run.out is not None
     with default_screen() as screen:
-        sample_file(
-            run,
-            Path(run.out),
-            num=arguments.num,
-            top_p=arguments.top_p,
-            screen=screen,
-            max_new_tokens=run.evaluation.max_new_tokens,
-            temperature=run.evaluation.temperature,
-        )
+        sample_file(resolved.run, num=arguments.num, top_p=arguments.top_p, screen=screen)
     return 0
 
 

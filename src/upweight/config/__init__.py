@@ -1,11 +1,13 @@
 """run.yaml, flags and key=value overrides -> one frozen Run, each value with its origin.
 
 sections.py holds the keys, keys.py their names and flags, written.py YAML in and out, settings.py
-what was said and where, resolve.py what follows from it. Nothing here imports torch.
+what was said and where, resolve.py what follows from it, commands.py which command reads which
+key. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+from upweight.config.commands import READS, require_read
 from upweight.config.keys import Flag, flags, values_from_flags
 from upweight.config.resolve import Resolved, dump, leaf_values, load_run
 from upweight.config.sections import (
@@ -32,6 +34,7 @@ __all__ = [
     "Flag",
     "Lora",
     "Loss",
+    "READS",
     "Optimizer",
     "Resolved",
     "Run",
@@ -40,5 +43,6 @@ __all__ = [
     "flags",
     "leaf_values",
     "load_run",
+    "require_read",
     "values_from_flags",
 ]

@@ -167,6 +167,8 @@ def _wrong(setting: Setting) -> str:
     key = keys()[setting.leaf]
     found = setting.settled
     guess = nearest(found, key.choices) if isinstance(found, str) else ""
+    if "\\x00" in repr(found):
+        guess = " Take the NUL character out."
     return f"{setting.shown} must be {key.kind}, found {show(setting.value)}.{guess}"
 
 
@@ -185,6 +187,11 @@ def _contradictions(held: Mapping[str, Setting], problems: Problems) -> None:
     if given("checkpoint.best") is not None and not sets and not fraction:
         setting = held["checkpoint.best"]
         said = f"{setting.shown} needs an evaluation: give evaluation.sets or evaluation.fraction."
+        problems.at(setting, said)
+    attention = given("compute.attention")
+    if given("compute.sharing") is False and attention not in (None, "auto"):
+        setting = held["compute.attention"]
+        said = f"{setting.shown} has no effect with compute.sharing false; keep one of them."
         problems.at(setting, said)
     if given("data.template") == "none" and given("data.template_options"):
         setting = held["data.template_options"]

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Text = Annotated[str, Field(min_length=1)]
+def _without_nul(value: str) -> str:
+    # No file name can hold it, and what is opened by such a name fails late and in other words.
+    if "\0" in value:
+        raise ValueError("a NUL character")
+    return value
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -60,7 +67,8 @@ class Data(Section):
         default=0.0, description="Scores that differ by this much or less make no preference."
     )
     limit: Count | None = Field(
-        default=None, description="Use only the first so many rows; null: all."
+        default=None,
+        description="Use only the first so many rows; null: all (evaluation sets stay whole).",
     )
 
 
@@ -137,7 +145,7 @@ class Compute(Section):
         default=True,
         description="Compute a prompt once for all of its responses where that is exact.",
     )
-    threads: Count | None = Field(
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         default=None, description="CPU threads; null: torch's own choice."
     )
     checkpointing: bool = Field(
@@ -165,7 +173,9 @@ class Evaluation(Section):
         default=4, description="Prompts that policy and reference answer at each evaluation."
     )
     max_new_tokens: Count = Field(default=64, description="Longest sampled answer, in tokens.")
-    temperature: Positive = Field(default=1.0, description="Sampling temperature.")
+    temperature: NotNegative = Field(
+        default=1.0, description="Sampling temperature; 0: the likeliest token."
+    )
 
 
 class Checkpoint(Section):

@@ -212,9 +212,23 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+def json_value(text: str, where: str) -> Any:
+    """json.loads, but an object that has a key twice is a DataError: the last would win."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"{where} has the key {twice!r} twice in {shown(found)}. Keep one.")
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def _from_json(value: str, where: str, row_id: RowId, allowed: str) -> Any:
     try:
-        return json.loads(value)
+        return json_value(value, f"{row_id}: {where}")
     except (ValueError, RecursionError):
         raise _wrong_type(value, where, row_id, allowed) from None
 

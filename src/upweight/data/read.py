@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from upweight.data.columns import COLUMNS, Row
+from upweight.data.columns import COLUMNS, Row, json_value
 from upweight.errors import DataError, nearest
 from upweight.types import RowId
 
@@ -146,7 +146,7 @@ def _is_object(text: str) -> bool:
 def _parsed(text: str, path: str, line: int) -> Any:
     """`line` is where the text begins in its file."""
     try:
-        return json.loads(text)
+        return json_value(text, f"{path}:{line}")
     except json.JSONDecodeError as error:
         near = ascii(text[max(0, error.pos - 20) : error.pos + 20])
         where = f"{path}:{line + error.lineno - 1}"
@@ -216,7 +216,7 @@ def _cell(cell: str, name: str, path: str, line: int) -> Any:
     if not cell.startswith(("[{", "{")) or "role" not in cell[:200]:
         return cell
     try:
-        value = json.loads(cell)
+        value = json_value(cell, f"{path}:{line}: {name}")
     except (ValueError, RecursionError):
         value = None
     if value is None and cell.startswith(("[{'", "{'")):
@@ -230,20 +230,39 @@ def _cell(cell: str, name: str, path: str, line: int) -> Any:
 
 
 def _parquet(path: str) -> Lines:
+    """A column that no layout reads stays on disk, and is null in the rows: it may hold what Python
+    has no value for."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    known = {name for columns in COLUMNS.values() for name in columns.all}
     try:
         if Path(path).stat().st_size == 0:
             return
         with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            twice = next((n for n in names if names.count(n) > 1), None)
+            if twice is not None:
+                raise DataError(f"{path} names the column {twice!r} twice. Rename or remove one.")
+            read = [n for n in names if n in known]
             line = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist(maps_as_pydicts="strict"):
+            for batch in file.iter_batches(batch_size=1024, columns=read):
+                for row in _values(batch, path, line, read):
                     line += 1
-                    yield line, row
+                    yield line, {name: row.get(name) for name in names}
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no Parquet file that can be read: {error}.") from None
+
+
+def _values(batch: Any, path: str, num_before: int, read: list[str]) -> list[Row]:
+    try:
+        return batch.to_pylist(maps_as_pydicts="strict")
+    except (ValueError, OverflowError, KeyError) as error:
+        raise DataError(
+            f"{path} has a value among rows {num_before + 1} to {num_before + len(batch)} that "
+            f"cannot be read: {error}. Columns read: {', '.join(read)}. Save what is not text, "
+            "messages or a number in another column."
+        ) from None
 
 
 READERS: dict[str, Callable[[str], Lines]] = {

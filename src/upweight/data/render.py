@@ -250,12 +250,9 @@ def _render_text(
 ) -> Rendering | Dropped:
     answers: dict[int, Answer] = {}
     problems: dict[int, Problem] = {}
+    prompt = _require_text(example.prompt, example, renderer)
     for i in indices:
-        content = example.responses[i].content
-        if not isinstance(example.prompt, str) or not isinstance(content, str):
-            has_template = bool(renderer.tokenizer.chat_template)
-            why = "data.template is none. Set it to chat." if has_template else _NO_TEMPLATE
-            raise ModelError(f"{example.row} is a conversation, and {why}")
+        content = _require_text(example.responses[i].content, example, renderer)
         text = content.rstrip()
         last = next((m for m in renderer.stops.finditer(text) if m.end() == len(text)), None)
         body = text[: last.start()] if last else content
@@ -264,14 +261,21 @@ def _render_text(
             problems[i] = problem or Problem("empty_response", clipped(content))
         else:
             answers[i] = Answer(text if last else content, last is not None)
-    if example.prompt == "" and renderer.bos is None:
+    if prompt == "" and renderer.bos is None:
         return Dropped(
             example.row,
             "empty_prompt",
             "the tokenizer has no beginning-of-text token to stand for it",
         )
-    assert isinstance(example.prompt, str)
-    return Rendering(example.prompt, answers, problems)
+    return Rendering(prompt, answers, problems)
+
+
+def _require_text(content: Text, example: Example, renderer: Renderer) -> str:
+    if isinstance(content, str):
+        return content
+    has_template = bool(renderer.tokenizer.chat_template)
+    why = "data.template is none. Set it to chat." if has_template else _NO_TEMPLATE
+    raise ModelError(f"{example.row} is a conversation, and {why}")
 
 
 def _apply(

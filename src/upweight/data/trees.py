@@ -68,14 +68,19 @@ def trees(examples: Iterable[Example], renderer: Renderer) -> Iterator[Grown]:
 def prompt_ids(example: Example, renderer: Renderer) -> Ids | Dropped:
     """The ids of the prompt alone, as serving renders it: what a sample begins with.
 
-    A tree's prompt is shorter where white space at its end joins the responses.
+    A tree's prompt is shorter where white space at its end joins the responses. Dropped where
+    max_length leaves no room for a response.
     """
     rendering = render(example, (), renderer)
     if isinstance(rendering, Dropped):
         return rendering
     head, tail = _pieces(rendering, renderer)
     (ids,) = _encode([head + tail], renderer.tokenizer)
-    return _led(ids, rendering, renderer)
+    ids, limit = _led(ids, rendering, renderer), renderer.max_length
+    if limit is not None and len(ids) >= limit:
+        detail = f"prompt {len(ids)} tokens, and max_length is {limit}, response included"
+        return Dropped(example.row, "too_long", detail)
+    return ids
 
 
 def _wanted(example: Example) -> list[int]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 from upweight.config import load_run
 from upweight.data.stream import load_prompts
 from upweight.data.trees import prompt_ids, text_after
-from upweight.errors import OutputError
+from upweight.errors import OutputError, UpweightError
 from upweight.evidence.evaluate import kl_record, sample_logps
 from upweight.evidence.report import write_report
-from upweight.models.load import LanguageModel, demo_model_path
+from upweight.models.load import LanguageModel
 from upweight.models.sample import Sample, sample
+from upweight.models.weights import demo_model_path
 from upweight.recipes import Result, dpo
 from upweight.recipes.prepare import load_policy, renderer_for
 from upweight.recipes.screen import Screen
@@ -39,9 +42,11 @@ class Outcome:
 
 
 def demo(model: str | None, out: str, screen: Screen) -> Outcome | None:
-    """Train the demo model into `out` and measure it; None when it was stopped on the way."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    """Train the demo model into `out` and measure it; None when it was stopped on the way.
 
+    Raises UpweightError, before anything else is done, where VADER or the model is not installed.
+    """
+    analyzer = _analyzer()
     folder = files("upweight.demo")
     with as_file(folder) as data:
         resolved = load_run(
@@ -65,11 +70,9 @@ def demo(model: str | None, out: str, screen: Screen) -> Outcome | None:
     ids = [prompt_ids(example, renderer) for example in examples]
     prompts = [tuple(i) for i in ids if not isinstance(i, Dropped)]
     assert len(prompts) == len(examples), "the demo's own prompts all fit"
-    theirs = _draw(reference, prompts, screen)
+    theirs = _draw(reference, prompts, renderer.stop_ids, screen)
     policy = load_policy(resolved.run.model_copy(update={"model": str(result.model)}))
-    ours = _draw(policy, prompts, screen)
-
-    analyzer = SentimentIntensityAnalyzer()
+    ours = _draw(policy, prompts, renderer.stop_ids, screen)
 
     def scores(lm: LanguageModel, drawn: list[list[Sample]]) -> Interval:
         values = [
@@ -135,9 +138,31 @@ def free_folder(base: str) -> str:
     raise OutputError(f"{base} and {base}-2 to {base}-999 exist already. Name one with --out.")
 
 
-def _draw(lm: LanguageModel, prompts: list[tuple[int, ...]], screen: Screen) -> list[list[Sample]]:
+def _analyzer() -> Any:
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise UpweightError(
+            f"the demo measures sentiment with vaderSentiment, which cannot be imported ({error}). "
+            "Run: pip install 'upweight[demo]'"
+        ) from None
+    return SentimentIntensityAnalyzer()
+
+
+def _draw(
+    lm: LanguageModel,
+    prompts: list[tuple[int, ...]],
+    stop_token_ids: Collection[int],
+    screen: Screen,
+) -> list[list[Sample]]:
     return sample(
-        lm, prompts, num=ANSWERS, max_new_tokens=MAX_NEW_TOKENS, seed=1, on_progress=screen.progress
+        lm,
+        prompts,
+        num=ANSWERS,
+        max_new_tokens=MAX_NEW_TOKENS,
+        seed=1,
+        stop_token_ids=stop_token_ids,
+        on_progress=screen.progress,
     )
 
 

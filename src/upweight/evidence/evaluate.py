@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -156,9 +156,17 @@ def draw(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    stop_token_ids: Collection[int] | None = None,
 ) -> list[Sample]:
-    """One response to each prompt."""
-    drawn = sample(lm, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    """One response to each prompt, as `sample` draws it."""
+    drawn = sample(
+        lm,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop_token_ids=stop_token_ids,
+    )
     return [answers[0] for answers in drawn]
 
 

@@ -1,7 +1,7 @@
 """Attention over a forest: a token attends to itself and its ancestors.
 
 Every path computes the same thing; `dense` is the oracle that the others are held against, in the
-tests and once at the start of every run on the model at hand (load.py).
+tests and once at the start of every run on the model at hand (proof.py).
 
 dense    one boolean mask, filled row by row from the parent array
 parts    CPU: each tree as dense causal blocks, merged by log-sum-exp; no mask, no copied keys
@@ -41,7 +41,7 @@ class Layout:
     """Where the trees of a forest lie, and the masks made from that, shared by all layers.
 
     `windows` records the sliding window that each layer asked for, by layer index, so that a
-    family which applies its window elsewhere than here is noticed (load.py).
+    family which applies its window elsewhere than here is noticed (proof.py).
     """
 
     path: str
@@ -50,6 +50,7 @@ class Layout:
     position: Int[Tensor, " tokens"]
     windows: dict[int, int | None] = field(default_factory=dict[int, int | None])
     _masks: dict[object, Tensor] = field(default_factory=dict[object, Tensor])
+    _varlen: VarlenPlan | None = None
 
     def mask(self, window: int | None) -> Bool[Tensor, "tokens tokens"]:
         """mask[i, j]: token i may attend to token j."""
@@ -59,6 +60,12 @@ class Layout:
                 mask &= self.position[:, None] - self.position[None, :] < window
             self._masks[window] = mask
         return self._masks[window]
+
+    def varlen(self) -> VarlenPlan:
+        """What one variable-length call needs, made at the first layer."""
+        if self._varlen is None:
+            self._varlen = varlen_plan(self.spans, self.parent.device)
+        return self._varlen
 
     def tree_mask(self, span: Span, window: int | None) -> Bool[Tensor, "tree tree"]:
         """The mask of one tree alone."""
@@ -426,7 +433,7 @@ def varlen_attention(
     kernel: VarlenKernel = torch_varlen,
 ) -> Float[Tensor, "1 heads tokens dim"]:
     """The CUDA path: queries as they lie, each run's keys gathered by index."""
-    plan = layout.__dict__.setdefault("plan", varlen_plan(layout.spans, query.device))
+    plan = layout.varlen()
     heads = query.shape[1]
     q = query[0].transpose(0, 1)
     k = _repeat_heads(key, heads)[0].transpose(0, 1)[plan.keys]

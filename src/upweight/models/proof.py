@@ -7,13 +7,13 @@ fits runs unshared, one whose head none fits runs through its own logits; none i
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from upweight.data.pack import collate
 from upweight.errors import ModelError
 from upweight.models import attention, logprobs
+from upweight.models.head import at_least_fp32, read
 from upweight.models.load import ForwardPlan, LanguageModel
 from upweight.types import Forest, Preference, ResponseId, RowId, Tree
 
@@ -142,19 +142,19 @@ def one_at_a_time(lm: LanguageModel, forest: Forest) -> Float[Tensor, " scored"]
             for response in tree.responses:
                 ids = torch.tensor([*tree.prompt, *response], device=lm.device)[None]
                 out = lm.model(input_ids=ids, use_cache=False).logits[0]
-                out = out if out.dtype == torch.float64 else out.float()
-                predicted = out[len(tree.prompt) - 1 : -1]
-                pieces.append(
-                    -F.cross_entropy(predicted, ids[0, len(tree.prompt) :], reduction="none")
-                )
+                predicted = at_least_fp32(out[len(tree.prompt) - 1 : -1])
+                pieces.append(read(predicted, ids[0, len(tree.prompt) :]))
     return torch.cat(pieces)
 
 
 def _failure(lm: LanguageModel, plan: ForwardPlan, probe: Forest, truth: Tensor) -> str | None:
-    """What is wrong with a plan, or None. Runs in the weights' own dtype, without autocast."""
+    """What is wrong with a plan, or None. Runs in the weights' own dtype, without autocast; the
+    variable-length kernel, which knows half precision only, runs in the compute dtype."""
     before, compute_dtype = lm.plan, lm.compute_dtype
     implementation = attention.implementation(lm.causal)
-    lm.plan, lm.compute_dtype = plan, torch.float32
+    weights = next(lm.model.parameters()).dtype
+    proved = compute_dtype if plan.attention == "varlen" and weights == torch.float32 else weights
+    lm.plan, lm.compute_dtype = plan, proved
     try:
         if plan.shared:
             lm.causal.set_attn_implementation(attention.NAME)
@@ -170,8 +170,7 @@ def _failure(lm: LanguageModel, plan: ForwardPlan, probe: Forest, truth: Tensor)
         lm.plan, lm.compute_dtype = before, compute_dtype
         lm.causal.set_attn_implementation(implementation)
     worst = (got.to(truth) - truth).abs().max().item()
-    weights = next(lm.model.parameters()).dtype
-    if not worst <= TOLERANCE_NATS[weights]:
+    if not worst <= TOLERANCE_NATS[proved]:
         return f"a token's log-prob is {worst:.3g} nats off"
     return None
 
@@ -185,7 +184,7 @@ def _misplaced_window(lm: LanguageModel, probe: Forest, plan: ForwardPlan) -> st
         return None
     forest = probe.to(lm.device)
     layout = attention.layout_of(forest, plan.attention)
-    with torch.no_grad():
+    with torch.no_grad(), lm.compute():
         lm.causal.base_model(
             input_ids=forest.token_ids[None],
             position_ids=forest.position[None],

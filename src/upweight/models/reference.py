@@ -29,8 +29,9 @@ from torch import Tensor
 
 from upweight.data.pack import bins, collate, merge_same_prompts
 from upweight.errors import OutputError, Refusal
-from upweight.models.load import LanguageModel, cache_dir
+from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
+from upweight.models.weights import cache_dir
 from upweight.types import Forest, Tree
 
 SCHEMA = pa.schema([("key", pa.binary(32)), ("logps", pa.list_(pa.float32()))])
@@ -136,7 +137,7 @@ def fill(
     Written about once a minute, so that a pass that is cut off goes on where it was.
     `on_progress(done, total)` counts tokens.
     """
-    todo = merge_same_prompts(reference.missing(trees))
+    todo = merge_same_prompts(reference.missing(trees), tokens_per_bin)
     todo.sort(key=lambda tree: tree.num_tokens, reverse=True)
     total = sum(tree.num_tokens for tree in todo)
     done, computed, last = 0, 0, time.monotonic()

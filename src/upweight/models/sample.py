@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import math
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from jaxtyping import Float
@@ -12,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from upweight.data.pack import bins, collate
+from upweight.errors import ConfigError, ModelError
 from upweight.models.attention import native_attention
 from upweight.models.head import logits
 from upweight.models.load import LanguageModel, evaluation_mode
@@ -21,10 +24,18 @@ from upweight.types import ResponseId, RowId, Tree
 KEPT_SHARE = 0.8
 """Rows that ended leave the batch when this share or less is still being written."""
 
+PAD = 0
+"""An id that every model has an embedding for, where a tokenizer's own may have none. No row reads
+its padding."""
+
+LOWEST_TEMPERATURE = 1e-6
+"""Below it sampling is greedy: logits divided by less leave fp32, and all but ties is decided."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One response drawn from the model. `tokens` end with the stop token if `stopped`."""
+    """One response drawn from the model. `tokens` end with the stop token if `stopped`; else it was
+    cut, at max_new_tokens or where the model's positions end."""
 
     tokens: tuple[int, ...]
     stopped: bool
@@ -36,43 +47,97 @@ def sample(
     *,
     num: int = 1,
     max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    temperature: float | int = 1.0,
+    top_p: float | int = 1.0,
     seed: int = 0,
+    stop_token_ids: Collection[int] | None = None,
     rows_per_batch: int = 128,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[Sample]]:
     """`num` responses to each prompt (token ids), in the prompts' order.
 
-    temperature 0 is greedy. Nothing else bends the distribution: what the model's generation
-    config may ask for (top-k, repetition penalty) is not applied. A response is drawn with random
-    numbers of its own, so that it does not depend on what else is in its batch (families that
-    cannot share a prompt are drawn by transformers, batch by batch). The caller's random state is
-    left alone.
+    A response ends with one of `stop_token_ids` (None: the model's; what training ends responses
+    with are a renderer's stop_ids), after `max_new_tokens`, or where prompt and response fill
+    lm.max_length. temperature 0 is greedy. Nothing else bends the distribution: what the model's
+    generation config may ask for (top-k, repetition penalty) is not applied. A response is drawn
+    with random numbers of its own, so that it does not depend on what else is in its batch
+    (families that cannot share a prompt are drawn by transformers, batch by batch). The caller's
+    random state is left alone.
+
+    Raises ConfigError for an option out of its range, ModelError for a prompt that is empty, leaves
+    no room for a response or holds a token that the model has no embedding for.
     """
-    draw = _Draw(max_new_tokens, temperature, top_p, frozenset(lm.stop_token_ids))
+    _require_options(num, max_new_tokens, temperature, top_p)
+    _require_prompts(lm, prompts)
+    stop = frozenset(lm.stop_token_ids if stop_token_ids is None else stop_token_ids)
+    heat = 0.0 if temperature < LOWEST_TEMPERATURE else float(temperature)
+    draw = _Draw(max_new_tokens, heat, float(top_p), stop)
     noise = torch.rand(
         (len(prompts), num, max_new_tokens),
         generator=torch.Generator().manual_seed(seed),
         dtype=torch.float64,
     )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    per_batch = max(1, rows_per_batch // num)
-    drawn: list[list[Sample]] = [[] for _ in prompts]
+    done, drawn = 0, [list[Sample]() for _ in prompts]
     with torch.no_grad(), evaluation_mode(lm), native_attention(lm.causal), lm.compute():
-        for first in range(0, len(order), per_batch):
-            group = order[first : first + per_batch]
+        for group, limit in _batches(lm, prompts, max_new_tokens, max(1, rows_per_batch // num)):
             ids, mask = _left_padded(lm, [prompts[i] for i in group])
+            upto = replace(draw, max_new_tokens=limit)
             rows = (
-                _with_cache(lm, draw, ids, mask, noise[group].flatten(0, 1).to(lm.device))
+                _with_cache(lm, upto, ids, mask, noise[group].flatten(0, 1).to(lm.device))
                 if lm.plan.shared
-                else _generate(lm, draw, ids, mask, num, seed + first)
+                else _generate(lm, upto, ids, mask, num, seed + done)
             )
             for row, tokens in enumerate(rows):
-                stopped = tokens[-1] in draw.stop
-                drawn[group[row // num]].append(Sample(tuple(tokens), stopped))
-            on_progress(first + len(group), len(order))
+                drawn[group[row // num]].append(Sample(tuple(tokens), tokens[-1] in stop))
+            done += len(group)
+            on_progress(done, len(prompts))
     return drawn
+
+
+def _require_options(
+    num: int, max_new_tokens: int, temperature: float | int, top_p: float | int
+) -> None:
+    for name, value, fits, allowed in (
+        ("num", num, num >= 1, "1 or more"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy), or a number above"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0, to 1"),
+    ):
+        if not fits:
+            raise ConfigError(f"sample: {name} is {value}; allowed: {allowed}.")
+
+
+def _require_prompts(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> None:
+    longest = lm.max_length
+    for number, prompt in enumerate(prompts, 1):
+        where = f"sample: prompt {number} of {len(prompts)}"
+        if not prompt:
+            raise ModelError(f"{where} has no tokens. Leave it out.")
+        if longest is not None and len(prompt) >= longest:
+            raise ModelError(
+                f"{where} has {len(prompt)} tokens, and the model reads at most {longest}, "
+                "response included. Leave it out, or shorten it."
+            )
+        if (last := max(prompt)) >= lm.vocab_size:
+            raise ModelError(
+                f"{where} holds the token {lm.tokenizer.decode([last])!r} (id {last}), and the "
+                f"model has embeddings for the ids 0 to {lm.vocab_size - 1}. Use the model's own "
+                "tokenizer, or leave the prompt out."
+            )
+
+
+def _batches(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, size: int
+) -> Iterator[tuple[list[int], int]]:
+    """Prompts of about equal length, by their index, and how long their responses may be. Where the
+    model's positions cut responses short, a batch is of one length: all its rows end at once."""
+    longest = math.inf if lm.max_length is None else lm.max_length
+    limits = [int(min(max_new_tokens, longest - len(prompt))) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for limit, same in groupby(order, key=limits.__getitem__):
+        group = list(same)
+        for first in range(0, len(group), size):
+            yield group[first : first + size], limit
 
 
 @dataclass(frozen=True)
@@ -89,7 +154,7 @@ class _Draw:
         p = (scores.float() / self.temperature).softmax(-1)
         if self.top_p < 1:
             ranked, token = p.sort(dim=-1, descending=True)
-            ranked[ranked.cumsum(-1) - ranked >= self.top_p] = 0.0
+            ranked[ranked.double().cumsum(-1) - ranked >= self.top_p] = 0.0
             p = torch.zeros_like(p).scatter(1, token, ranked)
         # In fp32 a running sum over a large vocabulary loses the tokens of its tail.
         below = p.double().cumsum(-1)
@@ -100,17 +165,12 @@ class _Draw:
 def _left_padded(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """(token ids, attention mask), both [prompts, longest]."""
     width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), _pad(lm))
+    ids = torch.full((len(prompts), width), PAD)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
         mask[row, width - len(prompt) :] = 1
     return ids.to(lm.device), mask.to(lm.device)
-
-
-def _pad(lm: LanguageModel) -> int:
-    found = lm.tokenizer.pad_token_id
-    return found if isinstance(found, int) else next(iter(lm.stop_token_ids), 0)
 
 
 def _with_cache(
@@ -169,7 +229,7 @@ def _generate(
         top_k=0,
         top_p=draw.top_p,
         eos_token_id=sorted(draw.stop) or None,
-        pad_token_id=_pad(lm),
+        pad_token_id=PAD,
         use_cache=True,
     )
     with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []), _only(lm, config):

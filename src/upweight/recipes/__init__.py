@@ -1,6 +1,6 @@
 """Straight lines that wire the wings: one function per thing a user asks for."""
 
-from upweight.recipes.prepare import check
+from upweight.recipes.check import check
 from upweight.recipes.score import sample_file, score_file
 from upweight.recipes.train import Result, dpo
 

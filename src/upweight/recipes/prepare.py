@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +11,10 @@ from upweight.config import Resolved, Run
 from upweight.data.account import Account, require_used
 from upweight.data.render import Renderer, make_renderer
 from upweight.data.stream import grow, load_examples, overlap, split_account, split_by_prompt
-from upweight.data.trees import show
-from upweight.errors import DataError, Refusal
-from upweight.evidence.track import clients
-from upweight.models.load import LanguageModel, adapter_off, fingerprint, load
+from upweight.errors import Refusal
+from upweight.models.load import LanguageModel, fingerprint, load
 from upweight.models.reference import Reference, fill, open_reference, verify
-from upweight.recipes.screen import Screen, Silent
+from upweight.recipes.screen import Screen
 from upweight.types import Example, Tree
 
 
@@ -62,16 +59,16 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     """
     renderer = renderer_for(run, lm)
 
-    def examples(paths: Sequence[str]) -> tuple[list[Example], Account]:
+    def examples(paths: Sequence[str], limit: int | None) -> tuple[list[Example], Account]:
         return load_examples(
             paths,
             layout=run.data.format,
             pairing=run.data.pairing,
             min_gap=run.data.min_score_gap,
-            limit=run.data.limit,
+            limit=limit,
         )
 
-    train, account = examples(run.data.path)
+    train, account = examples(run.data.path, run.data.limit)
     require_used(account, f"data {', '.join(run.data.path)}")
     sets: dict[str, tuple[list[Example], Account]] = {}
     train, heldout = split_by_prompt(train, run.evaluation.fraction, run.seed)
@@ -79,7 +76,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
         account, held_account = split_account(account, len(heldout))
         sets["heldout"] = (heldout, held_account)
     for name, paths in run.evaluation.sets.items():
-        sets[name] = examples(paths)
+        sets[name] = examples(paths, None)
         if both := overlap(train, sets[name][0]):
             mine, theirs = both[0]
             raise Refusal(
@@ -141,74 +138,24 @@ def account_lines(prepared: Prepared) -> list[str]:
     return lines
 
 
-@contextlib.contextmanager
-def reference_model(run: Run, lm: LanguageModel) -> Generator[LanguageModel]:
-    """The reference as a model, for as long as the block runs: the adapter switched off, or the
-    named model (else the policy's own start) loaded once more."""
-    if run.reference is None and lm.has_adapter:
-        with adapter_off(lm) as reference:
-            yield reference
-        return
-    name = run.reference or run.model
-    loaded = load(
-        name,
-        device=str(lm.device),
-        dtype=str(lm.compute_dtype).removeprefix("torch."),
-        path=run.compute.attention,
-        sharing=run.compute.sharing,
-        trust_remote_code=run.compute.trust_remote_code,
-        plan=lm.plan if run.reference is None else None,
-    )
-    _require_same_tokens(run, lm, loaded)
-    yield loaded
-
-
-def _require_same_tokens(run: Run, lm: LanguageModel, reference: LanguageModel) -> None:
-    if lm.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
-        raise DataError(
-            f"reference {run.reference} has another vocabulary than {run.model}: log-probs of the "
-            "same ids would be of different texts. Use a reference with the same tokenizer."
-        )
-
-
-def fill_reference(run: Run, lm: LanguageModel, trees: Sequence[Tree], screen: Screen) -> Reference:
+def fill_reference(
+    run: Run, model: LanguageModel, trees: Sequence[Tree], screen: Screen
+) -> Reference:
     """The reference's log-probs for all trees, from the cache where it has them.
 
-    `lm` is the policy at its start, which is the reference when none is named. A handful of rows
-    is recomputed; Refusal UW107 when they differ.
+    `model` is the reference. A handful of rows that were known is recomputed; Refusal UW107 when
+    they differ.
     """
-    with contextlib.ExitStack() as stack:
-        model = lm if run.reference is None else stack.enter_context(reference_model(run, lm))
-        reference = open_reference(fingerprint(model), model)
-        known = len(trees) - len(reference.missing(trees))
-        computed = fill(reference, model, trees, run.batch.tokens_per_bin, screen.progress)
-        if known:
-            verify(reference, model, trees)
-        screen.note(
-            f"reference: {computed} responses computed, {known} of {len(trees)} prompts known "
-            f"from before (kept in {reference.folder})"
-        )
+    reference = open_reference(fingerprint(model), model)
+    known = len(trees) - len(reference.missing(trees))
+    computed = fill(reference, model, trees, run.batch.tokens_per_bin, screen.progress)
+    if known:
+        verify(reference, model, trees)
+    screen.note(
+        f"reference: {computed} responses computed, {known} of {len(trees)} prompts known "
+        f"from before (kept in {reference.folder})"
+    )
     return reference
-
-
-def check(resolved: Resolved, screen: Screen | None = None, num_shown: int = 3) -> Prepared:
-    """Everything that can be known before step 1, without training: model, rows, what is scored.
-
-    Raises what training would raise.
-    """
-    screen = screen or Silent()
-    run = resolved.run
-    clients(run.track)
-    screen.stage("model")
-    lm = load_policy(run)
-    screen.note(f"model: {lm.name}, {describe(lm)}")
-    screen.stage("rows")
-    prepared = prepare(run, lm)
-    for line in account_lines(prepared):
-        screen.note(line)
-    for tree in prepared.trees["train"][:num_shown]:
-        screen.note(show(tree, lm.tokenizer))
-    return prepared
 
 
 def describe(lm: LanguageModel) -> str:

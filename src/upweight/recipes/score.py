@@ -6,12 +6,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from upweight.config import Run
+from upweight.config import Run, require_read
 from upweight.data.stream import load_prompts
 from upweight.data.trees import prompt_ids, text_after
-from upweight.errors import DataError
+from upweight.errors import ConfigError, DataError
 from upweight.evidence.evaluate import score_trees
 from upweight.models.sample import sample, sample_trees, tree_logps
+from upweight.models.weights import load_tokenizer
 from upweight.recipes.prepare import (
     account_lines,
     fill_reference,
@@ -19,43 +20,57 @@ from upweight.recipes.prepare import (
     prepare,
     renderer_for,
 )
+from upweight.recipes.reference import reference_model, require_same_tokens
 from upweight.recipes.screen import Screen, Silent
-from upweight.training.rundir import write_atomic
+from upweight.training.rundir import require_file, write_atomic
 from upweight.types import Dropped
 
 
-def score_file(run: Run, out: Path | None, screen: Screen | None = None) -> list[dict[str, object]]:
-    """Log-probs, implicit rewards and margins per preference, in nats; written to `out` if given.
+def score_file(run: Run, screen: Screen | None = None) -> list[dict[str, object]]:
+    """Log-probs, implicit rewards and margins per preference, in nats; written to run.out if set.
 
-    Without run.reference the ref_ and reward fields are None.
+    Without run.reference the ref_ and reward fields are None. Raises ConfigError for settings that
+    scoring does not read.
     """
     screen = screen or Silent()
+    require_read("score", run)
+    _require_out(run)
     screen.stage("model")
     lm = load_policy(run)
+    if run.reference is not None:
+        trusted = run.compute.trust_remote_code
+        require_same_tokens(run, lm, load_tokenizer(run.reference, trust_remote_code=trusted))
     screen.stage("rows")
     prepared = prepare(run, lm)
     for line in account_lines(prepared):
         screen.note(line)
     trees = prepared.trees["train"]
     screen.stage("scores")
-    reference = None if run.reference is None else fill_reference(run, lm, trees, screen)
+    reference = None
+    if run.reference is not None:
+        with reference_model(run, lm) as model:
+            reference = fill_reference(run, model, trees, screen)
     rows = score_trees(lm, trees, reference, run.loss.beta, run.batch.tokens_per_bin)
-    _write(out, rows, screen)
+    _write(run, rows, screen)
     return rows
 
 
 def sample_file(
-    run: Run,
-    out: Path | None,
-    *,
-    num: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    screen: Screen | None = None,
+    run: Run, *, num: int = 1, top_p: float | int = 1.0, screen: Screen | None = None
 ) -> list[dict[str, object]]:
-    """`num` responses to every prompt of the data files, in the K-responses layout."""
+    """`num` responses to every prompt of the data files, in the K-responses layout; written to
+    run.out if set.
+
+    evaluation.max_new_tokens and evaluation.temperature say how they are drawn. Raises ConfigError
+    for settings that sampling does not read.
+    """
     screen = screen or Silent()
+    if num < 1:
+        raise ConfigError(f"num is {num}; it must be a whole number >= 1 (-n on the command line).")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p is {top_p}; it must be a number > 0 and <= 1 (1: off).")
+    require_read("sample", run)
+    _require_out(run)
     screen.stage("model")
     lm = load_policy(run)
     renderer = renderer_for(run, lm)
@@ -70,7 +85,7 @@ def sample_file(
             continue
         prompts.append(tuple(ids))
         kept.append(example.prompt if isinstance(example.prompt, str) else list(example.prompt))
-    drops = ", ".join(f"{num} {reason}" for reason, num in account.dropped.items())
+    drops = ", ".join(f"{times} {reason}" for reason, times in account.dropped.items())
     screen.note(
         f"{account.read} prompts read, {len(prompts)} used" + (f" ({drops})" if drops else "")
     )
@@ -81,10 +96,11 @@ def sample_file(
         lm,
         prompts,
         num=num,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
+        max_new_tokens=run.evaluation.max_new_tokens,
+        temperature=run.evaluation.temperature,
         top_p=top_p,
         seed=run.seed,
+        stop_token_ids=renderer.stop_ids,
         on_progress=screen.progress,
     )
     logps = tree_logps(lm, sample_trees(prompts, drawn), run.batch.tokens_per_bin)
@@ -103,13 +119,17 @@ def sample_file(
         }
         for prompt, ids, answers, its_logps in zip(kept, prompts, drawn, logps, strict=True)
     ]
-    _write(out, rows, screen)
+    _write(run, rows, screen)
     return rows
 
 
-def _write(out: Path | None, rows: Sequence[dict[str, object]], screen: Screen) -> None:
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
+def _require_out(run: Run) -> None:
+    if run.out is not None:
+        require_file(Path(run.out))
+
+
+def _write(run: Run, rows: Sequence[dict[str, object]], screen: Screen) -> None:
+    if run.out is not None:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_atomic(out, "".join(lines))
-        screen.note(f"{len(rows)} lines written to {out}")
+        write_atomic(Path(run.out), "".join(lines))
+        screen.note(f"{len(rows)} lines written to {run.out}")

@@ -20,7 +20,7 @@ import os
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from upweight.training.rundir import (
     writing,
 )
 
-FORMAT = 1
+FORMAT = 2
 _DAMAGED = "damaged-"
 _NAME = re.compile(rf"(?:{re.escape(CHECKPOINT)}|{re.escape(REPLACED)})(\d{{8,}})")
 _logger = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ class Position:
     `step` counts the updates made and `epoch` the passes over the data that they are (2.5 is the
     middle of the third), whose order is drawn from `order_seed`; `num_tokens` is what they read.
     `best` is the best value so far of the metric that checkpoints are kept by, at `best_step`.
+    The fingerprints and digests say what the run began with: its reference, its own weights, its
+    settings, and the trees of every set by name. `window` is what was summed for the next record.
     """
 
     step: int
@@ -69,6 +71,9 @@ class Position:
     best: float | None = None
     best_step: int | None = None
     seconds: float = 0.0
+    model_fingerprint: str = ""
+    data_digests: Mapping[str, str] = field(default_factory=dict[str, str])
+    window: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -35,15 +36,6 @@ class Plan:
 
 
 @dataclass
-class Progress:
-    """How far training is: completed steps, tokens and seconds seen, over all resumptions."""
-
-    step: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
 class Window:
     """Sums since the last logged record. Kept as tensors: reading one waits for the device."""
 
@@ -52,7 +44,7 @@ class Window:
     )
     num_tokens: int = 0
     num_pairs: int = 0
-    started: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
 
     def add(self, metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         for name, (total, count) in metrics.items():
@@ -64,13 +56,39 @@ class Window:
     def means(self) -> dict[str, float]:
         return {name: (total / count).item() for name, (total, count) in self.sums.items()}
 
+    def to_plain(self) -> dict[str, Any]:
+        """The window as JSON has it; `from_plain` gives it back to the last bit."""
+        sums = {name: [total.item(), count.item()] for name, (total, count) in self.sums.items()}
+        return {**vars(self), "sums": sums}
+
+    @staticmethod
+    def from_plain(plain: Mapping[str, Any]) -> Window:
+        # The sums are fp32 numbers, and fp32 sums are what they are added to.
+        sums = {
+            name: (torch.tensor(total), torch.tensor(count))
+            for name, (total, count) in plain["sums"].items()
+        }
+        return Window(sums, plain["num_tokens"], plain["num_pairs"], plain["seconds"])
+
+
+@dataclass
+class Progress:
+    """How far training is: completed steps, tokens and seconds seen, over all resumptions, and
+    what was summed since the last record."""
+
+    step: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    window: Window = field(default_factory=Window)
+
 
 @dataclass(frozen=True)
 class Hooks:
-    """What fit() calls. `evaluate` and `save` are given the progress so far."""
+    """What fit() calls. `evaluate` and `save` are given the progress so far; `evaluate` says
+    whether the weights as they are should be saved, whatever the plan says."""
 
     on_record: Callable[[Record], None]
-    evaluate: Callable[[Progress], None]
+    evaluate: Callable[[Progress], bool]
     save: Callable[[Progress], None]
     should_stop: Callable[[], bool] = lambda: False
 
@@ -92,11 +110,11 @@ def fit(
     finite raises Refusal UW303 before the optimizer sees it.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    window = Window()
     while progress.step < plan.total_steps:
         if hooks.should_stop():
             hooks.save(progress)
             return False
+        began, window = time.monotonic(), progress.window
         batch = forests(progress.step)
         loss, count = _accumulate(lm, objective, batch, window)
         norm = clip(parameters, plan.max_grad_norm)
@@ -111,16 +129,16 @@ def fit(
         progress.step += 1
         progress.num_tokens += sum(forest.num_tokens for forest in batch)
         window.add({"loss": (loss, count), "grad_norm": (norm.detach(), torch.ones_like(norm))})
+        seconds = time.monotonic() - began
+        window.seconds += seconds
+        progress.seconds += seconds
         last = progress.step == plan.total_steps
         if progress.step % plan.log_every == 0 or last:
-            hooks.on_record(_record(plan, progress, window, rate))
-            window = Window()
-        before = time.monotonic()
-        if _due(progress.step, plan.evaluate_every) or last:
-            hooks.evaluate(progress)
-        if _due(progress.step, plan.checkpoint_every) or last:
+            hooks.on_record(_record(plan, progress, rate))
+            progress.window = Window()
+        to_keep = (_due(progress.step, plan.evaluate_every) or last) and hooks.evaluate(progress)
+        if to_keep or _due(progress.step, plan.checkpoint_every) or last:
             hooks.save(progress)
-        window.started += time.monotonic() - before
     return True
 
 
@@ -162,10 +180,9 @@ def _refuse_nonfinite(
     )
 
 
-def _record(plan: Plan, progress: Progress, window: Window, rate: float) -> Record:
+def _record(plan: Plan, progress: Progress, rate: float) -> Record:
+    window = progress.window
     means = window.means()
-    elapsed = max(time.monotonic() - window.started, 1e-9)
-    progress.seconds += elapsed
     assert math.isfinite(means["loss"])
     return {
         "step": progress.step,
@@ -175,6 +192,6 @@ def _record(plan: Plan, progress: Progress, window: Window, rate: float) -> Reco
         "learning_rate": rate,
         "num_tokens": progress.num_tokens,
         "num_pairs": window.num_pairs,
-        "tokens_per_second": window.num_tokens / elapsed,
+        "tokens_per_second": window.num_tokens / max(window.seconds, 1e-9),
         "seconds": progress.seconds,
     }

@@ -117,6 +117,31 @@ def open_run_dir(path: Path, resume: bool) -> RunDir:
         return RunDir(path, resume, lock)
 
 
+def require_run_dir(path: Path, resume: bool) -> None:
+    """Raises what `open_run_dir` would, but for a folder in use. Writes nothing."""
+    with writing(path):
+        _require_fits(path, resume)
+        _require_startable(path, resume)
+        existing = path.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "", str(path))
+        effective = os.access in os.supports_effective_ids
+        if not os.access(existing, os.W_OK | os.X_OK, effective_ids=effective):
+            raise PermissionError(errno.EACCES, "", str(path))
+
+
+def require_file(path: Path) -> None:
+    """Raises OutputError where `write_atomic` could not put a file at `path`; for use before the
+    work that ends there. The folders that are to hold it are made."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_name(_replaceable(path))
+        temporary.touch()
+        temporary.unlink()
+
+
 def _require_fits(path: Path, resume: bool) -> None:
     """What is refused before the lock: nothing is written into a folder that is not a run's."""
     entries = _entries(path)
@@ -265,9 +290,8 @@ def replacing(path: Path, num_bytes: int | None = None) -> Generator[Path]:
     A link stays, and the file that it leads to is replaced. Raises OutputError for what the
     operating system refuses and for a device, pipe or folder: a rename would replace that itself.
     """
-    final = path.resolve()
-    if final.exists() and not final.is_file():
-        raise OutputError(f"{path} is not a file that can be replaced. Choose a file's name.")
+    with writing(path):
+        final = _replaceable(path)
     temporary = temporary_name(final)
     try:
         with writing(path, num_bytes):
@@ -277,6 +301,13 @@ def replacing(path: Path, num_bytes: int | None = None) -> Generator[Path]:
             sync(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _replaceable(path: Path) -> Path:
+    final = path.resolve()
+    if final.exists() and not final.is_file():
+        raise OutputError(f"{path} is not a file that can be replaced. Choose a file's name.")
+    return final
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -227,24 +227,30 @@ PAGES: tuple[Page, ...] = (
             "cannot be compared."
         ),
         found_by=(
-            "compare `reference_fingerprint` in `environment.json` of the runs that you compare. "
-            "For numbers from `upweight score`, see that `--reference` names the model that the "
-            "run began with and that `--beta` is the run's."
+            "At every evaluation that samples answers (`evaluation.samples` above 0), the "
+            "fingerprint of the reference model (its weights, config and dtype) is computed and "
+            "compared with that of the log-probs which training reads. The run is stopped when "
+            "they differ. What `upweight score` is told is not compared with any run: see that "
+            "`--reference` names the model that the run began with and that `--beta` is the run's."
         ),
         guarded_by=(
             "Within a run, training and all evaluations read the same reference log-probs. "
             "Resuming a run with a reference of another fingerprint is an error."
         ),
         causes=(
+            "The model folder was overwritten while the run went on, or between training and "
+            "scoring.",
             "`--reference` of `upweight score` names another model than the run's.",
-            "The model folder was overwritten between training and scoring.",
             "`compute.dtype` differs, which makes it another reference.",
         ),
         do=(
+            "Put the files of the reference back as they were, then resume the run.",
             "Score again with the run's own `model`, or its `reference` where one was set; both "
             "are in `run.yaml`.",
-            "Set `compute.dtype` to the same value in every run that is to be compared.",
+            "Compare `reference_fingerprint` in `environment.json` of the runs that you compare, "
+            "and set `compute.dtype` to the same value in all of them.",
         ),
+        detectors=("upweight.recipes.reference:same_reference",),
     ),
     Page(
         code="UW109",
@@ -261,11 +267,11 @@ PAGES: tuple[Page, ...] = (
         ),
         guarded_by=(
             "A key that does not exist is refused, with the nearest one that does. Two values for "
-            "one key in the same place are refused, and so are `steps` and `epochs` together."
+            "one key in the same place are refused, and so are `steps` and `epochs` together. "
+            "`upweight score` and `upweight sample` refuse keys that they do not read, and name "
+            "the commands that do."
         ),
         causes=(
-            "`upweight score` and `upweight sample` take every key of run.yaml as a flag; those "
-            "of training have no effect there.",
             "A later layer overrides the value: file, then flag, then key=value. There, `steps` "
             "replaces `epochs` and the other way round.",
             "A variable in `data.template_options` that this chat template does not use.",

@@ -14,25 +14,32 @@ PAGES: tuple[Page, ...] = (
             "are those of the model in memory, and what is used afterwards is another."
         ),
         found_by=(
-            "score the export on the evaluation rows: `upweight score --model RUN/model --data "
-            "FILE --out scores.jsonl`, with the run's `compute.dtype`. `logp_chosen` and "
-            "`logp_rejected` must agree, up to rounding, with the rows of `ledger.parquet` that "
-            "have the last `step` and the same `row`."
+            "Before a folder of the export appears, it is read back from disk with plain "
+            "transformers, an adapter on its base, and a few probe rows are scored one sequence at "
+            "a time. The export is refused when it cannot be read, or when a token's log-prob "
+            "differs from the trained model's by more than 0.002 nats."
         ),
         guarded_by=(
             "Each folder of the export appears whole or not at all. An adapter is merged into its "
-            "base in float32."
+            "base in float32. Where the start has no name that an adapter could give for its base "
+            "(an adapter that was merged, a .gguf file), it is written into a folder beside the "
+            "adapter. An adapter on a matrix that is embedding and head at once is an error."
         ),
         causes=(
-            "Without `export.merge`, `model/` is an adapter: it needs its base model, which was "
-            "moved, changed or cleared from the cache.",
+            "The base model, which an adapter is read back on, was moved, changed or cleared from "
+            "the cache during the run.",
             "The base model was updated on the hub after training.",
-            "The export was converted to a smaller dtype or quantized (UW104).",
+            "Later: the run directory or the base was moved, or the export was converted to a "
+            "smaller dtype or quantized (UW104).",
         ),
         do=(
             "Set `export.merge=true` to write a whole model, with the adapter beside it.",
-            "Score again after each conversion, before the model is served.",
+            "Put the base back as it was and resume: the last checkpoint has what was trained, and "
+            "`resume=true` exports it again.",
+            "Score again after each conversion, before the model is served: `upweight score "
+            "--model RUN/model --data FILE --out scores.jsonl`, with the run's `compute.dtype`.",
         ),
+        detectors=("upweight.models.export:rescore",),
     ),
     Page(
         code="UW402",

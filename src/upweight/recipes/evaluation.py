@@ -1,0 +1,102 @@
+"""Every evaluation set scored, a few answers sampled, and what was found written down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from upweight.evidence import evaluate
+from upweight.recipes.best import samples_are_the_policys
+from upweight.recipes.reference import draw, same_reference, sampled_prompts
+from upweight.recipes.state import State, log
+from upweight.training.loop import Progress, Record
+from upweight.training.rundir import append_jsonl, write_ledger
+from upweight.types import Tree
+
+
+def evaluate_sets(state: State, progress: Progress) -> bool:
+    """Scores every set and samples answers; whether checkpoint.best is better than ever."""
+    run, last = state.run, progress.step == state.begun.plan.total_steps
+    rows: list[evaluate.Row] = []
+    improved = False
+    for name, trees in state.begun.prepared.trees.items():
+        if name == "train":
+            continue
+        scored = evaluate.score_trees(
+            state.lm, trees, state.against.logps, run.loss.beta, run.batch.tokens_per_bin
+        )
+        record: Record = {
+            "step": progress.step,
+            "epoch": progress.step / state.begun.plan.steps_per_epoch,
+            "kind": "eval",
+            "set": name,
+            **evaluate.summary(
+                scored,
+                [t.prompt for t in trees for _ in t.preferences],
+                run.loss.beta,
+                run.loss.label_smoothing,
+            ),
+        }
+        if run.evaluation.samples:
+            record |= _sample(state, progress, name, trees)
+        log(state, record)
+        improved |= _note_best(state, progress, name, record)
+        rows += [{"step": progress.step, "set": name, **row} for row in scored]
+        if last:
+            _add_texts(state, trees, rows[-len(scored) :])
+    if rows:
+        _append_ledger(state, rows)
+    return improved
+
+
+def _note_best(state: State, progress: Progress, name: str, record: Record) -> bool:
+    best = state.begun.best
+    if best is None or name != best.set:
+        return False
+    value = record[best.metric]
+    assert isinstance(value, float)
+    if not best.improves(value, state.best):
+        return False
+    state.best, state.best_step = value, progress.step
+    return True
+
+
+def _sample(state: State, progress: Progress, name: str, trees: Sequence[Tree]) -> Record:
+    """Answers of policy and reference to the set's first prompts, side by side; sampled KL."""
+    prompts, answers = sampled_prompts(state.run, trees), state.against.answers[name]
+    policy = draw(state.run, state.lm, prompts, state.begun.prepared.renderer.stop_ids)
+    policy_logps = evaluate.sample_logps(state.lm, prompts, policy)
+    with same_reference(state.run, state.lm, state.against) as reference:
+        reference_logps = evaluate.sample_logps(reference, prompts, policy)
+    for line in evaluate.sample_records(
+        state.lm, prompts, policy, answers, policy_logps, reference_logps
+    ):
+        record = {"step": progress.step, "set": name, **line}
+        append_jsonl(state.rundir.file("samples.jsonl"), record)
+    kl = evaluate.kl_record(policy_logps, reference_logps)
+    return {
+        **(kl if samples_are_the_policys(state.run) else {}),
+        "length": sum(len(s.tokens) for s in policy) / len(policy),
+        "reference_length": sum(len(s.tokens) for s in answers) / len(answers),
+    }
+
+
+def _add_texts(state: State, trees: Sequence[Tree], rows: Sequence[evaluate.Row]) -> None:
+    remaining = iter(rows)
+    for tree in trees:
+        texts = evaluate.texts(tree, state.lm.tokenizer)
+        prompt = state.lm.tokenizer.decode(list(tree.prompt), skip_special_tokens=False)
+        for _ in tree.preferences:
+            row = next(remaining)
+            row["prompt_text"] = prompt
+            row["chosen_text"], row["rejected_text"] = texts[row["chosen"]], texts[row["rejected"]]
+
+
+def _append_ledger(state: State, rows: Sequence[evaluate.Row]) -> None:
+    path = state.rundir.file("ledger.parquet")
+    table = evaluate.ledger_table(rows)
+    if path.exists():
+        table = pa.concat_tables([pq.read_table(path, schema=evaluate.LEDGER), table])
+    write_ledger(path, table)

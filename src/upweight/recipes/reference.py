@@ -1,0 +1,119 @@
+"""What a run is measured against: the reference as numbers, and as a model where it is asked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from upweight.config import Run
+from upweight.errors import DataError, Refusal
+from upweight.evidence import evaluate
+from upweight.models.adapter import adapter_off
+from upweight.models.load import ForwardPlan, LanguageModel, evaluation_mode, fingerprint, load
+from upweight.models.reference import Reference
+from upweight.models.sample import Sample
+from upweight.recipes.prepare import Prepared, fill_reference
+from upweight.recipes.screen import Screen
+from upweight.types import Tree
+
+
+@dataclass(frozen=True)
+class Against:
+    """The reference's log-probs, how it runs forests, and its answers by evaluation set.
+
+    `model_fingerprint` is that of the policy at its start.
+    """
+
+    logps: Reference
+    plan: ForwardPlan
+    answers: Mapping[str, Sequence[Sample]]
+    model_fingerprint: str
+
+
+def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Screen) -> Against:
+    """Everything the reference has to say before step 1. `lm` is the policy at its start, with
+    its adapter if it gets one; without a named reference it is the reference itself."""
+    trees = [tree for found in prepared.trees.values() for tree in found]
+    stop_ids = prepared.renderer.stop_ids
+    itself = run.reference is None and not lm.has_adapter
+    asked = contextlib.nullcontext(lm) if itself else reference_model(run, lm)
+    with asked as model, evaluation_mode(model):
+        logps = fill_reference(run, model, trees, screen)
+        answers = {
+            name: draw(run, model, sampled_prompts(run, found), stop_ids)
+            for name, found in prepared.trees.items()
+            if name != "train" and run.evaluation.samples
+        }
+        plan = model.plan
+    start = logps.fingerprint if run.reference is None else fingerprint(lm)
+    return Against(logps, plan, answers, start)
+
+
+def sampled_prompts(run: Run, trees: Sequence[Tree]) -> list[tuple[int, ...]]:
+    """The first prompts of a set, which policy and reference answer at every evaluation."""
+    return list(dict.fromkeys(tree.prompt for tree in trees))[: run.evaluation.samples]
+
+
+def draw(
+    run: Run, lm: LanguageModel, prompts: Sequence[Sequence[int]], stop_ids: Collection[int]
+) -> list[Sample]:
+    """One answer to each prompt, ended by the tokens that training ends responses with."""
+    options = run.evaluation
+    return evaluate.draw(
+        lm, prompts, options.max_new_tokens, options.temperature, run.seed, stop_ids
+    )
+
+
+@contextlib.contextmanager
+def reference_model(
+    run: Run, lm: LanguageModel, plan: ForwardPlan | None = None
+) -> Generator[LanguageModel]:
+    """The reference as a model, for as long as the block runs: the adapter switched off, or the
+    named model (else the policy's own start) loaded once more.
+
+    A `plan` that was proved on its weights before is not proved again.
+    """
+    if run.reference is None and lm.has_adapter:
+        with adapter_off(lm) as reference:
+            yield reference
+        return
+    loaded = load(
+        run.reference or run.model,
+        device=str(lm.device),
+        dtype=str(lm.compute_dtype).removeprefix("torch."),
+        path=run.compute.attention,
+        sharing=run.compute.sharing,
+        trust_remote_code=run.compute.trust_remote_code,
+        plan=plan,
+    )
+    require_same_tokens(run, lm, loaded.tokenizer)
+    yield loaded
+
+
+@contextlib.contextmanager
+def same_reference(run: Run, lm: LanguageModel, against: Against) -> Generator[LanguageModel]:
+    """The reference as a model, for an evaluation.
+
+    Raises Refusal UW108 when its weights are not those that training is measured against.
+    """
+    with reference_model(run, lm, against.plan) as model:
+        found, known = fingerprint(model), against.logps.fingerprint
+        if found != known:
+            raise Refusal(
+                "UW108",
+                f"the reference {run.reference or run.model} is not what it was when the run "
+                f"began: its fingerprint is {found[:12]}, and training is measured against "
+                f"{known[:12]}. Put its files back as they were, then resume.",
+            )
+        yield model
+
+
+def require_same_tokens(run: Run, lm: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    if lm.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise DataError(
+            f"reference {run.reference} has another vocabulary than {run.model}: log-probs of the "
+            "same ids would be of different texts. Use a reference with the same tokenizer."
+        )

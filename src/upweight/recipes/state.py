@@ -1,0 +1,90 @@
+"""What a run that has begun carries from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from upweight.config import Run
+from upweight.evidence.track import Tracking
+from upweight.models.load import LanguageModel
+from upweight.recipes.reference import Against
+from upweight.recipes.resume import data_digests, settings_digest
+from upweight.recipes.screen import Screen
+from upweight.recipes.start import Start
+from upweight.training import checkpoint
+from upweight.training.loop import Progress, Record, Window
+from upweight.training.rundir import (
+    RunDir,
+    append_jsonl,
+    truncate_jsonl_after,
+    truncate_ledger_after,
+)
+
+
+@dataclass
+class State:
+    """What the hooks of one run share. `best` is the best value of the metric that a checkpoint is
+    kept by, at `best_step`."""
+
+    begun: Start
+    against: Against
+    rundir: RunDir
+    optimizer: torch.optim.Optimizer
+    screen: Screen
+    trackers: Tracking
+    best: float | None = None
+    best_step: int | None = None
+
+    @property
+    def run(self) -> Run:
+        return self.begun.run
+
+    @property
+    def lm(self) -> LanguageModel:
+        return self.begun.lm
+
+
+def log(state: State, record: Record) -> None:
+    append_jsonl(state.rundir.file("metrics.jsonl"), record)
+    state.trackers.log(record)
+    state.screen.record(record, state.begun.plan.total_steps)
+
+
+def save(state: State, progress: Progress) -> None:
+    """A checkpoint of now; the newest ones and the best are kept."""
+    folder = state.rundir.file("checkpoints")
+    position = checkpoint.Position(
+        step=progress.step,
+        epoch=progress.step / state.begun.plan.steps_per_epoch,
+        num_tokens=progress.num_tokens,
+        order_seed=state.run.seed,
+        reference_fingerprint=state.against.logps.fingerprint,
+        config_digest=settings_digest(state.run),
+        best=state.best,
+        best_step=state.best_step,
+        seconds=progress.seconds,
+        model_fingerprint=state.against.model_fingerprint,
+        data_digests=data_digests(state.begun.prepared),
+        window=progress.window.to_plain(),
+    )
+    checkpoint.save(folder, checkpoint.capture(state.lm.model, state.optimizer, position))
+    best = None
+    if state.best_step is not None:
+        best = folder / f"{checkpoint.CHECKPOINT}{state.best_step:08d}"
+    checkpoint.prune(folder, state.run.checkpoint.keep, best)
+
+
+def go_back(state: State, saved: checkpoint.TrainState) -> Progress:
+    """Weights, optimizer, generators and records as they were when `saved` was saved."""
+    checkpoint.restore(state.lm.model, state.optimizer, saved)
+    where = saved.position
+    state.best, state.best_step = where.best, where.best_step
+    truncate_jsonl_after(state.rundir.file("metrics.jsonl"), where.step)
+    truncate_jsonl_after(state.rundir.file("samples.jsonl"), where.step)
+    truncate_ledger_after(state.rundir.file("ledger.parquet"), where.step)
+    assert where.window is not None
+    window = Window.from_plain(where.window)
+    state.screen.note(f"resumed after step {where.step} of {state.begun.plan.total_steps}")
+    return Progress(where.step, where.num_tokens, where.seconds, window)

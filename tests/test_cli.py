@@ -1,0 +1,123 @@
+"""What a user types wrong is one message and exit 2, before the work and not after it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+import upweight as uw
+from runs import furnish, train
+from upweight.cli import main
+from upweight.config import READS
+from upweight.config.keys import keys
+from upweight.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    furnish(tmp_path, monkeypatch)
+
+
+TRAIN = "train --model model --data pairs.jsonl"
+SCORE = "score --model model --data pairs.jsonl --dtype float32 --out"
+SAMPLE = "sample --model model --prompts pairs.jsonl --out o.jsonl --max_new_tokens 2"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (f"{TRAIN} --out o betta=1", "Did you mean beta"),
+        ("train --model nowhere/at/all --data pairs.jsonl --out o", "no folder nowhere/at/all"),
+        ("train --model model --data missing.jsonl --out o", "missing.jsonl"),
+        (TRAIN, "out is missing"),
+        ("train --model model --data bad.jsonl --out o", "bad.jsonl:1"),
+        ("train --model empty --data pairs.jsonl --out o", "no config.json"),
+        ("train --model bare --data pairs.jsonl --out o", "tokenizer"),
+        (f"{TRAIN} --out model", "model"),
+        (
+            f"{TRAIN} --out o --threads 99999999999",
+            "must be a whole number >= 1 and <= 1024 or null, found 99999999999",
+        ),
+        (f"{TRAIN} --out '\"a\\0b\"'", "--out must be text or null, found"),
+        (f"{TRAIN} --out o --sharing false --attention dense", "has no effect with"),
+        (f"{TRAIN} --out {'x' * 300}", "cannot be written: File name too long"),
+        ("report empty", "no run.yaml"),
+        (f"report {'x' * 300}", "is not a run directory"),
+        (f"{SCORE} bad.jsonl/x.jsonl", "bad.jsonl/x.jsonl cannot be written"),
+        (f"{SCORE} /proc/x/y.jsonl", "/proc/x/y.jsonl cannot be written"),
+        (f"{SCORE} empty", "empty is not a file that can be replaced"),
+        (f"{SCORE} {'x' * 300}", "cannot be written: File name too long"),
+        (f"{SCORE} '\"a\\0b\"'", "Take the NUL character out"),
+        (f"{SCORE} o --reference bare", "tokenizer"),
+        (f"{SCORE} o --beta 0.3", "score reads it only with a reference"),
+        (f"{SAMPLE} -n 0", "num is 0; it must be a whole number >= 1"),
+        (f"{SAMPLE} -n -1", "num is -1"),
+        (f"{SAMPLE} --top-p 0", "top_p is 0.0; it must be a number > 0 and <= 1"),
+        (f"{SAMPLE} --top-p -3", "top_p is -3.0"),
+        (f"{SAMPLE} --top-p nan", "top_p is nan"),
+        (f"{SAMPLE} --temperature -1", "evaluation.temperature must be a number >= 0"),
+        (f"{SAMPLE} --max_new_tokens 0", "evaluation.max_new_tokens must be a whole number >= 1"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_exit_2(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("bad.jsonl").write_text("{not json\n")
+    Path("empty").mkdir()
+    Path("bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        Path("bare", name).write_bytes(Path("model", name).read_bytes())
+    assert main(shlex.split(words)) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_a_command_refuses_what_it_does_not_read_and_names_those_that_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    idle = "o.jsonl --fraction 0.5 --epochs 7 --lora.rank 3 --temperature 0.5"
+    assert main(f"{SCORE} {idle}".split()) == 2
+    said = capsys.readouterr().err
+    assert "evaluation.fraction is 0.5, and score does not read it: train and check do." in said
+    assert "epochs is 7" in said and "lora is true" in said
+    assert "temperature is 0.5, and score does not read it: train, check and sample do." in said
+    assert not Path("o.jsonl").exists()
+    assert main(f"{SAMPLE} --reference nowhere".split()) == 2
+    said = capsys.readouterr().err
+    assert "reference is nowhere, and sample does not read it: train, check and score do." in said
+    with pytest.raises(ConfigError, match="lora is true, and score does not read it"):
+        uw.score(model="model", data="pairs.jsonl", lora=True)
+
+
+def test_sample_takes_its_rows_from_prompts_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(f"{SAMPLE} --data pairs.jsonl".split())
+    assert "unrecognized arguments: --data pairs.jsonl" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="data.path"):
+        uw.sample("model", "pairs.jsonl", data="other.jsonl")
+
+
+@pytest.mark.parametrize("command", READS)
+def test_help_shows_the_keys_that_a_command_reads(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    for key in keys():
+        read = key in READS[command] and (command, key) != ("sample", "data.path")
+        assert (f"--{key} " in shown or f"--{key}," in shown) == read, key
+
+
+@pytest.mark.parametrize("out", ["lr=1e-5", "with a space", "a/b=c d"])
+def test_the_command_that_is_printed_goes_on_wherever_the_run_lies(
+    out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(out, "--steps", "1") == 0
+    assert main(["train", f"{out}/run.yaml", "resume=true", "beta=0.3"]) == 2
+    said = capsys.readouterr().err
+    printed = said.partition("Go on with its own:  ")[2].partition("  (free")[0]
+    assert shlex.split(printed) == ["upweight", "train", f"{out}/run.yaml", "resume=true"]
+    assert main(shlex.split(printed)[1:]) == 0
