@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,15 @@ def test_sample_takes_its_rows_from_prompts_alone(capsys: pytest.CaptureFixture[
     assert "unrecognized arguments: --data pairs.jsonl" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="data.path"):
         uw.sample("model", "pairs.jsonl", data="other.jsonl")
+
+
+def test_the_demo_without_its_extra_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    assert main(["demo"]) == 2
+    assert "Run: pip install 'upweight[demo]'" in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("command", READS)

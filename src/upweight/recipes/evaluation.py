@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from upweight.evidence import evaluate
+from upweight.models.sample import Sample
 from upweight.recipes.best import samples_are_the_policys
 from upweight.recipes.reference import draw, same_reference, sampled_prompts
 from upweight.recipes.state import State, log
@@ -19,11 +21,11 @@ from upweight.types import Tree
 def evaluate_sets(state: State, progress: Progress) -> bool:
     """Scores every set and samples answers; whether checkpoint.best is better than ever."""
     run, last = state.run, progress.step == state.begun.plan.total_steps
+    sets = {n: trees for n, trees in state.begun.prepared.trees.items() if n != "train"}
+    sampled = _sampled(state, sets) if sets and run.evaluation.samples else {}
     rows: list[evaluate.Row] = []
     improved = False
-    for name, trees in state.begun.prepared.trees.items():
-        if name == "train":
-            continue
+    for name, trees in sets.items():
         scored = evaluate.score_trees(
             state.lm, trees, state.against.logps, run.loss.beta, run.batch.tokens_per_bin
         )
@@ -39,8 +41,8 @@ def evaluate_sets(state: State, progress: Progress) -> bool:
                 run.loss.label_smoothing,
             ),
         }
-        if run.evaluation.samples:
-            record |= _sample(state, progress, name, trees)
+        if name in sampled:
+            record |= _write_samples(state, progress, name, sampled[name])
         log(state, record)
         improved |= _note_best(state, progress, name, record)
         rows += [{"step": progress.step, "set": name, **row} for row in scored]
@@ -63,22 +65,39 @@ def _note_best(state: State, progress: Progress, name: str, record: Record) -> b
     return True
 
 
-def _sample(state: State, progress: Progress, name: str, trees: Sequence[Tree]) -> Record:
-    """Answers of policy and reference to the set's first prompts, side by side; sampled KL."""
-    prompts, answers = sampled_prompts(state.run, trees), state.against.answers[name]
-    policy = draw(state.run, state.lm, prompts, state.begun.prepared.renderer.stop_ids)
-    policy_logps = evaluate.sample_logps(state.lm, prompts, policy)
+@dataclass(frozen=True)
+class _Sampled:
+    """What the policy answers to a set's first prompts, and how likely that is, in nats."""
+
+    prompts: Sequence[Sequence[int]]
+    policy: Sequence[Sample]
+    policy_logps: Sequence[float]
+    reference_logps: Sequence[float]
+
+
+def _sampled(state: State, sets: Mapping[str, Sequence[Tree]]) -> dict[str, _Sampled]:
+    """By set. The reference is asked once for all sets: it may have to be read from disk."""
+    stop_ids = state.begun.prepared.renderer.stop_ids
+    prompts = {name: sampled_prompts(state.run, trees) for name, trees in sets.items()}
+    policy = {name: draw(state.run, state.lm, prompts[name], stop_ids) for name in sets}
+    ours = {n: evaluate.sample_logps(state.lm, prompts[n], policy[n]) for n in sets}
     with same_reference(state.run, state.lm, state.against) as reference:
-        reference_logps = evaluate.sample_logps(reference, prompts, policy)
+        theirs = {n: evaluate.sample_logps(reference, prompts[n], policy[n]) for n in sets}
+    return {n: _Sampled(prompts[n], policy[n], ours[n], theirs[n]) for n in sets}
+
+
+def _write_samples(state: State, progress: Progress, name: str, found: _Sampled) -> Record:
+    """Answers of policy and reference side by side, to samples.jsonl; sampled KL and lengths."""
+    answers = state.against.answers[name]
     for line in evaluate.sample_records(
-        state.lm, prompts, policy, answers, policy_logps, reference_logps
+        state.lm, found.prompts, found.policy, answers, found.policy_logps, found.reference_logps
     ):
         record = {"step": progress.step, "set": name, **line}
         append_jsonl(state.rundir.file("samples.jsonl"), record)
-    kl = evaluate.kl_record(policy_logps, reference_logps)
+    kl = evaluate.kl_record(found.policy_logps, found.reference_logps)
     return {
         **(kl if samples_are_the_policys(state.run) else {}),
-        "length": sum(len(s.tokens) for s in policy) / len(policy),
+        "length": sum(len(s.tokens) for s in found.policy) / len(found.policy),
         "reference_length": sum(len(s.tokens) for s in answers) / len(answers),
     }
 
