@@ -46,6 +46,15 @@ def test_one_command_trains_evaluates_exports_and_reports():
     assert AutoTokenizer.from_pretrained(run / "model").chat_template
 
 
+def test_the_exported_model_stops_where_its_training_answers_stop():
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    tokenizer.eos_token = "<|endoftext|>"  # as base models have it; ChatML ends with <|im_end|>
+    tokenizer.save_pretrained("model")
+    assert train("run") == 0
+    written = json.loads(Path("run/model/generation_config.json").read_text())
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in written["eos_token_id"]
+
+
 def test_a_run_that_is_resumed_ends_bit_identically():
     assert train("whole", "--checkpoint.every", "1", "--keep", "9") == 0
     assert train("cut", "--checkpoint.every", "1", "--keep", "9") == 0

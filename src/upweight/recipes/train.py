@@ -144,6 +144,9 @@ def _finish(state: State, progress: Progress) -> Result:
     state.screen.stage("export")
     weights = sum(p.numel() * p.element_size() for p in state.lm.model.parameters())
     require_space(state.rundir.path, weights)
+    # A server stops by the generation config: at every token that a trained response ends with.
+    stop_ids = sorted(state.begun.prepared.renderer.stop_ids)
+    state.lm.causal.generation_config.eos_token_id = stop_ids  # pyright: ignore
     written = export(state.lm, state.rundir.file("model"), merge=state.run.export.merge)
     write_environment(state, finished=True)
     report = write_report(state.rundir.path)
