@@ -457,3 +457,12 @@ def test_a_layout_function_is_pure():
     before = repr(row)
     assert responses(row, ROW) == responses(row, ROW)
     assert repr(row) == before
+
+
+def test_an_empty_list_of_preferences_says_that_there_are_none_whatever_the_scores():
+    row = {"prompt": "p", "responses": [{"text": "a", "score": 1}, {"text": "b", "score": 0}]}
+    row_id = RowId("rows.jsonl", 1)
+    for said, num in ((None, 1), ([], 0), ([[1, 0]], 1)):
+        example = example_of(row | {"preferences": said}, row_id, "responses")
+        assert isinstance(example, Example)
+        assert len(example.preferences) == num

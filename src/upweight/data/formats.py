@@ -63,8 +63,9 @@ def responses(row: Row, row_id: RowId) -> Example | Dropped:
 
     A response may also be a plain string, and its score stand in a list `scores`. Preferences are
     those of the column `preferences` ([chosen, rejected] or [chosen, rejected, weight], counted
-    from 0), or none: `with_preferences` makes them from the scores. A response's weight multiplies
-    that of the preferences it is in.
+    from 0); without it, `with_preferences` makes them from the scores. An empty list says that
+    there are none, whatever the scores. A response's weight multiplies that of the preferences it
+    is in.
     Raises DataError where a column is missing or of another type.
     """
     require(row, "responses", row_id)
@@ -83,8 +84,9 @@ def responses(row: Row, row_id: RowId) -> Example | Dropped:
     for name, answer, score in zip(names, answers, scores, strict=True):
         if score is not None and answer.score is not None:
             raise DataError(f"{row_id} has a score in {name} and one in scores. Keep one.")
+    said_none = isinstance(row.get("preferences"), list | tuple) and not preferences
     answers = tuple(
-        Response(content, a.score if score is None else score, a.weight)
+        Response(content, None if said_none else a.score if score is None else score, a.weight)
         for content, a, score in zip(contents, answers, scores, strict=True)
     )
     return _example(row, row_id, prompt, answers, preferences)
