@@ -94,11 +94,14 @@ def default_screen() -> Generator[Terminal]:
 def show_outcome(outcome: Outcome) -> None:
     """The demo's table, three answers side by side, and where the report is."""
     console = Console(highlight=False)
-    table = Table(title="held-out prompts", title_justify="left")
-    for heading in ("", "reference", "policy", ""):
+    table = Table(title="held-out prompts", title_justify="left", show_lines=True)
+    for heading in ("", "reference", "policy"):
         table.add_column(heading)
-    for row in outcome.rows:
-        table.add_row(*map(Text, row))
+    for name, before, after, note in outcome.rows:
+        what = Text(name)
+        if note:
+            what.append(f"\n{note}", style="dim")
+        table.add_row(what, before, after)
     console.print(table)
     for prompt, before, after in outcome.answers:
         console.print(Text(f"\n{prompt}", style="bold"))
