@@ -23,6 +23,7 @@ class Terminal:
     def __init__(self, console: Console, live: Live | None) -> None:
         self.console, self.live = console, live
         self.name, self.began, self.last_plain = "", time.monotonic(), 0.0
+        self.first_record: tuple[int, float] | None = None
 
     def stage(self, name: str) -> None:
         self.name, self.began = name, time.monotonic()
@@ -30,8 +31,10 @@ class Terminal:
 
     def progress(self, done: int, total: int) -> None:
         if total:
-            share = done / total
-            self._show(Text(f"{self.name} {100 * share:3.0f} %{self._left(share)}", style="bold"))
+            text = f"{self.name} {100 * done / total:3.0f} %"
+            if done:
+                text += ", " + _left((time.monotonic() - self.began) * (total - done) / done)
+            self._show(Text(text, style="bold"))
 
     def note(self, text: str) -> None:
         self.console.print(Text(text))
@@ -49,23 +52,27 @@ class Terminal:
             f"accuracy {record['rewards/accuracies']:.2f}",
             f"{record['tokens_per_second']:,.0f} tokens/s",
         ]
+        # What came before the first record (an evaluation, a slow first step) says nothing of the
+        # steps to come, and a resumed run does not begin at step 0.
+        now = time.monotonic()
+        first, then = self.first_record = self.first_record or (step, now)
+        if step > first:
+            row.append(_left((now - then) / (step - first) * (total_steps - step)))
         table = Table.grid(padding=(0, 2))
-        table.add_row(*row, self._left(step / total_steps).strip(" ,"))
+        table.add_row(*row)
         if self.live is not None:
             self.live.update(table)
-        elif step == total_steps or time.monotonic() - self.last_plain > 5:
-            self.last_plain = time.monotonic()
-            self.note("  ".join([*row, self._left(step / total_steps).strip(" ,")]))
-
-    def _left(self, share: float) -> str:
-        if not share:
-            return ""
-        left = (time.monotonic() - self.began) * (1 - share) / share
-        return f", {int(left // 60)}:{int(left % 60):02d} left"
+        elif step == total_steps or now - self.last_plain > 5:
+            self.last_plain = now
+            self.note("  ".join(row))
 
     def _show(self, text: Text) -> None:
         if self.live is not None:
             self.live.update(text)
+
+
+def _left(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
 
 
 def _evaluation_line(record: Mapping[str, object]) -> str:

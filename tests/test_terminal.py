@@ -1,0 +1,46 @@
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from upweight.demo.run import Outcome
+from upweight.recipes import Result
+from upweight.terminal import Terminal, show_outcome
+
+TRAIN = {"kind": "train", "loss": 0.69, "rewards/margins": 0.1, "rewards/accuracies": 0.5}
+EVAL = {"kind": "eval", "set": "heldout", "loss": 0.69, "rewards/margins": 0.1}
+EVAL |= {"rewards/accuracies": 0.5, "rewards/accuracies_low": 0.4, "rewards/accuracies_high": 0.6}
+
+
+def lines(*records: dict[str, object], total: int = 2) -> list[str]:
+    out = io.StringIO()
+    terminal = Terminal(Console(file=out, width=200), None)
+    terminal.stage("training")
+    for record in records:
+        terminal.record(record, total)
+    return out.getvalue().splitlines()
+
+
+def test_the_time_that_is_left_is_told_from_the_second_record_on():
+    steps = [{**TRAIN, "step": step, "tokens_per_second": 1234.5} for step in (1, 2)]
+    first, second = lines(*steps)
+    assert first == "step 1/2  loss 0.6900  margin +0.100  accuracy 0.50  1,234 tokens/s"
+    assert second.startswith("step 2/2") and second.endswith("0:00 left")
+
+
+def test_an_evaluation_is_a_line_of_its_own_with_its_interval_and_kl():
+    (plain,) = lines({**EVAL, "step": 3})
+    assert plain == "heldout at step 3: loss 0.6900, accuracy 0.500 [0.400, 0.600], margin +0.100"
+    (sampled,) = lines({**EVAL, "step": 3, "kl": 1.5, "length": 20.0})
+    assert sampled == plain + ", KL 1.50 nats, 20 tokens an answer"
+
+
+def test_the_demos_table_fits_eighty_columns(capsys: pytest.CaptureFixture[str]):
+    result = Result(Path("run"), Path("run/model"), Path("run/report.html"), True, 2)
+    rows = [("mean VADER sentiment", "0.268 [0.192, 0.347]", "0.595 [0.523, 0.658]", "+0.327")]
+    show_outcome(Outcome(result, rows, [("How is it?", "Bad.", "Good.")]))
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    for text in ("0.268 [0.192, 0.347]", "+0.327", "reference  Bad.", "run/report.html"):
+        assert text in said
