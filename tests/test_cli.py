@@ -93,11 +93,23 @@ def test_a_command_refuses_what_it_does_not_read_and_names_those_that_do(
 
 
 def test_sample_takes_its_rows_from_prompts_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{SAMPLE} --data pairs.jsonl".split())
-    assert "unrecognized arguments: --data pairs.jsonl" in capsys.readouterr().err
+    assert main(f"{SAMPLE} --dates pairs.jsonl".split()) == 2
+    assert "--dates is no argument of upweight sample." in capsys.readouterr().err
     with pytest.raises(ConfigError, match="data.path"):
         uw.sample("model", "pairs.jsonl", data="other.jsonl")
+
+
+def test_a_misspelt_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--modle", "model", "--data", "pairs.jsonl", "--out", "o"]) == 2
+    said = capsys.readouterr().err
+    assert "--modle is no argument of upweight train. Did you mean --model?" in said
+    assert "Traceback" not in said and not Path("o").exists()
+
+
+def test_the_result_of_check_is_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--model", "model", "--data", "pairs.jsonl", "--dtype", "float32"]) == 0
+    out, err = capsys.readouterr()
+    assert "preferences" in out and "float32" in out and not err
 
 
 def test_the_demo_without_its_extra_says_what_to_install(
@@ -105,7 +117,7 @@ def test_the_demo_without_its_extra_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     assert main(["demo"]) == 2
-    assert "Run: pip install 'upweight[demo]'" in capsys.readouterr().err
+    assert "Run: pip install vaderSentiment" in capsys.readouterr().err
     assert not Path("runs").exists()
 
 

@@ -47,21 +47,20 @@ def sample(
     prompts: Sequence[str] | str,
     *,
     num: int = 1,
-    max_new_tokens: int = 256,
     temperature: float | int = 1.0,
     top_p: float | int = 1.0,
     **values: Any,
 ) -> list[dict[str, object]]:
     """`num` responses to each prompt of the files `prompts`, with their log-probs in nats.
 
-    temperature 0 takes the likeliest token. Without `out` nothing is written.
+    temperature 0 takes the likeliest token; max_new_tokens is 64 unless told otherwise, as on the
+    command line. Without `out` nothing is written.
     """
 
     settings: Mapping[str, Any] = {
         **values,
         "model": model,
         "data.path": prompts,
-        "evaluation.max_new_tokens": max_new_tokens,
         "evaluation.temperature": temperature,
     }
     return sample_file(load_run(None, values=settings).run, num=num, top_p=top_p)

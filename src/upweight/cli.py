@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from upweight.config import READS, Resolved, flags, load_run, values_from_flags
-from upweight.errors import UpweightError
+from upweight.errors import UpweightError, nearest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status is 0, 2 for a mistake or refusal, 130 when stopped."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.command is None:
+    arguments, unknown = parser.parse_known_args(argv)
+    if arguments.command is None and not unknown:
         parser.print_help()
         return 0
     try:
+        _refuse(unknown, arguments.command)
         return arguments.run(arguments)
     except UpweightError as error:
         code = f"[{error.code}]" if error.code else ""
@@ -28,6 +29,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 130
+
+
+def _refuse(unknown: Sequence[str], command: str | None) -> None:
+    """Raises UpweightError for a word that no argument takes, with the nearest flag."""
+    if not unknown:
+        return
+    word = unknown[0].partition("=")[0]
+    known = [n for flag in flags() if flag.key in READS.get(str(command), ()) for n in flag.names]
+    where = f"upweight {command}" if command else "upweight"
+    raise UpweightError(
+        f"{unknown[0]} is no argument of {where}.{nearest(word, known)} All of them: {where} --help"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,7 +162,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from upweight.recipes import check
     from upweight.terminal import default_screen
 
-    with default_screen() as screen:
+    with default_screen(stderr=False) as screen:
         check(resolved, screen)
     return 0
 

@@ -37,7 +37,7 @@ class Terminal:
             self._show(Text(text, style="bold"))
 
     def note(self, text: str) -> None:
-        self.console.print(Text(text))
+        self.console.print(Text(text), soft_wrap=self.live is None)
 
     def record(self, record: Mapping[str, object], total_steps: int) -> None:
         if record.get("kind") == "eval":
@@ -60,7 +60,7 @@ class Terminal:
             row.append(_left((now - then) / (step - first) * (total_steps - step)))
         table = Table.grid(padding=(0, 2))
         table.add_row(*row)
-        if self.live is not None:
+        if self.live is not None and step < total_steps:
             self.live.update(table)
         elif step == total_steps or now - self.last_plain > 5:
             self.last_plain = now
@@ -88,10 +88,10 @@ def _evaluation_line(record: Mapping[str, object]) -> str:
 
 
 @contextmanager
-def default_screen() -> Generator[Terminal]:
-    """The terminal on standard error, so that standard output stays the program's own."""
-    console = Console(stderr=True, highlight=False)
-    if not sys.stderr.isatty():
+def default_screen(stderr: bool = True) -> Generator[Terminal]:
+    """The terminal, on standard error unless what is noted is the command's result."""
+    console = Console(stderr=stderr, highlight=False)
+    if not (sys.stderr if stderr else sys.stdout).isatty():
         yield Terminal(console, None)
         return
     with Live(console=console, refresh_per_second=4, transient=True) as live:
@@ -114,5 +114,5 @@ def show_outcome(outcome: Outcome) -> None:
         console.print(Text(f"\n{prompt}", style="bold"))
         console.print(Text(f"  reference  {before}"))
         console.print(Text(f"  policy     {after}"))
-    console.print(Text(f"\nmodel:  {outcome.result.model}"))
-    console.print(Text(f"report: {outcome.result.report}"))
+    console.print(Text(f"\nmodel:  {outcome.result.model}"), soft_wrap=True)
+    console.print(Text(f"report: {outcome.result.report}"), soft_wrap=True)

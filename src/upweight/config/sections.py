@@ -206,7 +206,8 @@ class Run(Section):
         default=None, description="The reference model; null: the model itself as it starts."
     )
     out: Text | None = Field(
-        default=None, description="Folder of the run's results; train needs it."
+        default=None,
+        description="Where results go: a run's folder (train), a file (score, sample).",
     )
     objective: Literal["dpo"] = Field(default="dpo", description="What is optimized.")
     epochs: Positive = Field(default=1.0, description="Passes over the preferences.")

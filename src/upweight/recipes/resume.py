@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from upweight.config import Run, leaf_values
+from upweight.config import Run, leaf_values, load_run
 from upweight.errors import ConfigError, DataError
 from upweight.recipes.prepare import Prepared
 from upweight.recipes.reference import Against
@@ -47,7 +47,8 @@ def require_same_settings(saved: Position, run: Run, prepared: Prepared) -> None
     assert run.out is not None
     if saved.config_digest != settings_digest(run):
         raise ConfigError(
-            f"resume: the run in {run.out} was started with other settings. Go on with its own:  "
+            f"resume: the run in {run.out} was started with other settings"
+            f"{_changed(run, Path(run.out))}. Go on with its own:  "
             f"{resume_command(Path(run.out))}  (free to change: "
             f"{', '.join(sorted(FREE_TO_CHANGE - {'resume', 'out'}))})."
         )
@@ -59,6 +60,14 @@ def require_same_settings(saved: Position, run: Run, prepared: Prepared) -> None
                 f"with: their tokens or preferences differ. Put {', '.join(files)} back as it was, "
                 "or start a new run with another out."
             )
+
+
+def _changed(run: Run, out: Path) -> str:
+    """The keys that differ from the run's own run.yaml, with both values."""
+    then, now = leaf_values(load_run(out / "run.yaml").run), leaf_values(run)
+    keys = [k for k in now if k not in FREE_TO_CHANGE and then.get(k) != now[k]]
+    said = [f"{key} is {now[key]} here and was {then.get(key)}" for key in keys]
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def require_same_models(saved: Position, run: Run, against: Against) -> None:
