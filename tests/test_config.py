@@ -459,7 +459,7 @@ def test_missing_keys_are_named() -> None:
         load_run(None, required=("out",))
     assert str(caught.value).splitlines() == [
         "model is missing, and needed. The model to align: a hub id, a folder or a .gguf file.",
-        "out is missing, and needed. Folder of the run's results; train needs it.",
+        "out is missing, and needed. Where results go: a run's folder for train, else a file.",
         "data.path is missing, and needed. Files of preferences: JSON, JSONL, Parquet or CSV.",
     ]
     assert load_run(None, ["out=a"], NEEDED, required=("out",)).run.out == "a"

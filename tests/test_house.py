@@ -6,7 +6,6 @@ import inspect
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,7 @@ import torch
 import upweight.losses.pair as pair_losses
 from tiny import save_tiny
 from upweight.config import load_run
-from upweight.demo.run import demo
-from upweight.errors import UpweightError
 from upweight.losses import PAIR_LOSSES, PairLogps
-from upweight.recipes.screen import Silent
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -108,9 +104,3 @@ def test_no_file_names_a_folder_of_the_machine_it_was_written_on() -> None:
     files = [ROOT / name for name in listed.split("\0") if name]
     texts = {f: f.read_text(encoding="utf-8", errors="ignore") for f in files if f.is_file()}
     assert [str(f) for f, text in texts.items() if FOREIGN_PATH.search(text)] == []
-
-
-def test_the_demo_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
-    with pytest.raises(UpweightError, match=r"Run: pip install 'upweight\[demo\]'"):
-        demo(None, "out", Silent())

@@ -207,7 +207,7 @@ class Run(Section):
     )
     out: Text | None = Field(
         default=None,
-        description="Where results go: a run's folder (train), a file (score, sample).",
+        description="Where results go: a run's folder for train, else a file.",
     )
     objective: Literal["dpo"] = Field(default="dpo", description="What is optimized.")
     epochs: Positive = Field(default=1.0, description="Passes over the preferences.")
