@@ -18,7 +18,7 @@ from upweight.config import load_run
 from upweight.config.keys import keys
 from upweight.data import account
 from upweight.errors import UpweightError
-from upweight.evidence.evaluate import LEDGER
+from upweight.evidence.records.ledger import SCHEMA
 from upweight.evidence.report import verdict
 from upweight.models import proof, reference
 from upweight.training.rundir import RECORDS
@@ -150,7 +150,7 @@ def other_names() -> Iterator[str]:
     """Fields of records, and the flags, functions and variables that pages may name."""
     yield from account.Account().to_json()
     yield from account.REASONS
-    yield from LEDGER.names
+    yield from SCHEMA.names
     yield from ("logp", "tokens", "policy_tokens", "reference_tokens", "reference_fingerprint")
     train = (SOURCE / "training").glob("*.py")
     sources = "".join(f.read_text(encoding="utf-8") for f in (*train, SOURCE / "recipes/train.py"))

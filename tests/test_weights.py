@@ -1,4 +1,5 @@
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tiny import FAMILIES, save_tiny, tiny_model
 from upweight.data.pack import collate
 from upweight.errors import ModelError
 from upweight.models.adapter import add_lora
-from upweight.models.load import checkpoint_layers, fingerprint, load
+from upweight.models.load import bfloat16_is_fast, checkpoint_layers, fingerprint, load
 from upweight.models.logprobs import token_logps
 from upweight.models.weights import cache_dir, load_weights, resolve
 
@@ -204,3 +205,10 @@ def test_a_layer_that_is_recomputed_draws_no_dropout(family):
 def test_the_test_of_dropout_has_dropout_to_find():
     assert tiny_model("opt").config.dropout == tiny_model("falcon").config.hidden_dropout == 0.1
     assert "opt" in FAMILIES
+
+
+def test_bf16_is_not_chosen_for_a_processor_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert not bfloat16_is_fast(torch.device("cpu"))

@@ -15,31 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from upweight.data.pack import bins, collate
 from upweight.data.trees import text_after
+from upweight.evidence.records.ledger import SCHEMA
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import response_logps, token_logps
 from upweight.models.reference import Reference
 from upweight.models.sample import Sample, sample, sample_trees, tree_logps
 from upweight.stats import accuracy_interval, mean_interval
 from upweight.types import Forest, Tree
-
-LEDGER = pa.schema(
-    [("step", pa.int64()), ("set", pa.string()), ("row", pa.string())]
-    + [(name, pa.int64()) for name in ("chosen", "rejected")]
-    + [
-        (name, pa.float64())
-        for name in (
-            "logp_chosen",
-            "logp_rejected",
-            "ref_logp_chosen",
-            "ref_logp_rejected",
-            "reward_chosen",
-            "reward_rejected",
-            "margin",
-        )
-    ]
-    + [(name, pa.int64()) for name in ("tokens_chosen", "tokens_rejected")]
-    + [(name, pa.string()) for name in ("prompt_text", "chosen_text", "rejected_text")]
-)
 
 Row = dict[str, Any]
 
@@ -156,7 +138,7 @@ def summary(
 
 
 def ledger_table(rows: Sequence[Row]) -> pa.Table:  # pyright: ignore
-    return pa.Table.from_pylist(list(rows), schema=LEDGER)
+    return pa.Table.from_pylist(list(rows), schema=SCHEMA)
 
 
 def texts(tree: Tree, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -90,24 +90,24 @@ class _LinearHead(torch.autograd.Function):
         if not done:
             return hidden.new_zeros(0, dtype=torch.float32)
         own, rest, logps = (torch.cat(pieces) for pieces in zip(*done, strict=True))
-        ctx.save_for_backward(h, weight, targets, own, rest)
-        ctx.rows, ctx.frozen, ctx.kept, ctx.given = rows, frozen, kept, hidden.dtype
+        ctx.save_for_backward(h, w, targets, own, rest)
+        ctx.rows, ctx.frozen, ctx.kept = rows, frozen, kept
+        ctx.given = hidden.dtype, weight.dtype
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, weight, targets, own, rest = ctx.saved_tensors
+        h, w, targets, own, rest = ctx.saved_tensors
         kept: list[Tensor | None] = ctx.kept
         slope = grads[0]
-        dh = torch.empty(h.shape, dtype=ctx.given, device=h.device)
+        dh = torch.empty(h.shape, dtype=ctx.given[0], device=h.device)
         if ctx.frozen:
             for n, piece in enumerate(kept):
                 at = slice(n * ctx.rows, n * ctx.rows + ctx.rows)
                 assert piece is not None
                 dh[at] = slope[at, None] * piece
             return dh, *[None] * 6
-        w = weight.to(h.dtype)
-        dw = torch.zeros_like(weight)
+        dw = torch.zeros_like(w, dtype=ctx.given[1])
         share = (slope / (own + rest))[:, None]
         for n, e in enumerate(kept):
             at = slice(n * ctx.rows, n * ctx.rows + ctx.rows)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from upweight.evidence import evaluate
+from upweight.evidence.records.ledger import SCHEMA
 from upweight.models.sample import Sample
 from upweight.recipes.best import samples_are_the_policys
 from upweight.recipes.reference import draw, same_reference, sampled_prompts
@@ -119,5 +120,5 @@ def _append_ledger(state: State, rows: Sequence[evaluate.Row]) -> None:
     path = state.rundir.file("ledger.parquet")
     table = evaluate.ledger_table(rows)
     if path.exists():
-        table = pa.concat_tables([pq.read_table(path, schema=evaluate.LEDGER), table])
+        table = pa.concat_tables([pq.read_table(path, schema=SCHEMA), table])
     write_ledger(path, table)

@@ -23,13 +23,14 @@ _NUMBERS = (
     "margin",
 )
 _TEXTS = ("prompt_text", "chosen_text", "rejected_text")
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [("step", pa.int64()), ("set", pa.string()), ("row", pa.string())]
     + [("chosen", pa.int64()), ("rejected", pa.int64())]
     + [(name, pa.float64()) for name in _NUMBERS]
     + [("tokens_chosen", pa.int64()), ("tokens_rejected", pa.int64())]
     + [(name, pa.string()) for name in _TEXTS]
 )
+"""The columns that evaluations write and the report reads."""
 
 
 def read_ledger(path: Path) -> tuple[LedgerRow, ...]:
@@ -38,7 +39,7 @@ def read_ledger(path: Path) -> tuple[LedgerRow, ...]:
         return ()
     try:
         source = pads.dataset(path, format="parquet")
-        absent = [name for name in _SCHEMA.names if name not in source.schema.names]
+        absent = [name for name in SCHEMA.names if name not in source.schema.names]
         if absent:
             there = ", ".join(source.schema.names)
             raise DataError(f"{path.name} has no column {absent[0]} (it has: {there}). {REMEDY}")
@@ -48,7 +49,7 @@ def read_ledger(path: Path) -> tuple[LedgerRow, ...]:
             if name is None or step is None:
                 raise TypeError("column set or step has an empty value")
             chosen = (pads.field("set") == name) & (pads.field("step") == step)
-            table = source.to_table(_SCHEMA.names, filter=chosen).cast(_SCHEMA)
+            table = source.to_table(SCHEMA.names, filter=chosen).cast(SCHEMA)
             rows.extend(map(_ledger_row, table.to_pylist()))
     except (pa.ArrowException, OSError, UnicodeDecodeError, TypeError) as error:
         reason = str(error).splitlines()[0]
