@@ -65,6 +65,25 @@ def test_how_a_step_is_cut_into_micro_batches_changes_nothing(tmp_path, cut):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
+def test_the_gradient_is_that_of_the_mean_over_all_pairs_of_the_step(tmp_path):
+    # Adam and clipping would hide a factor; plain descent without either does not.
+    lm, alone = loaded(), loaded()
+    objective = objective_of(lm, tmp_path)
+    before = [p.detach().clone() for p in lm.model.parameters()]
+    descent = torch.optim.SGD(lm.model.parameters(), lr=1.0)
+    hooks = Hooks(lambda record: None, lambda progress: False, lambda progress: None)
+    plan = Plan(1, 1, 1.0, 0.0, "constant", None)
+    forests = [collate(TREES[a:b]) for a, b in RAGGED]
+    fit(lm, descent, objective, lambda step: forests, plan, hooks, Progress())
+
+    whole = objective(alone, collate(TREES))
+    num_pairs = sum(len(tree.preferences) for tree in TREES)
+    assert float(whole.count) == num_pairs
+    (whole.loss_sum / num_pairs).backward()
+    for p, q, b in zip(lm.model.parameters(), alone.model.parameters(), before, strict=True):
+        torch.testing.assert_close(b - p, q.grad, rtol=1e-4, atol=1e-7)
+
+
 def test_the_first_step_costs_ln_2_and_the_loss_falls(tmp_path):
     records, *_ = train(loaded(), tmp_path, RAGGED, steps=4)
     losses = [record["loss"] for record in records]
