@@ -4,7 +4,7 @@ Every path computes the same thing; `dense` is the oracle that the others are he
 tests and once at the start of every run on the model at hand (proof.py).
 
 dense    one boolean mask, filled row by row from the parent array
-parts    CPU: each tree as dense causal blocks, merged by log-sum-exp; no mask, no copied keys
+tiles    CPU: rows in tiles of like size, computed together by plain products (tiles.py)
 varlen   CUDA: one variable-length call over gathered keys
 
 The models reach these functions through transformers' AttentionInterface: nothing is patched. The
@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from upweight.models.tiles import Tiles, tiled_attention, tiles_of
 from upweight.types import Forest, Span
 
 NAME = "upweight"
@@ -51,6 +52,7 @@ class Layout:
     windows: dict[int, int | None] = field(default_factory=dict[int, int | None])
     _masks: dict[object, Tensor] = field(default_factory=dict[object, Tensor])
     _varlen: VarlenPlan | None = None
+    _tiles: dict[object, list[Tiles]] = field(default_factory=dict[object, list[Tiles]])
 
     def mask(self, window: int | None) -> Bool[Tensor, "tokens tokens"]:
         """mask[i, j]: token i may attend to token j."""
@@ -66,6 +68,13 @@ class Layout:
         if self._varlen is None:
             self._varlen = varlen_plan(self.spans, self.parent.device)
         return self._varlen
+
+    def tiles(self, window: int | None, heads: int, dtype: torch.dtype) -> list[Tiles]:
+        """The rows in tiles, made at the first layer."""
+        key = (window, heads, dtype)
+        if key not in self._tiles:
+            self._tiles[key] = tiles_of(self.spans, self.position, window, heads, dtype)
+        return self._tiles[key]
 
     def tree_mask(self, span: Span, window: int | None) -> Bool[Tensor, "tree tree"]:
         """The mask of one tree alone."""
@@ -129,14 +138,17 @@ def forest_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    plain = softcap is None and s_aux is None and value.shape[-1] == query.shape[-1]
-    if layout.path == "dense" or (layout.path == "varlen" and not plain):
-        mask = layout.mask(_binding(layout, sliding_window))
-        out = dense_attention(query, key, value, mask, scale, softcap, s_aux)
-    elif layout.path == "varlen":
+    window = _binding(layout, sliding_window)
+    plain = softcap is None and s_aux is None
+    varlen = layout.path == "varlen" and plain and value.shape[-1] == query.shape[-1]
+    if varlen:
         out = varlen_attention(query, key, value, layout, scale, sliding_window)
+    elif layout.path != "tiles":
+        mask = layout.mask(window)
+        out = dense_attention(query, key, value, mask, scale, softcap, s_aux)
     elif plain:
-        out = parts_attention(query, key, value, layout, scale, sliding_window)
+        tiles = layout.tiles(window, query.shape[1], query.dtype)
+        out = tiled_attention(query, key, value, tiles, scale)
     else:
         out = _tree_by_tree(query, key, value, layout, scale, sliding_window, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
@@ -204,154 +216,6 @@ def _tree_by_tree(
         q, k, v = query[:, :, inside], key[:, :, inside], value[:, :, inside]
         outs.append(dense_attention(q, k, v, mask, scale, softcap, s_aux))
     return torch.cat(outs, dim=2)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One dense block of a forest's attention: queries [q0, q1) on keys [k0, k1)."""
-
-    q0: int
-    q1: int
-    k0: int
-    k1: int
-    causal: bool
-    windowed: Span | None = None
-    """Set when a sliding window cuts into this tree: the block takes the tree's own mask."""
-
-
-def parts_of(spans: tuple[Span, ...], window: int | None = None) -> list[list[Part]]:
-    """Per group of queries, the blocks whose union is what those queries may attend to.
-
-    A tree is causal over [prompt; first response]; each further response attends to the whole
-    prompt and, causally, to itself.
-    """
-    groups: list[list[Part]] = []
-    for span in spans:
-        deepest = span.prompt + max(span.responses, default=0)
-        if window is not None and deepest > window:
-            groups.append([Part(span.start, span.stop, span.start, span.stop, False, span)])
-            continue
-        first = span.start + span.prompt + (span.responses[0] if span.responses else 0)
-        groups.append([Part(span.start, first, span.start, first, True)])
-        start, after_prompt = first, span.start + span.prompt
-        for length in span.responses[1:]:
-            own = Part(start, start + length, start, start + length, True)
-            above = Part(start, start + length, span.start, after_prompt, False)
-            groups.append([above, own])
-            start += length
-    return groups
-
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-class _Parts(torch.autograd.Function):
-    """Blocks of flash attention merged by log-sum-exp.
-
-    With s_p the log-sum-exp of part p's scores and s = log sum_p exp(s_p), the merged output is
-    sum_p exp(s_p - s) o_p. The softmax gradient of a score in part p is
-    exp(score - s) (do.v - do.o) with the *merged* o and s, which is what a flash backward computes
-    from the output and log-sum-exp that it is handed: so each part's own backward, given the
-    merged ones, gives its exact share.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: Layout,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
-        out = torch.empty_like(query)
-        lse = query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
-        for group in parts_of(layout.spans, window):
-            rows = slice(group[0].q0, group[0].q1)
-            pieces = [
-                _forward_part(query, key, value, part, layout, scale, window) for part in group
-            ]
-            if len(pieces) == 1:
-                out[:, :, rows], lse[:, :, rows] = pieces[0]
-                continue
-            merged = torch.logsumexp(torch.stack([s for _, s in pieces]), dim=0)
-            blend = sum(torch.exp(s - merged)[..., None] * o.to(s.dtype) for o, s in pieces)
-            out[:, :, rows], lse[:, :, rows] = blend, merged
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.layout, ctx.scale, ctx.window = layout, scale, window
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for group in parts_of(ctx.layout.spans, ctx.window):
-            for part in group:
-                q, k = slice(part.q0, part.q1), slice(part.k0, part.k1)
-                mask = _part_mask(part, ctx.layout, ctx.window, query.dtype)
-                gq, gk, gv = _flash_backward(
-                    grad[:, :, q],
-                    query[:, :, q],
-                    key[:, :, k],
-                    value[:, :, k],
-                    out[:, :, q],
-                    lse[:, :, q],
-                    0.0,
-                    part.causal,
-                    attn_mask=mask,
-                    scale=ctx.scale,
-                )
-                dq[:, :, q] += gq
-                dk[:, :, k] += gk
-                dv[:, :, k] += gv
-        return dq, dk, dv, None, None, None
-
-
-def _lse_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-def _part_mask(part: Part, layout: Layout, window: int | None, dtype: torch.dtype) -> Tensor | None:
-    if part.windowed is None:
-        return None
-    allowed = layout.tree_mask(part.windowed, window)
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, -torch.inf)[None, None]
-
-
-def _forward_part(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    part: Part,
-    layout: Layout,
-    scale: float,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
-    """(output, log-sum-exp) of one block."""
-    q, k = slice(part.q0, part.q1), slice(part.k0, part.k1)
-    mask = _part_mask(part, layout, window, query.dtype)
-    return _flash(
-        query[:, :, q], key[:, :, k], value[:, :, k], 0.0, part.causal, attn_mask=mask, scale=scale
-    )
-
-
-def parts_attention(
-    query: Float[Tensor, "1 heads tokens dim"],
-    key: Float[Tensor, "1 kv_heads tokens dim"],
-    value: Float[Tensor, "1 kv_heads tokens dim"],
-    layout: Layout,
-    scale: float,
-    window: int | None = None,
-) -> Float[Tensor, "1 heads tokens dim"]:
-    """The CPU path: flash blocks merged by log-sum-exp, forward and backward."""
-    heads = query.shape[1]
-    key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
-    return _Parts.apply(  # pyright: ignore[reportReturnType]
-        query, key, value, layout, scale, _binding(layout, window)
-    )
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def find_plan(lm: LanguageModel, *, path: str = "auto", sharing: bool = True) ->
 
 
 def _candidates(lm: LanguageModel) -> list[str]:
-    return ["varlen", "dense"] if lm.device.type == "cuda" else ["parts", "dense"]
+    return ["varlen", "dense"] if lm.device.type == "cuda" else ["tiles", "dense"]
 
 
 def _known_reason(lm: LanguageModel) -> str | None:
