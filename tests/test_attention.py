@@ -8,17 +8,15 @@ from upweight.data.pack import collate
 from upweight.models import attention
 from upweight.models.attention import (
     CannotShare,
-    Part,
     ancestors,
     dense_attention,
     forest_attention,
     layout_of,
     native_attention,
-    parts_attention,
-    parts_of,
     varlen_attention,
     varlen_plan,
 )
+from upweight.models.tiles import Heads, tiled_attention
 
 WINDOWS = (None, 1, 3, 8, 1000)
 
@@ -71,7 +69,8 @@ def run(path, forest, window, q, k, v, scale=0.3):
         return dense_attention(q, k, v, layout.mask(window), scale)
     if path == "varlen":
         return varlen_attention(q, k, v, layout, scale, window, kernel=plain_kernel)
-    return parts_attention(q, k, v, layout, scale, window)
+    tiles = layout.tiles(window, Heads(q.shape[1], k.shape[1]), q.dtype)
+    return tiled_attention(q, k, v, tiles, scale)
 
 
 shapes = st.lists(
@@ -94,19 +93,9 @@ def test_a_token_attends_to_itself_and_what_it_continues(drawn):
 
 
 @given(shapes)
-def test_the_parts_cover_each_allowed_pair_once_and_no_other(drawn):
-    forest = collate(random_trees([(p, *rs) for p, rs in drawn]))
-    covered = torch.zeros(forest.num_tokens, forest.num_tokens, dtype=torch.long)
-    for part in (part for group in parts_of(forest.spans) for part in group):
-        block = torch.ones(part.q1 - part.q0, part.k1 - part.k0, dtype=torch.long)
-        covered[part.q0 : part.q1, part.k0 : part.k1] += block.tril() if part.causal else block
-    assert torch.equal(covered, ancestors(forest.parent).long())
-
-
-@given(shapes)
 def test_a_trees_own_mask_is_its_block_of_the_whole(drawn):
     forest = collate(random_trees([(p, *rs) for p, rs in drawn]))
-    layout = layout_of(forest, "parts")
+    layout = layout_of(forest, "tiles")
     for span in forest.spans:
         inside = slice(span.start, span.stop)
         for window in (None, 2):
@@ -114,7 +103,7 @@ def test_a_trees_own_mask_is_its_block_of_the_whole(drawn):
             assert torch.equal(layout.tree_mask(span, window), whole)
 
 
-@pytest.mark.parametrize("path", ["dense", "parts", "varlen"])
+@pytest.mark.parametrize("path", ["dense", "tiles", "varlen"])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_every_path_is_a_softmax_over_ancestors_forward_and_backward(path, window, kv_heads):
@@ -134,51 +123,12 @@ def test_every_path_is_a_softmax_over_ancestors_forward_and_backward(path, windo
 
 @settings(max_examples=25, deadline=None)
 @given(shapes, st.sampled_from([None, 2, 4]))
-def test_parts_and_varlen_are_dense_on_any_forest(drawn, window):
+def test_tiles_and_varlen_are_dense_on_any_forest(drawn, window):
     forest = collate(random_trees([(p, *rs) for p, rs in drawn]))
     inputs = tensors(forest.num_tokens, kv_heads=2)
     dense = run("dense", forest, window, *inputs)
-    for path in ("parts", "varlen"):
+    for path in ("tiles", "varlen"):
         torch.testing.assert_close(run(path, forest, window, *inputs), dense)
-
-
-def without_merge(groups):
-    return [[group[0]] for group in groups]
-
-
-def without_own(groups):
-    return [[group[-1]] for group in groups]
-
-
-def shifted(groups):
-    return [
-        [Part(p.q0, p.q1, p.k0 + 1, p.k1, False) if not p.causal else p for p in group]
-        for group in groups
-    ]
-
-
-def into_the_sibling(groups):
-    return [
-        [Part(p.q0, p.q1, p.k0, p.k1 + 1, False) if not p.causal else p for p in group]
-        for group in groups
-    ]
-
-
-def not_causal(groups):
-    return [[Part(p.q0, p.q1, p.k0, p.k1, False) for p in group] for group in groups]
-
-
-@pytest.mark.parametrize(
-    "wrong", [without_merge, without_own, shifted, into_the_sibling, not_causal]
-)
-def test_a_planted_error_in_the_parts_shows(monkeypatch, wrong):
-    forest = collate(random_trees([(5, 3, 4)]))
-    inputs = tensors(forest.num_tokens)
-    dense = run("dense", forest, None, *inputs)
-    torch.testing.assert_close(run("parts", forest, None, *inputs), dense)
-    monkeypatch.setattr(attention, "parts_of", lambda *a: wrong(parts_of(*a)))
-    off = (run("parts", forest, None, *inputs) - dense).abs().amax(dim=(0, 1, 3))
-    assert off[8:].max() > 1e-2
 
 
 def test_queries_lie_as_they_are_and_keys_are_gathered_behind_their_prompt():
@@ -219,9 +169,9 @@ def test_a_score_cap_and_sinks_are_the_same_tree_by_tree(window, options):
     forest = collate(random_trees(SHAPES))
     inputs = tensors(forest.num_tokens, kv_heads=2)
     dense, _ = call(forest, "dense", inputs, sliding_window=window, **options)
-    parts, _ = call(forest, "parts", inputs, sliding_window=window, **options)
+    tiled, _ = call(forest, "tiles", inputs, sliding_window=window, **options)
     varlen, _ = call(forest, "varlen", inputs, sliding_window=window, **options)
-    torch.testing.assert_close(parts, dense)
+    torch.testing.assert_close(tiled, dense)
     torch.testing.assert_close(varlen, dense)
     plain, _ = call(forest, "dense", inputs, sliding_window=window)
     assert (dense - plain).abs().max() > 1e-2
@@ -249,7 +199,7 @@ def test_a_sink_takes_probability_and_gives_no_value():
 
 def test_the_window_that_a_layer_asks_for_is_recorded():
     forest = collate(random_trees([(4, 2)]))
-    _, layout = call(forest, "parts", tensors(6), sliding_window=3)
+    _, layout = call(forest, "tiles", tensors(6), sliding_window=3)
     assert layout.windows == {1: 3}
 
 
@@ -260,14 +210,14 @@ def test_a_family_that_drops_the_layout_or_makes_a_mask_cannot_share():
         forest_attention(Layer(), *inputs, None)
     with pytest.raises(CannotShare, match="attention masks of its own"):
         forest_attention(
-            Layer(), *inputs, torch.ones(1, 1, 6, 6), forest_layout=layout_of(forest, "parts")
+            Layer(), *inputs, torch.ones(1, 1, 6, 6), forest_layout=layout_of(forest, "tiles")
         )
 
 
 def test_dropout_in_attention_is_a_bug_of_ours():
     forest = collate(random_trees([(4, 2)]))
     with pytest.raises(AssertionError, match="dropout"):
-        call(forest, "parts", tensors(6), dropout=0.1)
+        call(forest, "tiles", tensors(6), dropout=0.1)
 
 
 def test_native_attention_is_for_the_time_being():

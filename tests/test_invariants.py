@@ -74,7 +74,7 @@ def test_responses_that_share_a_prompt_are_as_in_rows_of_their_own(family):
     assert relative(gradients(lm.model, weigh(shared)), wanted) < tolerance
 
 
-@pytest.mark.parametrize("way", [dict(attention="parts"), dict(shared=False, reason="a test")])
+@pytest.mark.parametrize("way", [dict(attention="tiles"), dict(shared=False, reason="a test")])
 def test_the_company_of_a_row_never_changes_its_log_prob(way):
     lm = with_plan(loaded(dtype=torch.float64), **way)
     wanted = torch.cat([s for tree in TREES for s in sums(lm, [tree])])

@@ -27,7 +27,7 @@ from upweight.models.load import checkpoint_layers, load
 from upweight.models.logprobs import pair_logps, response_logps, token_logps
 
 WAYS = {
-    "parts": dict(attention="parts"),
+    "tiles": dict(attention="tiles"),
     "dense": dict(attention="dense"),
     "unshared": dict(shared=False, reason="a test"),
 }
@@ -57,8 +57,8 @@ def test_every_way_gives_what_transformers_gives_one_sequence_at_a_time(family):
 def test_the_plan_a_family_starts_with_is_exact_to_rounding_in_fp32(family):
     trees = random_trees(SHAPES, seed=1)
     plain, lm = plain_model(family), loaded(family)
-    assert lm.plan.shared and lm.plan.attention == "parts" and not lm.plan.native_head
-    assert "parts" in lm.plan.describe()
+    assert lm.plan.shared and lm.plan.attention == "tiles" and not lm.plan.native_head
+    assert "tiles" in lm.plan.describe()
     truth, got = alone(plain, trees), token_logps(lm, collate(trees))
     torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
     wanted = gradients(plain, weigh(truth))
@@ -111,7 +111,7 @@ def test_a_depth_that_changes_position_scaling_is_read_one_row_at_a_time():
     lm = loaded()
     trees = random_trees(SHAPES)
     truth = token_logps(lm, collate(trees))
-    deep = with_plan(lm, attention="parts", exact_depth=10)
+    deep = with_plan(lm, attention="tiles", exact_depth=10)
     torch.testing.assert_close(token_logps(deep, collate(trees)), truth, rtol=1e-5, atol=1e-5)
 
 
@@ -276,5 +276,5 @@ def test_reading_siblings_as_one_row_would_change_the_log_probs():
 
 def test_the_layout_is_the_forests_own():
     forest = collate(random_trees(SHAPES))
-    layout = layout_of(unshared(forest), "parts")
+    layout = layout_of(unshared(forest), "tiles")
     assert len(layout.spans) == forest.num_responses

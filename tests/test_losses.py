@@ -140,7 +140,7 @@ def tiny_language(seed):
             torch.nn.init.normal_(parameter, 0.0, 0.7)
     cpu = torch.device("cpu")
     return LanguageModel(
-        model, byte_tokenizer(), "tiny", "", cpu, torch.float32, ForwardPlan(attention="parts")
+        model, byte_tokenizer(), "tiny", "", cpu, torch.float32, ForwardPlan(attention="tiles")
     )
 
 
@@ -152,7 +152,7 @@ def all_strings():
     yield from product((1, 2, 3), repeat=LONGEST)
 
 
-@pytest.mark.parametrize("way", [dict(attention="parts"), dict(shared=False, reason="a test")])
+@pytest.mark.parametrize("way", [dict(attention="tiles"), dict(shared=False, reason="a test")])
 def test_over_all_strings_of_a_language_implicit_rewards_normalise_the_reference(way, tmp_path):
     policy, start = (with_plan(tiny_language(seed), **way) for seed in (1, 2))
     strings, beta = list(all_strings()), 0.3
@@ -180,7 +180,7 @@ def test_over_all_strings_of_a_language_implicit_rewards_normalise_the_reference
 
 
 def test_over_all_strings_of_a_language_probabilities_sum_to_1():
-    lm = with_plan(tiny_language(1), attention="parts")
+    lm = with_plan(tiny_language(1), attention="tiles")
     forest = collate([tree_of((1, 3, 2), list(all_strings()), preferences=())])
     with torch.no_grad():
         total = response_logps(token_logps(lm, forest), forest).exp().sum().item()
@@ -188,7 +188,7 @@ def test_over_all_strings_of_a_language_probabilities_sum_to_1():
 
 
 def test_the_sum_over_all_strings_is_not_1_without_the_stop_token():
-    lm = with_plan(tiny_language(1), attention="parts")
+    lm = with_plan(tiny_language(1), attention="tiles")
     tree = tree_of((1, 3, 2), list(all_strings()), preferences=())
     cut = replace(tree, responses=tuple(r[:-1] or r for r in tree.responses))
     forest = collate([cut])

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from upweight.models.tiles import Tiles, tiled_attention, tiles_of
+from upweight.models.tiles import Heads, Tiles, tiled_attention, tiles_of
 from upweight.types import Forest, Span
 
 NAME = "upweight"
@@ -69,7 +69,7 @@ class Layout:
             self._varlen = varlen_plan(self.spans, self.parent.device)
         return self._varlen
 
-    def tiles(self, window: int | None, heads: int, dtype: torch.dtype) -> list[Tiles]:
+    def tiles(self, window: int | None, heads: Heads, dtype: torch.dtype) -> list[Tiles]:
         """The rows in tiles, made at the first layer."""
         key = (window, heads, dtype)
         if key not in self._tiles:
@@ -147,7 +147,8 @@ def forest_attention(
         mask = layout.mask(window)
         out = dense_attention(query, key, value, mask, scale, softcap, s_aux)
     elif plain:
-        tiles = layout.tiles(window, query.shape[1], query.dtype)
+        heads = Heads(query.shape[1], key.shape[1])
+        tiles = layout.tiles(window, heads, query.dtype)
         out = tiled_attention(query, key, value, tiles, scale)
     else:
         out = _tree_by_tree(query, key, value, layout, scale, sliding_window, softcap, s_aux)

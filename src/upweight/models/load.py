@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import platform
@@ -126,6 +127,8 @@ def load(
         raise ModelError(
             "compute.device is cuda, but torch sees no CUDA device. Use compute.device=cpu."
         )
+    if chosen.type == "cpu":
+        keep_freed_memory()
     folder = resolve(name)
     model = load_weights(name, folder, trust_remote_code)
     tokenizer = load_tokenizer(name, folder, trust_remote_code)
@@ -145,6 +148,19 @@ def load(
     if lm.plan.shared:
         lm.causal.set_attn_implementation(attention.NAME)
     return lm
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what this process frees for what it allocates next.
+
+    By default blocks of megabytes go back to the kernel at once, and every activation is then
+    taken page by page again: a fifth of a step's time. No effect under other C libraries.
+    """
+    libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    if libc is not None:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:

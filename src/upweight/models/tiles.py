@@ -8,21 +8,22 @@ stay in the cache. Scores are made again in the backward pass from the kept log-
 (FlashAttention, Dao et al. 2022, arXiv:2205.14135).
 
 A product of bf16 matrices is rounded to bf16 on its way out, and a score of 20 would be 0.06 off.
-So what a row subtracts from its scores is added inside the product, before rounding: its largest
-score in the forward pass (taken from a first product, where rounding does no harm), its
-log-sum-exp in the backward pass, and likewise the softmax's own term in the gradient.
+So what a row subtracts from its scores is subtracted inside the product, before rounding, by two
+more columns: its largest score in the forward pass (taken from a first product, where rounding does
+no harm), its log-sum-exp in the backward pass, and the softmax's own term in the gradient.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from upweight.types import Span
 
@@ -51,19 +52,33 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of one shape. Padding is token 0 again, as rows and as keys.
+    """Tiles of one shape, as indices into [tokens x heads] and [tokens] laid flat.
 
-    `bias` is 0 where a row sees a key and -inf elsewhere; a padded row sees the first key, so that
-    its softmax is over something. `real` says which rows are no padding.
+    `bias` is 0 where a row sees a key and -inf elsewhere. A padded row lies behind the last row,
+    and sees one key, so that its softmax is over something. A padded key is token 0 again, and no
+    other row sees it.
     """
 
-    rows: Int[Tensor, "tiles rows"]
-    keys: Int[Tensor, "tiles keys"]
+    rows: Int[Tensor, " tiles_heads_rows"]
+    keys: Int[Tensor, " tiles_kv_heads_keys"]
+    tokens: Int[Tensor, " tiles_keys"]
     bias: Float[Tensor, "tiles 1 1 rows keys"]
-    real: Bool[Tensor, "tiles rows"]
+
+    def shape(self, heads: Heads) -> tuple[int, int, int, int, int]:
+        """Of all scores: tiles, key heads, query heads for each, rows, keys."""
+        tiles, _, _, rows, keys = self.bias.shape
+        return tiles, heads.key, heads.query // heads.key, rows, keys
 
 
-def cut(spans: Sequence[Span], most_rows: int = ROWS) -> list[Tile]:
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, and the key heads that they share among them."""
+
+    query: int
+    key: int
+
+
+def cut(spans: Sequence[Span], most_rows: int) -> list[Tile]:
     """The trees' rows in tiles of about equal size, at most `most_rows` each."""
     tiles: list[Tile] = []
     for span in spans:
@@ -78,7 +93,11 @@ def cut(spans: Sequence[Span], most_rows: int = ROWS) -> list[Tile]:
             # From the response that the first row lies in to the last row.
             own = max((b for b in begins if b <= start), default=prompt.stop)
             tiles.append(
-                Tile(start, stop, (range(prompt.start, min(prompt.stop, stop)), range(own, max(own, stop))))
+                Tile(
+                    start,
+                    stop,
+                    (range(prompt.start, min(prompt.stop, stop)), range(own, max(own, stop))),
+                )
             )
     return tiles
 
@@ -87,15 +106,56 @@ def tiles_of(
     spans: Sequence[Span],
     position: Int[Tensor, " tokens"],
     window: int | None,
-    heads: int,
+    heads: Heads,
     dtype: torch.dtype,
 ) -> list[Tiles]:
     """Every row of the forest once, in tiles that are put together by size."""
-    segment, depth = _segments(spans, position.shape[0]), position.cpu()
-    return [
-        _together(group, segment, depth, window, dtype, position.device)
-        for group in _groups(cut(spans), SCORES // heads)
-    ]
+    num_tokens = position.shape[0]
+    segment, depth = _segments(spans, num_tokens), position.cpu()
+    found: list[Tiles] = []
+    for group in _groups(cut(spans, ROWS), SCORES // heads.query):
+        rows, keys = (_padded(part) for part in zip(*map(_tokens, group), strict=True))
+        sees = _sees(rows, keys, segment, depth, window)
+        sees[:, :, 0] |= rows < 0
+        bias = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, -math.inf)
+        rows_by_head = _by_head(rows, heads.query)
+        tiles = Tiles(
+            rows=rows_by_head.masked_fill(rows[:, None] < 0, num_tokens * heads.query).flatten(),
+            keys=_by_head(keys.clamp(min=0), heads.key).flatten(),
+            tokens=keys.clamp(min=0).flatten(),
+            bias=bias[:, None, None],
+        )
+        found.append(Tiles(*(getattr(tiles, f.name).to(position.device) for f in fields(tiles))))
+    return found
+
+
+def _tokens(tile: Tile) -> tuple[Tensor, Tensor]:
+    keys = [torch.arange(part.start, part.stop) for part in tile.keys]
+    return torch.arange(tile.start, tile.stop), torch.cat(keys)
+
+
+def _padded(parts: Sequence[Tensor]) -> Int[Tensor, "tiles length"]:
+    return pad_sequence(list(parts), batch_first=True, padding_value=-1)
+
+
+def _by_head(tokens: Int[Tensor, "tiles length"], heads: int) -> Int[Tensor, "tiles heads length"]:
+    """Where each token's vector lies for each head in [tokens x heads]."""
+    return tokens[:, None, :] * heads + torch.arange(heads)[:, None]
+
+
+def _sees(
+    rows: Int[Tensor, "tiles rows"],
+    keys: Int[Tensor, "tiles keys"],
+    segment: Int[Tensor, " tokens"],
+    position: Int[Tensor, " tokens"],
+    window: int | None,
+) -> Bool[Tensor, "tiles rows keys"]:
+    below, above = rows[:, :, None], keys[:, None, :]
+    sees = (above <= below) & (above >= 0)
+    sees &= (segment[above] == 0) | (segment[above] == segment[below])
+    if window is not None:
+        sees &= position[below] - position[above] < window
+    return sees
 
 
 def _groups(tiles: Sequence[Tile], most_scores: int) -> list[list[Tile]]:
@@ -125,36 +185,6 @@ def _segments(spans: Sequence[Span], num_tokens: int) -> Int[Tensor, " tokens"]:
     return segment
 
 
-def _together(
-    group: Sequence[Tile],
-    segment: Int[Tensor, " tokens"],
-    position: Int[Tensor, " tokens"],
-    window: int | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tiles:
-    num_rows = max(tile.stop - tile.start for tile in group)
-    num_keys = max(tile.num_keys for tile in group)
-    rows = torch.zeros(len(group), num_rows, dtype=torch.long)
-    keys = torch.zeros(len(group), num_keys, dtype=torch.long)
-    real = torch.zeros(len(group), num_rows, dtype=torch.bool)
-    there = torch.zeros(len(group), num_keys, dtype=torch.bool)
-    for n, tile in enumerate(group):
-        length = tile.stop - tile.start
-        rows[n, :length] = torch.arange(tile.start, tile.stop)
-        keys[n, : tile.num_keys] = torch.cat([torch.arange(r.start, r.stop) for r in tile.keys])
-        real[n, :length] = True
-        there[n, : tile.num_keys] = True
-    above, below = keys[:, None, :], rows[:, :, None]
-    sees = (above <= below) & there[:, None, :] & real[:, :, None]
-    sees &= (segment[above] == 0) | (segment[above] == segment[below])
-    if window is not None:
-        sees &= position[below] - position[above] < window
-    sees[:, :, 0] |= ~real
-    bias = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, -math.inf)
-    return Tiles(rows.to(device), keys.to(device), bias[:, None, None].to(device), real.to(device))
-
-
 def tiled_attention(
     query: Float[Tensor, "1 heads tokens dim"],
     key: Float[Tensor, "1 kv_heads tokens dim"],
@@ -177,89 +207,113 @@ class _Tiled(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-        out = query.new_empty(*query.shape[:3], value.shape[-1])
-        lse = query.new_empty(*query.shape[:3], 1, dtype=exact)
-        kv_heads = key.shape[1]
+        heads = Heads(query.shape[1], key.shape[1])
+        flat_q, flat_k, flat_v = _behind(_flat(query)), _less(_flat(key)), _flat(value)
+        out = flat_v.new_empty(len(flat_q), flat_v.shape[1])
+        lse = flat_q.new_empty(len(flat_q), dtype=exact)
         for some in tiles:
-            q, k, v = _rows(query, kv_heads, some), _keys(key, some), _keys(value, some)
-            scores = _apart(torch.bmm(q, k.transpose(1, 2)), kv_heads, some).add_(some.bias)
-            top = scores.amax(-1, keepdim=True).mul_(scale)
-            weights = _weights(some.bias - top, q, k, scale)
+            q, k = _rows(flat_q, some, heads), _keys(flat_k, some, heads)
+            scores = torch.bmm(q, k[..., : q.shape[-1]].transpose(1, 2)).view(some.shape(heads))
+            top = scores.add_(some.bias).amax(-1).view(*q.shape[:2], 1).to(exact)
+            weights = _weights(_minus(q, top), k, some, heads, scale)
             total = weights.sum(-1, keepdim=True, dtype=exact)
-            blend = torch.bmm(weights, v).to(exact).div_(total)
-            _put(out, _apart(blend, kv_heads, some), some)
-            _put(lse, _apart(total.log_(), kv_heads, some).add_(top), some)
+            blend = torch.bmm(weights, _keys(flat_v, some, heads)).to(exact).div_(total)
+            out[some.rows] = blend.flatten(0, 1).to(out.dtype)
+            lse[some.rows] = total.log_().add_(top, alpha=scale).flatten()
+        out, lse = out[:-1], lse[:-1]
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.tiles, ctx.scale = tiles, scale
-        return out
+        ctx.tiles, ctx.scale, ctx.heads = tiles, scale, heads
+        return _unflat(out, heads.query)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        kv_heads = key.shape[1]
-        dq = torch.empty_like(query)
-        dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (key, value))
-        # exp(score - lse) is exp(score - offset) rest, the offset being what the dtype can hold;
-        # the rest goes with the row into its gradient.
-        offset = lse.to(query.dtype)
-        rest = (offset - lse).exp_()
-        own = ((grads[0] * out.to(lse.dtype)).sum(-1, keepdim=True) * rest).to(query.dtype)
-        grad = (grads[0] * rest).to(query.dtype)
+        heads, scale, width = ctx.heads, ctx.scale, query.shape[-1]
+        grad = _flat(grads[0])
+        own = (grad * out.to(lse.dtype)).sum(-1, keepdim=True)
+        # A padded row subtracts infinity from its scores: its weights are 0, and with them all that
+        # it would add to a gradient.
+        flat_q = _behind(_minus(_flat(query), lse[:, None] / scale))
+        flat_q[-1, width] = math.inf
+        flat_g = _behind(_minus(grad.to(query.dtype), own))
+        flat_k, flat_v = _less(_flat(key)), _less(_flat(value))
+        dq = flat_q.new_empty(len(flat_q), width)
+        dk, dv = (_flat(torch.zeros_like(x, dtype=lse.dtype)) for x in (key, value))
         for some in ctx.tiles:
-            q, g = _rows(query, kv_heads, some), _rows(grad, kv_heads, some)
-            k, v = _keys(key, some), _keys(value, some)
-            less = _apart(_rows(offset, kv_heads, some), kv_heads, some)
-            less = less.masked_fill(~some.real[:, None, None, :, None], math.inf)
-            weights = _weights(some.bias - less, q, k, ctx.scale)
-            _add(dv, torch.bmm(weights.transpose(1, 2), g), some)
-            slope = torch.baddbmm(-_rows(own, kv_heads, some), g, v.transpose(1, 2)).mul_(weights)
-            _add(dk, torch.bmm(slope.transpose(1, 2), q), some, ctx.scale)
-            _put(dq, _apart(torch.bmm(slope, k).mul_(ctx.scale), kv_heads, some), some)
-        return dq, dk.to(key.dtype), dv.to(value.dtype), None, None
+            q, g = _rows(flat_q, some, heads), _rows(flat_g, some, heads)
+            k, v = _keys(flat_k, some, heads), _keys(flat_v, some, heads)
+            weights = _weights(q, k, some, heads, scale)
+            _add(dv, torch.bmm(weights.transpose(1, 2), g[..., : value.shape[-1]]), some, heads)
+            slope = torch.bmm(g, v.transpose(1, 2)).mul_(weights)
+            _add(dk, torch.bmm(slope.transpose(1, 2), q[..., :width]), some, heads, scale)
+            dq[some.rows] = torch.bmm(slope, k[..., :width]).mul_(scale).flatten(0, 1)
+        return (
+            _unflat(dq[:-1], heads.query),
+            _unflat(dk.to(key.dtype), heads.key),
+            _unflat(dv.to(value.dtype), heads.key),
+            None,
+            None,
+        )
 
 
-def _weights(bias: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """exp(bias + scale q k^T), the sum rounded once. Overwrites `bias`."""
-    scores = bias.view(q.shape[0], q.shape[1], k.shape[1])
-    return scores.baddbmm_(q, k.transpose(1, 2), alpha=scale).exp_()
+def _minus(
+    x: Float[Tensor, "*rows dim"], y: Float[Tensor, "*rows 1"]
+) -> Float[Tensor, "*rows dim_2"]:
+    """Rows whose product with a key of `_less` is x k - y: y as the sum of two of x's dtype."""
+    high = y.to(x.dtype)
+    return torch.cat([x, high, (y - high).to(x.dtype)], dim=-1)
+
+
+def _less(keys: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim_2"]:
+    return torch.cat([keys, keys.new_full((len(keys), 2), -1.0)], dim=-1)
+
+
+def _behind(x: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows_1 dim"]:
+    """One row more, of zeros: where padding reads and is written."""
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])
+
+
+def _flat(x: Float[Tensor, "1 heads tokens dim"]) -> Float[Tensor, "tokens_heads dim"]:
+    """Token by token, as the projections have written it: no copy then."""
+    return x[0].transpose(0, 1).flatten(0, 1)
+
+
+def _unflat(
+    x: Float[Tensor, "tokens_heads dim"], heads: int
+) -> Float[Tensor, "1 heads tokens dim"]:
+    return x.unflatten(0, (-1, heads)).transpose(0, 1)[None]
 
 
 def _rows(
-    x: Float[Tensor, "1 heads tokens dim"], kv_heads: int, some: Tiles
+    x: Float[Tensor, "tokens_heads dim"], some: Tiles, heads: Heads
 ) -> Float[Tensor, "tiles_kv_heads group_rows dim"]:
     """The tiles' rows, those of the query heads that share a key head under one another."""
-    rows = x[0].unflatten(0, (kv_heads, -1))[:, :, some.rows]
-    return rows.permute(2, 0, 1, 3, 4).flatten(0, 1).flatten(1, 2)
-
-
-def _apart(
-    x: Float[Tensor, "tiles_kv_heads group_rows dim"], kv_heads: int, some: Tiles
-) -> Float[Tensor, "tiles kv_heads group rows dim"]:
-    return x.view(-1, kv_heads, x.shape[1] // some.rows.shape[1], some.rows.shape[1], x.shape[-1])
+    tiles, kv_heads, group, rows, _ = some.shape(heads)
+    return x.index_select(0, some.rows).view(tiles * kv_heads, group * rows, x.shape[1])
 
 
 def _keys(
-    x: Float[Tensor, "1 kv_heads tokens dim"], some: Tiles
+    x: Float[Tensor, "tokens_kv_heads dim"], some: Tiles, heads: Heads
 ) -> Float[Tensor, "tiles_kv_heads keys dim"]:
-    return x[0][:, some.keys].transpose(0, 1).flatten(0, 1)
+    tiles, kv_heads, _, _, keys = some.shape(heads)
+    return x.index_select(0, some.keys).view(tiles * kv_heads, keys, x.shape[1])
 
 
-def _put(
-    into: Float[Tensor, "1 heads tokens dim"],
-    x: Float[Tensor, "tiles kv_heads group rows dim"],
-    some: Tiles,
-) -> None:
-    """The tiles' rows back where they came from."""
-    by_head = x.permute(1, 2, 0, 3, 4).flatten(0, 1)
-    into[0][:, some.rows[some.real]] = by_head[:, some.real].to(into.dtype)
+def _weights(q: Tensor, k: Tensor, some: Tiles, heads: Heads, scale: float) -> Tensor:
+    """exp(scale q k^T) where a row sees a key, the exponent rounded once; 0 elsewhere."""
+    bias = some.bias.expand(some.shape(heads)).reshape(q.shape[0], q.shape[1], k.shape[1])
+    return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).exp_()
 
 
 def _add(
-    into: Float[Tensor, "1 kv_heads tokens dim"],
+    into: Float[Tensor, "tokens_kv_heads dim"],
     x: Float[Tensor, "tiles_kv_heads keys dim"],
     some: Tiles,
+    heads: Heads,
     scale: float = 1.0,
 ) -> None:
     """What each tile has for its keys, summed where tiles share a key."""
-    by_head = x.unflatten(0, (-1, into.shape[1])).transpose(0, 1).flatten(1, 2)
-    into[0].index_add_(1, some.keys.flatten(), by_head.to(into.dtype), alpha=scale)
+    by_token = x.unflatten(0, (-1, heads.key)).transpose(1, 2).flatten(2).flatten(0, 1)
+    into.view(-1, by_token.shape[1]).index_add_(
+        0, some.tokens, by_token.to(into.dtype), alpha=scale
+    )
