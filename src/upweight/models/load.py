@@ -159,7 +159,7 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
     if libc is not None:
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(mmap_threshold, 1 << 25)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
