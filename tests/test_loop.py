@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from oracles import loaded, random_trees
-from upweight.data.pack import collate
-from upweight.errors import Refusal
+from upweight.data.pack import bins, collate
+from upweight.errors import ModelError, Refusal
 from upweight.losses.pair import dpo
 from upweight.models.load import fingerprint
 from upweight.models.reference import fill, open_reference
@@ -137,6 +137,86 @@ def test_a_stopped_run_keeps_what_was_summed_for_the_next_record(tmp_path):
     for key in ("step", "num_pairs", "num_tokens", "tokens/chosen"):
         assert resumed[0][key] == whole[0][key], key
     assert resumed[0]["seconds"] > progress.seconds
+
+
+def fitting(objective, capacity):
+    """`objective` on a device that has room for so many tokens."""
+
+    def limited(lm, forest):
+        step = objective(lm, forest)
+        if forest.num_tokens > capacity:
+            raise torch.OutOfMemoryError("out of room")
+        return step
+
+    return limited
+
+
+def packed(capacity):
+    return [collate(group) for group in bins(TREES, capacity)]
+
+
+def plain_fit(lm, objective, forests, on_out_of_memory=lambda progress, batch: False):
+    records = []
+    optimizer = make_optimizer(
+        lm.model, learning_rate=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-3
+    )
+    hooks = Hooks(
+        records.append, lambda progress: False, lambda progress: None,
+        on_out_of_memory=on_out_of_memory,
+    )  # fmt: skip
+    plan = Plan(3, 3, 1e-2, 0.0, "constant", 1.0)
+    fit(lm, optimizer, objective, forests, plan, hooks, Progress())
+    return records
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_a_step_that_runs_out_of_memory_is_taken_again_in_smaller_bins(tmp_path, error):
+    # As torch's CPU allocator words it.
+    sentence = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+    wanted, got = loaded(), loaded()
+    known = plain_fit(wanted, objective_of(wanted, tmp_path), lambda step: packed(15))
+    capacity, tried = [60], []
+    objective = objective_of(got, tmp_path)
+
+    def limited(lm, forest):
+        step = objective(lm, forest)
+        # The second step fails in its second bin, with gradients and metrics of the first there.
+        tried.append(forest.num_tokens)
+        if capacity[0] == 15 or len(tried) < 2:
+            return step
+        raise error(sentence)
+
+    def make_room(progress, batch):
+        assert progress.step == 0 and len(batch) > 1
+        capacity[0] = 15
+        return True
+
+    records = plain_fit(got, limited, lambda step: packed(capacity[0]), make_room)
+    for one, other in zip(known, records, strict=True):
+        for key in one.keys() - {"seconds", "tokens_per_second"}:
+            assert one[key] == other[key], key
+    for p, q in zip(wanted.model.parameters(), got.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_step_that_cannot_be_smaller_is_an_error_that_says_what_to_do(tmp_path):
+    lm = loaded()
+    objective = fitting(objective_of(lm, tmp_path), 5)
+    with pytest.raises(
+        ModelError, match=r"ran out of memory with \d+ tokens.*out of room.*lora=true"
+    ):
+        plain_fit(lm, objective, lambda step: packed(15))
+    assert all(p.grad is None for p in lm.model.parameters())
+
+
+def test_another_error_in_a_step_is_not_taken_for_a_lack_of_memory(tmp_path):
+    lm = loaded()
+
+    def broken(lm, forest):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        plain_fit(lm, broken, lambda step: packed(15), lambda progress, batch: True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

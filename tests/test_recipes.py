@@ -16,14 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upweight as uw
 import upweight.recipes.state as run_state
+import upweight.recipes.train as run_train
 from runs import PAIRS, furnish, rows_of, train, write_rows
 from tiny import save_tiny
 from upweight.cli import main
 from upweight.config import load_run
+from upweight.models.load import LanguageModel
 from upweight.recipes import dpo
 from upweight.recipes.best import metrics
 from upweight.recipes.screen import Silent
 from upweight.training.checkpoint import load as load_checkpoint
+from upweight.types import Forest
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +158,66 @@ def test_a_run_that_failed_before_its_first_step_is_in_nobodys_way():
     assert train("run", "--lora.targets", "[qproj]") == 2
     assert train("run", "--reference", "nowhere/at/all") == 2
     assert train("run", "--steps", "1") == 0
+
+
+def recomputes(lm: LanguageModel) -> bool:
+    return any(getattr(m, "gradient_checkpointing", False) for m in lm.causal.modules())
+
+
+def with_room_for(monkeypatch: pytest.MonkeyPatch, tokens: int, least: int = 0) -> None:
+    """A device that runs out of memory beyond so many tokens at once, `least` when layers are
+    recomputed."""
+    made = run_train.pair
+
+    def limited(*args: object) -> Callable[..., object]:
+        objective = made(*args)
+
+        def step(lm: LanguageModel, forest: Forest) -> object:
+            done = objective(lm, forest)
+            if forest.num_tokens > max(tokens, least * recomputes(lm)):
+                raise torch.OutOfMemoryError("out of room")
+            return done
+
+        return step
+
+    monkeypatch.setattr(run_train, "pair", limited)
+
+
+def test_a_run_that_does_not_fit_goes_on_with_smaller_bins_and_so_does_its_resumption(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert train("run") == 0
+    assert "memory: weights" in capsys.readouterr().err
+    with_room_for(monkeypatch, 120)
+    assert train("small", "--checkpoint.every", "1") == 0
+    assert "step 1 ran out of memory with" in capsys.readouterr().err
+    newest = sorted(Path("small/checkpoints").iterdir())[-1]
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    assert main(["train", "small/run.yaml", "resume=true"]) == 0
+    said = capsys.readouterr().err
+    assert "tokens, which fitted into memory" in said and "ran out" not in said
+    fitted = load_checkpoint(newest).position.tokens_per_bin
+    assert fitted is not None and 30 < fitted <= 120
+    for name in ("loss", "grad_norm"):
+        whole, cut = (
+            [r[name] for r in rows_of(f"{run}/metrics.jsonl") if r["kind"] == "train"]
+            for run in ("run", "small")
+        )
+        assert cut == pytest.approx(whole, rel=1e-3)
+
+
+def test_what_does_not_fit_alone_is_recomputed_and_then_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with_room_for(monkeypatch, 1, least=10_000)
+    assert train("run") == 0
+    assert "layers are recomputed from here on" in capsys.readouterr().err
+    with_room_for(monkeypatch, 1, least=2)
+    assert train("none") == 2
+    said = capsys.readouterr().err
+    assert "ran out of memory" in said and "lora=true" in said and "Traceback" not in said
 
 
 def test_resuming_with_other_settings_is_refused(capsys: pytest.CaptureFixture[str]):

@@ -87,8 +87,10 @@ class Batch(Section):
     """how much is computed at once"""
 
     pairs_per_step: Count = Field(default=64, description="Preferences per optimizer step.")
-    tokens_per_bin: Count = Field(
-        default=8192, description="Tokens per forward pass; bounds memory and changes no result."
+    tokens_per_bin: Count | None = Field(
+        default=None,
+        description="Tokens per forward pass, which bound memory and change no result; null: what "
+        "memory allows, up to where more is no faster (2,048 on a CPU).",
     )
 
 

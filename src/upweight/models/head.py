@@ -55,6 +55,17 @@ def head_logps(
     )
 
 
+def kept_bytes_per_token(lm: LanguageModel) -> int:
+    """What head_logps keeps for the backward pass beside saved tensors, for each scored token."""
+    head = lm.causal.get_output_embeddings()
+    assert head is not None
+    if not _is_plain(head, lm.causal.config):
+        return 0
+    weight = next(head.parameters())
+    width = lm.compute_dtype.itemsize
+    return width * (lm.vocab_size if weight.requires_grad else weight.shape[1])
+
+
 def _is_plain(head: nn.Module, config: object) -> bool:
     return (
         type(head) is nn.Linear

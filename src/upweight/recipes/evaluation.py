@@ -30,7 +30,7 @@ def evaluate_sets(state: State, progress: Progress) -> bool:
     improved = False
     for name, trees in sets.items():
         scored = evaluate.score_trees(
-            policy, trees, state.against.logps, run.loss.beta, run.batch.tokens_per_bin
+            policy, trees, state.against.logps, run.loss.beta, state.tokens_per_bin
         )
         record: Record = {
             "step": progress.step,

@@ -15,6 +15,7 @@ from upweight.errors import Refusal
 from upweight.models.load import LanguageModel, fingerprint, load
 from upweight.models.reference import Reference, fill, open_reference, verify
 from upweight.recipes.screen import Screen
+from upweight.training.memory import TOKENS_PER_BIN
 from upweight.types import Example, Tree
 
 
@@ -151,7 +152,7 @@ def fill_reference(
     """
     reference = open_reference(fingerprint(model), model)
     known = len(trees) - len(reference.missing(trees))
-    computed = fill(reference, model, trees, run.batch.tokens_per_bin, screen.progress)
+    computed = fill(reference, model, trees, tokens_read_at_once(run, model), screen.progress)
     if known:
         verify(reference, model, trees)
     screen.note(
@@ -159,6 +160,11 @@ def fill_reference(
         f"from before (kept in {reference.folder})"
     )
     return reference
+
+
+def tokens_read_at_once(run: Run, lm: LanguageModel) -> int:
+    """batch.tokens_per_bin, or what is enough for speed where nothing is kept for a gradient."""
+    return run.batch.tokens_per_bin or TOKENS_PER_BIN[lm.device.type]
 
 
 def describe(lm: LanguageModel) -> str:

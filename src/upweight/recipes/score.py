@@ -19,6 +19,7 @@ from upweight.recipes.prepare import (
     load_policy,
     prepare,
     renderer_for,
+    tokens_read_at_once,
 )
 from upweight.recipes.reference import reference_model, require_same_tokens
 from upweight.recipes.screen import Screen, Silent
@@ -50,7 +51,7 @@ def score_file(run: Run, screen: Screen | None = None) -> list[dict[str, object]
     if run.reference is not None:
         with reference_model(run, lm) as model:
             reference = fill_reference(run, model, trees, screen)
-    rows = score_trees(lm, trees, reference, run.loss.beta, run.batch.tokens_per_bin)
+    rows = score_trees(lm, trees, reference, run.loss.beta, tokens_read_at_once(run, lm))
     _write(run, rows, screen)
     return rows
 
@@ -103,7 +104,7 @@ def sample_file(
         stop_token_ids=renderer.stop_ids,
         on_progress=screen.progress,
     )
-    logps = tree_logps(lm, sample_trees(prompts, drawn), run.batch.tokens_per_bin)
+    logps = tree_logps(lm, sample_trees(prompts, drawn), tokens_read_at_once(run, lm))
     rows: list[dict[str, object]] = [
         {
             "prompt": prompt,

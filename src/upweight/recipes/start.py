@@ -24,6 +24,7 @@ from upweight.recipes.resume import require_same_settings
 from upweight.recipes.screen import Screen
 from upweight.training.checkpoint import Position
 from upweight.training.loop import Plan
+from upweight.training.memory import plan_memory
 from upweight.training.rundir import require_space
 
 
@@ -69,6 +70,11 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
         require_same_settings(saved, run, prepared)
     lm = _trained(run, lm)
     screen.note(f"model: {lm.name}, {describe(lm)}")
+    memory = plan_memory(lm, prepared.trees["train"], run.batch.tokens_per_bin)
+    screen.note(memory.describe())
+    if run.batch.tokens_per_bin is None:
+        resolved = resolved.with_value("batch.tokens_per_bin", memory.tokens_per_bin, "resolved")
+        run = resolved.run
     if run.out is not None:
         _require_room(run, lm, Path(run.out))
     return Start(resolved, lm, prepared, _plan(run, prepared), best)

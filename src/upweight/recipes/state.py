@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from upweight.config import Run
 from upweight.evidence.track import Tracking
-from upweight.models.load import LanguageModel
+from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.recipes.reference import Against
 from upweight.recipes.resume import data_digests, settings_digest
 from upweight.recipes.screen import Screen
 from upweight.recipes.start import Start
 from upweight.training import checkpoint
 from upweight.training.loop import Progress, Record, Window
+from upweight.training.memory import free_cached
 from upweight.training.rundir import (
     RunDir,
     append_jsonl,
     truncate_jsonl_after,
     truncate_ledger_after,
 )
+from upweight.types import Forest
 
 
 @dataclass
 class State:
     """What the hooks of one run share. `best` is the best value of the metric that a checkpoint is
-    kept by, at `best_step`."""
+    kept by, at `best_step`; `tokens_per_bin` is what has fitted into memory so far."""
 
     begun: Start
     against: Against
@@ -34,8 +37,10 @@ class State:
     optimizer: torch.optim.Optimizer
     screen: Screen
     trackers: Tracking
+    tokens_per_bin: int
     best: float | None = None
     best_step: int | None = None
+    recomputing: bool = False
 
     @property
     def run(self) -> Run:
@@ -68,6 +73,7 @@ def save(state: State, progress: Progress) -> None:
         model_fingerprint=state.against.model_fingerprint,
         data_digests=data_digests(state.begun.prepared),
         window=progress.window.to_plain(),
+        tokens_per_bin=state.tokens_per_bin,
     )
     checkpoint.save(folder, checkpoint.capture(state.lm.model, state.optimizer, position))
     best = None
@@ -84,7 +90,28 @@ def go_back(state: State, saved: checkpoint.TrainState) -> Progress:
     truncate_jsonl_after(state.rundir.file("metrics.jsonl"), where.step)
     truncate_jsonl_after(state.rundir.file("samples.jsonl"), where.step)
     truncate_ledger_after(state.rundir.file("ledger.parquet"), where.step)
+    if where.tokens_per_bin is not None and where.tokens_per_bin < state.tokens_per_bin:
+        state.tokens_per_bin = where.tokens_per_bin
+        state.screen.note(f"bins of {where.tokens_per_bin:,} tokens, which fitted into memory")
     assert where.window is not None
     window = Window.from_plain(where.window)
     state.screen.note(f"resumed after step {where.step} of {state.begun.plan.total_steps}")
     return Progress(where.step, where.num_tokens, where.seconds, window)
+
+
+def make_room(state: State, progress: Progress, batch: Sequence[Forest]) -> bool:
+    """Smaller bins for a step that ran out of memory, or recomputed layers where a bin is one tree
+    already; False where neither is left."""
+    free_cached(state.lm.device)
+    largest = max(batch, key=lambda forest: forest.num_tokens)
+    happened = f"step {progress.step + 1} ran out of memory with {largest.num_tokens:,} tokens"
+    if len(largest.trees) > 1:
+        state.tokens_per_bin = largest.num_tokens // 2
+        state.screen.note(f"{happened}: going on with bins of {state.tokens_per_bin:,}")
+        return True
+    if not state.recomputing:
+        checkpoint_layers(state.lm)
+        state.recomputing = True
+        state.screen.note(f"{happened}, one prompt's: layers are recomputed from here on")
+        return True
+    return False

@@ -19,17 +19,17 @@ from upweight.data.pack import bins, collate, merge_same_prompts
 from upweight.data.stream import batch_for_step
 from upweight.errors import OutputError
 from upweight.evidence.report import write_report
-from upweight.evidence.track import Target, clients, tracking
+from upweight.evidence.track import Target, Tracking, clients, tracking
 from upweight.losses import PAIR_LOSSES
 from upweight.models.export import export
 from upweight.recipes.environment import write_environment
 from upweight.recipes.evaluation import evaluate_sets
 from upweight.recipes.prepare import account_record
-from upweight.recipes.reference import ask_reference
+from upweight.recipes.reference import Against, ask_reference
 from upweight.recipes.resume import require_same_models, resume_command
 from upweight.recipes.screen import Screen, Silent
 from upweight.recipes.start import Start, start
-from upweight.recipes.state import State, go_back, log, save
+from upweight.recipes.state import State, go_back, log, make_room, save
 from upweight.training import checkpoint
 from upweight.training.loop import Hooks, Progress, fit
 from upweight.training.objectives import pair
@@ -71,7 +71,7 @@ def dpo(resolved: Resolved, screen: Screen | None = None) -> Result:
         target = Target(rundir.path, leaf_values(begun.run), saved.position.step if saved else None)
         trackers = stack.enter_context(tracking(to_open, target, screen.note))
         stop = stack.enter_context(_stop_on_signals(screen))
-        state = State(begun, against, rundir, _optimizer(begun), screen, trackers)
+        state = _state(begun, against, rundir, screen, trackers)
         progress = go_back(state, saved) if saved is not None else Progress()
         _write_records(state)
         screen.stage("training")
@@ -98,6 +98,17 @@ def _newest(rundir: RunDir) -> checkpoint.TrainState | None:
     return checkpoint.load(newest, verified=True)
 
 
+def _state(
+    begun: Start, against: Against, rundir: RunDir, screen: Screen, trackers: Tracking
+) -> State:
+    capacity, recomputing = begun.run.batch.tokens_per_bin, begun.run.compute.checkpointing
+    assert capacity is not None
+    optimizer = _optimizer(begun)
+    return State(
+        begun, against, rundir, optimizer, screen, trackers, capacity, recomputing=recomputing
+    )
+
+
 def _optimizer(begun: Start) -> torch.optim.Optimizer:
     options = begun.run.optimizer
     return make_optimizer(
@@ -121,11 +132,13 @@ def _write_records(state: State) -> None:
 
 def _train(state: State, progress: Progress, stop: threading.Event) -> bool:
     run, trees = state.run, state.begun.prepared.trees["train"]
-    capacity = run.batch.tokens_per_bin
 
     def forests(step: int) -> Sequence[Forest]:
+        capacity = state.tokens_per_bin
         batch = batch_for_step(trees, run.batch.pairs_per_step, run.seed, step)
-        return [collate(group) for group in bins(merge_same_prompts(batch, capacity), capacity)]
+        forests = [collate(group) for group in bins(merge_same_prompts(batch, capacity), capacity)]
+        # The largest first: what runs out of memory does so at once.
+        return sorted(forests, key=lambda forest: -forest.num_tokens)
 
     loss = functools.partial(
         PAIR_LOSSES[run.objective], beta=run.loss.beta, label_smoothing=run.loss.label_smoothing
@@ -135,6 +148,7 @@ def _train(state: State, progress: Progress, stop: threading.Event) -> bool:
         evaluate=functools.partial(evaluate_sets, state),
         save=functools.partial(save, state),
         should_stop=stop.is_set,
+        on_out_of_memory=functools.partial(make_room, state),
     )
     objective = pair(state.against.logps, loss, run.loss.beta)
     return fit(state.lm, state.optimizer, objective, forests, state.begun.plan, hooks, progress)

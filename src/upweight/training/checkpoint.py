@@ -59,7 +59,8 @@ class Position:
     middle of the third), whose order is drawn from `order_seed`; `num_tokens` is what they read.
     `best` is the best value so far of the metric that checkpoints are kept by, at `best_step`.
     The fingerprints and digests say what the run began with: its reference, its own weights, its
-    settings, and the trees of every set by name. `window` is what was summed for the next record.
+    settings, and the trees of every set by name. `window` is what was summed for the next record,
+    `tokens_per_bin` what fitted into memory so far.
     """
 
     step: int
@@ -74,6 +75,7 @@ class Position:
     model_fingerprint: str = ""
     data_digests: Mapping[str, str] = field(default_factory=dict[str, str])
     window: Mapping[str, Any] | None = None
+    tokens_per_bin: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from upweight.errors import Refusal
+from upweight.errors import ModelError, Refusal
 from upweight.models.load import LanguageModel
+from upweight.training.memory import is_out_of_memory
 from upweight.training.objectives import Objective
 from upweight.training.optimizer import clip
 from upweight.training.schedules import learning_rate_factor
@@ -45,6 +46,12 @@ class Window:
     num_tokens: int = 0
     num_pairs: int = 0
     seconds: float = 0.0
+
+    def merge(self, other: Window) -> None:
+        self.add(other.sums)
+        self.num_tokens += other.num_tokens
+        self.num_pairs += other.num_pairs
+        self.seconds += other.seconds
 
     def add(self, metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         for name, (total, count) in metrics.items():
@@ -85,12 +92,14 @@ class Progress:
 @dataclass(frozen=True)
 class Hooks:
     """What fit() calls. `evaluate` and `save` are given the progress so far; `evaluate` says
-    whether the weights as they are should be saved, whatever the plan says."""
+    whether the weights as they are should be saved, whatever the plan says. `on_out_of_memory` is
+    given the micro-batches that did not fit, and says whether the step is worth another try."""
 
     on_record: Callable[[Record], None]
     evaluate: Callable[[Progress], bool]
     save: Callable[[Progress], None]
     should_stop: Callable[[], bool] = lambda: False
+    on_out_of_memory: Callable[[Progress, Sequence[Forest]], bool] = lambda progress, batch: False
 
 
 def fit(
@@ -107,7 +116,8 @@ def fit(
     `forests(step)` gives the micro-batches of a step, a function of the step alone, so that a
     resumed run reads what an uninterrupted one reads. Every item of a step weighs 1/(the step's
     total count), however the step is cut into micro-batches. A loss or gradient that is not
-    finite raises Refusal UW303 before the optimizer sees it.
+    finite raises Refusal UW303 before the optimizer sees it. A step that runs out of memory is
+    taken again, from `forests`, if hooks.on_out_of_memory has made it smaller.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     while progress.step < plan.total_steps:
@@ -116,7 +126,14 @@ def fit(
             return False
         began, window = time.monotonic(), progress.window
         batch = forests(progress.step)
-        loss, count = _accumulate(lm, objective, batch, window)
+        done = _accumulate(lm, objective, batch)
+        if isinstance(done, Exception):
+            optimizer.zero_grad(set_to_none=True)
+            if not hooks.on_out_of_memory(progress, batch):
+                raise _too_large(progress.step, batch, done)
+            continue
+        loss, count, sums = done
+        window.merge(sums)
         norm = clip(parameters, plan.max_grad_norm)
         _refuse_nonfinite(loss, norm, batch, progress.step)
         rate = plan.learning_rate * learning_rate_factor(
@@ -147,23 +164,46 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _accumulate(
-    lm: LanguageModel, objective: Objective, batch: Sequence[Forest], window: Window
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward and backward over the micro-batches of one step: (loss sum, count) of the whole."""
+    lm: LanguageModel, objective: Objective, batch: Sequence[Forest]
+) -> tuple[torch.Tensor, torch.Tensor, Window] | Exception:
+    """Forward and backward over the micro-batches of one step: (loss sum, count, metrics) of the
+    whole, or the error of the allocation that failed.
+
+    The error is handed back and not raised: whoever caught it would still hold, in its frames, the
+    tensors that have to go before the step is tried again.
+    """
     # The count of the whole step comes first: each micro-batch is divided by it, and a mean of
     # micro-batch means would weigh the pairs of a small one more.
     total = sum(float(forest.weight.sum()) for forest in batch)
     losses: list[torch.Tensor] = []
     counts: list[torch.Tensor] = []
-    for forest in batch:
-        step = objective(lm, forest.to(lm.device))
-        (step.loss_sum / total).backward()
-        losses.append(step.loss_sum.detach())
-        counts.append(step.count.detach())
-        window.add(step.metrics)
-        window.num_tokens += forest.num_tokens
-        window.num_pairs += forest.num_pairs
-    return torch.stack(losses).sum(), torch.stack(counts).sum()
+    window = Window()
+    try:
+        for forest in batch:
+            step = objective(lm, forest.to(lm.device))
+            (step.loss_sum / total).backward()
+            losses.append(step.loss_sum.detach())
+            counts.append(step.count.detach())
+            window.add(step.metrics)
+            window.num_tokens += forest.num_tokens
+            window.num_pairs += forest.num_pairs
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return error.with_traceback(None)
+    return torch.stack(losses).sum(), torch.stack(counts).sum(), window
+
+
+def _too_large(step: int, batch: Sequence[Forest], error: Exception) -> ModelError:
+    largest = max(batch, key=lambda forest: forest.num_tokens)
+    said = next(iter(str(error).splitlines()), type(error).__name__)
+    failure = ModelError(
+        f"step {step + 1} ran out of memory with {largest.num_tokens:,} tokens at once "
+        f"({largest.trees[0].ids[0].row}), and they cannot be fewer ({said}). Needs less: "
+        "lora=true, a smaller data.max_length with data.truncation=prompt, a smaller model."
+    )
+    failure.__cause__ = error
+    return failure
 
 
 def _refuse_nonfinite(

@@ -1,0 +1,181 @@
+"""What a step will need, before it is taken: weights, gradients, moments, activations of a bin."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from upweight.data.pack import collate
+from upweight.models.head import kept_bytes_per_token
+from upweight.models.load import LanguageModel
+from upweight.models.logprobs import token_logps
+from upweight.types import ResponseId, RowId, Tree
+
+TOKENS_PER_BIN = {"cpu": 2048, "cuda": 32768}
+"""Where a larger bin is no faster: products of this many rows are at the device's limit."""
+
+SHARE = 0.8
+"""Of the free memory, what is planned with. The rest is for what a plan does not see: temporary
+tensors, and holes between those of unequal size."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that training needs. `free` is what the device had before gradients and moments were
+    there, None where it cannot be asked; `longest` is the tokens of the longest tree, which may be
+    more than `tokens_per_bin`."""
+
+    tokens_per_bin: int
+    longest: int
+    weights: int
+    gradients: int
+    moments: int
+    fixed: int
+    per_token: int
+    per_scored: int
+    scored_share: float
+    free: int | None
+
+    def activations(self, num_tokens: int) -> int:
+        """What the backward pass of a bin of so many tokens finds kept."""
+        each = self.per_token + self.per_scored * self.scored_share
+        return self.fixed + int(num_tokens * each)
+
+    @property
+    def largest_bin(self) -> int:
+        return max(self.tokens_per_bin, self.longest)
+
+    @property
+    def needed(self) -> int:
+        """On top of the weights, which are there."""
+        return self.gradients + self.moments + self.activations(self.largest_bin)
+
+    def describe(self) -> str:
+        parts = [
+            f"weights {size(self.weights)}",
+            f"gradients {size(self.gradients)}",
+            f"AdamW {size(self.moments)}",
+            f"activations {size(self.activations(self.largest_bin))} for {self.largest_bin:,} "
+            f"tokens at once",
+        ]
+        total = size(self.weights + self.needed)
+        lines = f"memory: {' + '.join(parts)} = about {total}; the reference is on the disk"
+        if self.free is None:
+            return lines
+        lines += f"; {size(self.free)} are free beside the weights"
+        if self.needed > self.free:
+            lines += (
+                f". That is {size(self.needed - self.free)} too little: "
+                "compute.checkpointing=true, lora=true or a smaller data.max_length need less"
+            )
+        return lines
+
+
+def size(num_bytes: int) -> str:
+    """As a person reads it: 1.5 GiB."""
+    for unit, power in (("bytes", 0), ("KiB", 10), ("MiB", 20)):
+        if num_bytes < 1000 << power:
+            return f"{num_bytes / (1 << power):.0f} {unit}"
+    return f"{num_bytes / (1 << 30):.1f} GiB"
+
+
+def plan_memory(
+    lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int | None = None
+) -> MemoryPlan:
+    """What training `lm` on `trees` needs, from two small forward passes.
+
+    Without `tokens_per_bin`, bins are as large as fits, up to where larger ones are no faster.
+    """
+    small, large = (_kept(lm, times) for times in (1, 3))
+    num_tokens = _probe().num_tokens
+    per_token = max(0, large - small) // (2 * num_tokens)
+    parameters = list(lm.model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    all_tokens = sum(tree.num_tokens for tree in trees)
+    scored = sum(len(response) for tree in trees for response in tree.responses)
+    plan = MemoryPlan(
+        tokens_per_bin=tokens_per_bin or TOKENS_PER_BIN.get(lm.device.type, 2048),
+        longest=max((tree.num_tokens for tree in trees), default=0),
+        weights=_bytes(parameters),
+        gradients=_bytes(trained),
+        moments=2 * _bytes(trained),
+        fixed=max(0, small - per_token * num_tokens),
+        per_token=per_token,
+        per_scored=kept_bytes_per_token(lm),
+        scored_share=scored / max(1, all_tokens),
+        free=free_bytes(lm.device),
+    )
+    if tokens_per_bin is not None or plan.free is None:
+        return plan
+    each = plan.activations(1_000_000) - plan.activations(0)
+    left = plan.free * SHARE - plan.gradients - plan.moments - plan.fixed
+    fits = int(left * 1_000_000 / each) if each else plan.tokens_per_bin
+    # In whole steps, so that a few bytes more or less do not change a run.
+    fits = max(256, fits // 256 * 256)
+    return MemoryPlan(**vars(plan) | {"tokens_per_bin": min(plan.tokens_per_bin, fits)})
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can be allocated on the device; None where that cannot be asked."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _probe() -> Tree:
+    """A prompt with two responses; all tokens are the same."""
+    row = RowId("probe", 0)
+    return Tree(
+        prompt=(0,) * 32,
+        responses=((0,) * 32, (0,) * 32),
+        preferences=(),
+        ids=(ResponseId(row, 0), ResponseId(row, 1)),
+        stopped=(True, True),
+    )
+
+
+def _kept(lm: LanguageModel, times: int) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights aside, each storage once."""
+    weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
+    kept: dict[int, int] = {}
+    held: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)  # an address that is freed would be another tensor's
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        token_logps(lm, collate([_probe()] * times))
+    return sum(kept.values())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch has one exception for it on GPUs, none on the CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def free_cached(device: torch.device) -> None:
+    """Gives back what the failed step held, before it is taken again."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

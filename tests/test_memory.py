@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from oracles import loaded, random_trees
+from upweight.data.pack import collate
+from upweight.models.adapter import add_lora
+from upweight.models.logprobs import token_logps
+from upweight.training import memory
+from upweight.training.memory import free_bytes, plan_memory, size
+
+TREES = random_trees([(30, 12, 20), (50, 9), (7, 7, 7, 7)])
+
+
+def kept_by(lm, trees):
+    """Bytes of what the backward pass of a bin finds, each storage once, weights aside."""
+    storages = {}
+    weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        token_logps(lm, collate(trees))
+    return sum(size for at, (size, _) in storages.items() if at not in weights)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_the_activations_of_a_large_bin_are_told_from_small_ones(family):
+    lm = loaded(family)
+    plan = plan_memory(lm, TREES, 4096)
+    trees = random_trees([(40, 20, 20)] * 12)
+    num_tokens = sum(tree.num_tokens for tree in trees)
+    # The head's exponentials are kept beside saved tensors.
+    told = plan.activations(num_tokens) - plan.per_scored * plan.scored_share * num_tokens
+    # Masks and tiles grow with their own shapes, which are not the probe's.
+    assert told == pytest.approx(kept_by(lm, trees), rel=0.2)
+
+
+def test_weights_gradients_and_moments_are_counted_in_bytes():
+    lm = loaded()
+    weights = sum(p.numel() * 4 for p in lm.model.parameters())
+    plan = plan_memory(lm, TREES, 64)
+    assert (plan.weights, plan.gradients, plan.moments) == (weights, weights, 2 * weights)
+    assert (plan.longest, plan.largest_bin) == (62, 64)
+
+    adapted = add_lora(loaded(), rank=4, alpha=8.0, dropout=0.0, targets="all-linear", seed=0)
+    trained = sum(p.numel() * 4 for p in adapted.model.parameters() if p.requires_grad)
+    plan = plan_memory(adapted, TREES, 20)
+    assert (plan.gradients, plan.moments) == (trained, 2 * trained)
+    assert plan.weights == weights + trained
+    # A tree is not cut: the largest bin holds the longest one.
+    assert plan.largest_bin == 62
+
+
+def test_bins_are_as_large_as_memory_allows_up_to_where_more_is_no_faster(monkeypatch):
+    lm = loaded()
+    plenty = plan_memory(lm, TREES)
+    assert plenty.tokens_per_bin == memory.TOKENS_PER_BIN["cpu"] == 2048
+    per_thousand = plenty.activations(1000) - plenty.activations(0)
+    room = plenty.gradients + plenty.moments + plenty.fixed + per_thousand
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(room / memory.SHARE))
+    # 1000 tokens fit; bins are cut to a multiple of 256.
+    assert plan_memory(lm, TREES).tokens_per_bin == 768
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    assert plan_memory(lm, TREES).tokens_per_bin == 256
+    assert plan_memory(lm, TREES, 5000).tokens_per_bin == 5000
+
+
+def test_a_plan_says_what_is_needed_and_what_is_missing(monkeypatch):
+    lm = loaded()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    assert "free" not in plan_memory(lm, TREES).describe()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 40)
+    said = plan_memory(lm, TREES).describe()
+    assert "1024.0 GiB are free" in said and "too little" not in said
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    assert "too little: compute.checkpointing=true" in plan_memory(lm, TREES).describe()
+
+
+def test_the_free_memory_of_this_machine_is_known_or_said_to_be_unknown():
+    free = free_bytes(torch.device("cpu"))
+    assert free is None or free > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "said"),
+    [(12, "12 bytes"), (2048, "2 KiB"), (3 << 20, "3 MiB"), (3 << 29, "1.5 GiB")],
+)
+def test_sizes_are_said_in_binary_units(num_bytes, said):
+    assert size(num_bytes) == said
