@@ -27,6 +27,7 @@ from rows import (
     generated_rows,
     make_work,
     model_without_tail,
+    one_pair_rows,
     renderer_of,
     rows_of,
 )
@@ -35,6 +36,7 @@ from upweight.models.weights import demo_model_path
 from upweight.models.weights import resolve as resolve_model
 
 OURS, THEIRS = "upweight", "TRL"
+SIDES = ("TRL defaults", "TRL best", OURS)
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ def peers(bench: Bench, work: Work, *, lora: bool) -> str:
         Side("TRL best", THEIRS, best),
         Side(OURS, OURS, bench.args.set),
     ]
+    sides = [side for side in sides if side.name in bench.args.sides]
     rounds = alternate(bench, work, sides, lora=lora)
     shown = ", ".join(f"{key} {value}" for key, value in best.items())
     parts = [
@@ -223,7 +226,7 @@ def _peers_table(bench: Bench, rounds: Rounds) -> str:
         ("peak memory, GiB", lambda m: m.peak_bytes / 2**30, 2),
         ("seconds to the end of step 1", lambda m: m.seconds_to_first_step, 1),
     ]
-    names = ["TRL defaults", "TRL best", OURS]
+    names = list(SIDES)
     rows: list[list[str]] = []
     for label, value, digits in measures:
         cells = [
@@ -242,7 +245,7 @@ def _peers_table(bench: Bench, rounds: Rounds) -> str:
 
 
 def _losses_table(rounds: Rounds) -> str:
-    names = [name for name in ("TRL defaults", "TRL best", OURS) if name in rounds.runs]
+    names = [name for name in SIDES if name in rounds.runs]
     columns = [rounds.runs[name][0].losses for name in names]
     steps = zip(*columns, strict=True)
     rows = [[str(i), *(f"{loss:.6f}" for loss in step)] for i, step in enumerate(steps, 1)]
@@ -334,6 +337,7 @@ PARTS: Mapping[str, Any] = {
 def works(args: argparse.Namespace, model: str, folder: Path) -> list[Work]:
     renderer = renderer_of(model)
     found = [(Path(file).stem, rows_of([file])) for file in args.data]
+    found += [(f"{Path(file).stem}-one-pair", one_pair_rows(file)) for file in args.one_pair]
     for text in args.generate:
         try:
             prompt, chosen, rejected = (int(n) for n in text.split("/"))
@@ -343,7 +347,9 @@ def works(args: argparse.Namespace, model: str, folder: Path) -> list[Work]:
         rows = generated_rows(renderer, prompt, chosen, rejected, num)
         found.append((f"generated-{prompt}-{chosen}-{rejected}", rows))
     if not found:
-        raise SystemExit("nothing to compare on: give --data FILE or --generate P/C/R")
+        raise SystemExit(
+            "nothing to compare on: give --data FILE, --one-pair FILE or --generate P/C/R"
+        )
     return [
         make_work(
             name,
@@ -360,6 +366,10 @@ def works(args: argparse.Namespace, model: str, folder: Path) -> list[Work]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--data", nargs="+", default=[], help="files of preferences, each its own")
+    parser.add_argument(
+        "--one-pair", nargs="+", default=[], metavar="FILE",
+        help="files of K scored responses, each row as the pair of its best and its worst",
+    )  # fmt: skip
     parser.add_argument("--generate", nargs="+", default=[], metavar="P/C/R", help="token counts")
     parser.add_argument("--model", help="hub id, folder or .gguf file; left out: the demo's model")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["peers", "price", "ablation"])
@@ -371,6 +381,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-6)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="who takes part")
     parser.add_argument("--best", choices=CANDIDATES, default=BEST, help="TRL's best settings")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="upweight's keys")
     parser.add_argument("--set-trl", nargs="*", default=[], metavar="KEY=VALUE", help="DPOConfig's")

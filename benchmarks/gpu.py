@@ -13,19 +13,22 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import json
 import math
 import random
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -38,12 +41,13 @@ from environment import FOLDER as TRL_FOLDER
 from floor import ModelShape, operations
 from protocol import LORA, Spec, WorkerError, named, run
 from results import markdown_table, save
+from upweight.config.sections import Compute
 from upweight.data.pack import bins, collate
 from upweight.errors import UpweightError
 from upweight.losses import PAIR_LOSSES, PairLogps
 from upweight.models import attention, proof
 from upweight.models.adapter import add_lora
-from upweight.models.head import head_logps
+from upweight.models.head import at_least_fp32, head_logps
 from upweight.models.load import ForwardPlan, LanguageModel, checkpoint_layers
 from upweight.models.logprobs import response_logps, token_logps
 from upweight.models.reference import Reference
@@ -58,7 +62,7 @@ OURS, PLAIN, TRL = "upweight", "plain", "TRL"
 MOST_STEPS = 8
 """Timed steps at most: what a fast cell does not need, the slow ones get."""
 
-NO_TIME = "not reached in the time given"
+NO_TIME, FULL = "not reached in the time given", "out of memory"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 ALLOWED = {"fp32": (1e-4, 1e-3), "bf16": (0.15, 0.15)}
@@ -99,18 +103,19 @@ def _llama(width: int, inner: int, layers: int, heads: tuple[int, int], vocab: i
 
 
 SIZES = (
-    Size("0.5B", {**_llama(896, 4864, 24, (14, 2), 151_936), "tie_word_embeddings": True}),
-    Size("1.5B", {**_llama(1536, 8960, 28, (12, 2), 151_936), "tie_word_embeddings": True}),
-    Size("8B", _llama(4096, 14336, 32, (32, 8), 128_256), lora=True),
+    Size("0.5B, full", {**_llama(896, 4864, 24, (14, 2), 151_936), "tie_word_embeddings": True}),
+    Size("1.5B, full", {**_llama(1536, 8960, 28, (12, 2), 151_936), "tie_word_embeddings": True}),
+    Size("8B, LoRA", _llama(4096, 14336, 32, (32, 8), 128_256), lora=True),
 )
-SHAPES = {(150, 50, 50): 64, (1000, 300, 300): 16, (200, 400, 400): 32}
+Shapes = Mapping[tuple[int, int, int], int]
+SHAPES: Shapes = {(150, 50, 50): 64, (1000, 300, 300): 16, (200, 400, 400): 32}
 """Tokens of prompt, chosen and rejected, and how many such pairs make a step."""
 
 TOY_SIZES = (
-    Size("toy", {**_llama(64, 128, 2, (4, 2), 1000), "tie_word_embeddings": True}),
+    Size("toy, full", {**_llama(64, 128, 2, (4, 2), 1000), "tie_word_embeddings": True}),
     Size("toy, LoRA", _llama(64, 128, 2, (4, 2), 1000), lora=True),
 )
-TOY_SHAPES = {(15, 5, 5): 8, (100, 30, 30): 4, (20, 40, 40): 4}
+TOY_SHAPES: Shapes = {(15, 5, 5): 8, (100, 30, 30): 4, (20, 40, 40): 4}
 
 _SMALL = {**_llama(128, 256, 2, (4, 2), 1000), "head_dim": 32}
 FAMILIES = {
@@ -138,9 +143,7 @@ def build(
         model = AutoModelForCausalLM.from_config(made, dtype=weights).eval()
     name = f"random {family}"
     tokenizer = words(config["vocab_size"])
-    return LanguageModel(
-        model, tokenizer, name, "", torch.device(device), compute, ForwardPlan()
-    )
+    return LanguageModel(model, tokenizer, name, "", torch.device(device), compute, ForwardPlan())
 
 
 @functools.lru_cache(1)
@@ -182,7 +185,7 @@ class Check:
     model: str
     precision: str
     way: str
-    found: tuple[float, float | None]
+    found: tuple[float | None, float | None]
     allowed: tuple[float, float | None] | None
     planted: bool = False
 
@@ -234,8 +237,8 @@ def one_at_a_time(lm: LanguageModel, trees: Sequence[Tree]) -> Tensor:
         for response in tree.responses:
             ids = torch.tensor([[*tree.prompt, *response]], device=lm.device)
             out = lm.model(input_ids=ids, use_cache=False).logits[0, len(tree.prompt) - 1 : -1]
-            table = proof.at_least_fp32(out).log_softmax(-1)
-            pieces.append(table[torch.arange(len(response)), ids[0, len(tree.prompt) :]])
+            table = at_least_fp32(out).log_softmax(-1)
+            pieces.append(table.gather(1, ids[0, len(tree.prompt) :, None])[:, 0])
     return torch.cat(pieces)
 
 
@@ -255,16 +258,19 @@ def difference(got: Values, wanted: Values) -> tuple[float, float | None]:
     """
     logps = float((got[0] - wanted[0]).abs().max())
     least = 0.01 * math.sqrt(sum(float(w.square().sum()) for w in wanted[1].values()))
-    grads = [float((got[1][n] - w).norm() / max(float(w.norm()), least)) for n, w in wanted[1].items()]
+    grads = [
+        float((got[1][n] - w).norm() / max(float(w.norm()), least)) for n, w in wanted[1].items()
+    ]
     return (math.inf if math.isnan(logps) else logps), max(
         (math.inf if math.isnan(g) else g for g in grads), default=None
     )
 
 
 def paths(device: str) -> list[str]:
-    """The attention paths that a device has; FlexAttention where the engine knows it."""
-    found = ["varlen", "dense"] if device == "cuda" else ["tiles", "dense"]
-    return found + ["flex"] * (importlib.util.find_spec("upweight.models.flex") is not None)
+    """The attention paths that a device has, of those that run.yaml can ask for."""
+    known = get_args(Compute.model_fields["attention"].annotation)
+    wanted = ("varlen", "flex", "dense") if device == "cuda" else ("tiles", "dense")
+    return [path for path in wanted if path in known]
 
 
 def planned(lm: LanguageModel, **plan: Any) -> LanguageModel:
@@ -287,53 +293,80 @@ def small(family: str, precision: str, device: str, weights: torch.dtype) -> Lan
     return lm
 
 
+ERRORS = (RuntimeError, TypeError, AttributeError, ImportError, UpweightError)
+"""What a kernel that is not there, or not for this device, ends in."""
+
+
+def broken(model: str, precision: str, way: str, error: Exception) -> Check:
+    traceback.print_exc()
+    return Check(model, precision, f"{way}: {type(error).__name__}", (math.inf, None), (0.0, None))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What checks are made of: rows, and the names that stand beside each."""
+
+    model: str
+    precision: str
+    trees: tuple[Tree, ...]
+
+    def check(self, way: str, lm: LanguageModel, truth: Values, **options: int) -> Check:
+        """One way through the engine. One that raises does not hold, and the next is tried."""
+        with patch.object(attention, "dense_attention", wraps=attention.dense_attention) as dense:
+            try:
+                got = values(lm, token_logps(lm, collate(self.trees), **options))
+            except ERRORS as error:
+                return broken(self.model, self.precision, f"{way}, {lm.plan.attention}", error)
+        # A path that cannot do what a family asks for hands over to another.
+        fell_back = dense.called and lm.plan.attention != "dense"
+        way += f" ({'dense, for ' * fell_back}{lm.plan.attention})" * lm.plan.shared
+        found = difference(got, truth)
+        return Check(self.model, self.precision, way, found, ALLOWED[self.precision])
+
+
 def check_ways(family: str, precision: str, device: str) -> Iterator[Check]:
     """Each attention path, rows unshared, and by transformers alone, which shows the rounding."""
     lm = small(family, precision, device, torch.float32)
-    trees = random_trees(CHECKED_SHAPES, lm.vocab_size)
-    forest, truth = collate(trees), oracle(lm, trees)
-    row = functools.partial(Check, family, precision)
+    subject = Subject(family, precision, tuple(random_trees(CHECKED_SHAPES, lm.vocab_size)))
+    truth = oracle(lm, subject.trees)
     with attention.native_attention(lm.causal), lm.compute():
-        alone = one_at_a_time(lm, trees)
-    yield row("transformers alone", difference(values(lm, alone), truth), None)
-    ways: dict[str, LanguageModel] = {}
+        alone = values(lm, one_at_a_time(lm, subject.trees))
+    yield Check(family, precision, "transformers alone", difference(alone, truth), None)
+    chosen = proof.find_plan(lm)
+    auto = f"auto takes: {chosen.attention if chosen.shared else 'unshared'}"
+    yield Check(family, precision, auto, (None, None), None)
     for path in paths(device):
         # The variable-length kernel knows half precision only.
         if not (path == "varlen" and precision == "fp32"):
-            ways[f"{path} attention"] = planned(lm, attention=path)
-    ways["unshared"] = planned(lm, shared=False, reason="a check")
-    for way, ready in ways.items():
-        found = difference(values(ready, token_logps(ready, forest)), truth)
-        yield row(way, found, ALLOWED[precision])
-    chained = [replace(t, responses=(tuple(chain(*t.responses)),)) for t in trees]
-    leak = token_logps(next(iter(ways.values())), collate(chained)).detach().cpu().double()
+            yield subject.check("attention", planned(lm, attention=path), truth)
+    yield subject.check("unshared", planned(lm, shared=False, reason="a check"), truth)
+    chained = [replace(t, responses=(tuple(chain(*t.responses)),)) for t in subject.trees]
+    leak = token_logps(planned(lm, attention="dense"), collate(chained)).detach().cpu().double()
     off = float((leak - truth[0]).abs().max())
-    yield row("planted: reads its siblings", (off, None), (ALLOWED[precision][0], None), True)
+    allowed = (ALLOWED[precision][0], None)
+    yield Check(family, precision, "planted: reads siblings", (off, None), allowed, True)
 
 
 def check_tuning(precision: str, device: str) -> Iterator[Check]:
     """Frozen head, chunks of the head that are kept and made again, recomputed layers, LoRA."""
     best = "dense" if device == "cuda" and precision == "fp32" else paths(device)[0]
     whole = planned(small("llama", precision, device, torch.float32), attention=best)
-    trees = random_trees(CHECKED_SHAPES, whole.vocab_size)
-    row = functools.partial(Check, "llama", precision)
-    head_in_chunks = dict(chunk_elements=10_000, kept_elements=25_000)
-
-    def check(way: str, lm: LanguageModel, **options: int) -> Check:
-        found = values(lm, token_logps(lm, collate(trees), **options))
-        return row(f"{way} ({best})", difference(found, oracle(lm, trees)), ALLOWED[precision])
-
-    yield check("head in chunks", whole, **head_in_chunks)
-    frozen = deepcopy(whole)
+    trees = tuple(random_trees(CHECKED_SHAPES, whole.vocab_size))
+    check = Subject("llama", precision, trees).check
+    chunks = dict(chunk_elements=10_000, kept_elements=25_000)
+    frozen, recomputed = deepcopy(whole), deepcopy(whole)
     frozen.causal.get_output_embeddings().weight.requires_grad_(False)
-    yield check("frozen head in chunks", frozen, **head_in_chunks)
-    recomputed = deepcopy(whole)
+    yield check("head in chunks", whole, oracle(whole, trees), **chunks)
+    yield check("frozen head in chunks", frozen, oracle(frozen, trees), **chunks)
     checkpoint_layers(recomputed)
-    yield check("checkpointing", recomputed)
-    yield check("LoRA", adapted(whole))
+    yield check("checkpointing", recomputed, oracle(whole, trees))
+    adapters = {"LoRA": whole}
     if precision == "bf16":
-        half = planned(small("llama", precision, device, torch.bfloat16), attention=best)
-        yield check("LoRA, bf16 weights", adapted(half))
+        half = small("llama", precision, device, torch.bfloat16)
+        adapters["LoRA, bf16 weights"] = planned(half, attention=best)
+    for way, lm in adapters.items():
+        lm = adapted(lm)
+        yield check(way, lm, oracle(lm, trees))
 
 
 def adapted(lm: LanguageModel) -> LanguageModel:
@@ -366,7 +399,7 @@ def check_head(precision: str, device: str, vocab: int, width: int) -> Iterator[
         got = head_logps(lm, hidden, targets, 20 * vocab, 30 * vocab)
         exact = [x.detach().to(PRECISIONS[precision]).double() for x in (hidden, weight)]
         h, w = (x.requires_grad_() for x in exact)
-        wanted = (h @ w.T).log_softmax(-1)[torch.arange(50), targets]
+        wanted = (h @ w.T).log_softmax(-1)[torch.arange(50, device=device), targets]
         unit = 2**-8 * (wanted.abs() + math.log(vocab) + 1) if precision == "bf16" else 1.0
         off = float(((got - wanted).abs() / unit).max())
         leaves = (hidden,) if frozen else (hidden, weight)
@@ -379,19 +412,17 @@ def check_head(precision: str, device: str, vocab: int, width: int) -> Iterator[
 
 
 def correctness(device: str, tiny: bool) -> Iterator[Check]:
-    """All checks. A way that raises is a check that does not hold."""
+    """All checks. What cannot even begin is a check that does not hold."""
+    vocab, width = (2000, 64) if tiny else (151_936, 896)
     for precision in PRECISIONS:
         parts = [(family, check_ways(family, precision, device)) for family in FAMILIES]
         parts.append(("llama", check_tuning(precision, device)))
-        vocab, width = (2000, 64) if tiny else (151_936, 896)
         parts.append((f"V {vocab:,}", check_head(precision, device, vocab, width)))
         for model, part in parts:
             try:
                 yield from part
-            except (RuntimeError, NotImplementedError, TypeError, AttributeError, ImportError) as e:
-                print(f"{type(e).__name__}: {e}", file=sys.stderr)
-                why = f"raised {type(e).__name__}: {(str(e).splitlines() or [''])[0][:80]}"
-                yield Check(model, precision, why, (math.inf, None), (0.0, None))
+            except ERRORS as error:
+                yield broken(model, precision, "the rest", error)
 
 
 # -- speed -----------------------------------------------------------------------------------------
@@ -413,30 +444,48 @@ class Budget:
 
 @dataclass(frozen=True)
 class Case:
-    """One model on one shape of rows. `folder` holds it for a program of its own, if asked for."""
+    """One model on a step's rows of one shape, and the operations that the step needs."""
 
     size: Size
-    lengths: tuple[int, int, int]
+    lengths: str
     trees: tuple[Tree, ...]
-    shape: ModelShape
+    work: float
+
+    @property
+    def row(self) -> int:
+        """Tokens of a pair that is padded, prompts and all."""
+        return 2 * max(len(t.prompt) + max(map(len, t.responses)) for t in self.trees)
 
 
 @dataclass
 class Cell:
-    """What one side came to on a case: seconds of its steps, the first of which is a warm-up."""
+    """What one side came to on a case: seconds of its steps, the first of which is a warm-up.
+
+    `at_once` is the tokens of a forward pass, padding and repeated prompts among them.
+    """
 
     model: str
-    lengths: tuple[int, int, int]
+    lengths: str
     side: str
+    pairs: int
+    tokens: int
+    work: float
+    attention: str
+    at_once: int = 0
     seconds: list[float] = field(default_factory=list[float])
     peak_bytes: int | None = None
-    at_once: int | None = None
-    attention: str = "-"
     note: str = ""
+    failed: bool = False
 
     @property
     def step(self) -> float | None:
         return statistics.median(self.seconds[1:]) if len(self.seconds) > 1 else None
+
+
+def blank(case: Case, side: str, attention_path: str) -> Cell:
+    tokens = sum(tree.num_tokens for tree in case.trees)
+    pairs = len(case.trees)
+    return Cell(case.size.name, case.lengths, side, pairs, tokens, case.work, attention_path)
 
 
 def shape_of(model: torch.nn.Module) -> ModelShape:
@@ -543,76 +592,79 @@ def plain_steps(lm: LanguageModel, trees: Sequence[Tree], at_once: int, until: f
 Attempt = Callable[[LanguageModel, Sequence[Tree], int, float], Steps]
 
 
-def measure(cell: Cell, lm: LanguageModel, trees: Sequence[Tree], attempt: Attempt, least: int, until: float) -> None:
-    """`attempt`, computing half as much at once each time that memory runs out."""
+def measure(
+    cell: Cell, lm: LanguageModel, case: Case, attempt: Attempt, sizes: Sequence[int], until: float
+) -> int:
+    """`attempt` at the largest of `sizes` that memory allows, which is returned."""
     cuda = lm.device.type == "cuda"
-    assert cell.at_once is not None
-    while True:
+    for size in sizes:
         free_cached(lm.device)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         try:
-            cell.seconds = attempt(lm, trees, cell.at_once, until).seconds
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        except UpweightError as error:
-            cell.note = str(error).splitlines()[0]
-            break
+            cell.seconds = attempt(lm, case.trees, size, until).seconds
+        except (RuntimeError, MemoryError, UpweightError) as error:
+            blame(cell, error, f"at {size}")
         else:
             cell.peak_bytes = torch.cuda.max_memory_allocated() if cuda else None
-            cell.note = "" if len(cell.seconds) > 1 else "no time for more than the warm-up step"
-            break
+            cell.note = "" if len(cell.seconds) > 1 else "no time for a step after the warm-up"
         lm.model.zero_grad(set_to_none=True)
-        if cell.at_once <= least:
-            cell.note = "out of memory"
-            break
-        cell.at_once = max(least, cell.at_once // 2)
-    lm.model.zero_grad(set_to_none=True)
+        if not cell.note.startswith(FULL):
+            return size
+    return sizes[-1]
 
 
-def largest_row(trees: Sequence[Tree]) -> int:
-    return max(len(t.prompt) + max(map(len, t.responses)) for t in trees)
+def blame(cell: Cell, error: Exception, where: str) -> None:
+    """The cell says why it is empty. Too little memory is a result, anything else a failure."""
+    if is_out_of_memory(error):
+        cell.note = f"{FULL} {where}"
+        return
+    traceback.print_exc()
+    first = (str(error).splitlines() or [""])[0]
+    cell.note, cell.failed = f"{type(error).__name__}: {first[:100]}", True
+
+
+def halves(most: int, least: int) -> list[int]:
+    found = [most]
+    while found[-1] > least:
+        found.append(max(least, found[-1] // 2))
+    return found
 
 
 def time_case(lm: LanguageModel, case: Case, budget: Budget) -> Iterator[Cell | Check]:
     """upweight and the plain trainer in turn, and whether they agree on the rows."""
-    ours, plain = (Cell(case.size.name, case.lengths, side) for side in (OURS, PLAIN))
-    ours.attention, plain.attention = lm.plan.attention if lm.plan.shared else "unshared", "sdpa"
-    trees = case.trees
-    ours.at_once = plan_memory(lm, trees).tokens_per_bin
+    ours = blank(case, OURS, lm.plan.attention if lm.plan.shared else "unshared")
+    plain = blank(case, PLAIN, "sdpa")
+    capacity = plan_memory(lm, case.trees).tokens_per_bin
     if (until := budget.take()) is None:
         ours.note = NO_TIME
     else:
-        measure(ours, lm, trees, our_steps, max(t.num_tokens for t in trees), until)
+        sizes = halves(capacity, max(tree.num_tokens for tree in case.trees))
+        used = measure(ours, lm, case, our_steps, sizes, until)
+        ours.at_once = max(collate(group).num_tokens for group in bins(case.trees, used))
     yield ours
-    row = 2 * largest_row(trees)
-    plain.at_once = min(len(trees), max(1, ours.at_once // row))
-    with attention.native_attention(lm.causal):
-        if (until := budget.take()) is None:
-            plain.note = NO_TIME
-        else:
-            measure(plain, lm, trees, plain_steps, 1, until)
-    plain.at_once *= row
+    if (until := budget.take()) is None:
+        plain.note = NO_TIME
+    else:
+        # Powers of two, so that they divide a step's pairs evenly.
+        most = 1 << min(len(case.trees), max(1, capacity // case.row)).bit_length() - 1
+        with attention.native_attention(lm.causal):
+            plain.at_once = measure(plain, lm, case, plain_steps, halves(most, 1), until) * case.row
     yield plain
     if ours.seconds and plain.seconds:
         yield agreement(lm, case)
 
 
 def agreement(lm: LanguageModel, case: Case) -> Check:
-    trees = case.trees[:1]
-    forest = collate(trees)
+    """One pair's log-probs by either side, with the weights as they are."""
+    forest = collate(case.trees[:1])
     with torch.no_grad():
         ours = response_logps(token_logps(lm, forest), forest)
         with attention.native_attention(lm.causal):
-            plain = padded_logps(lm, trees)
+            plain = padded_logps(lm, case.trees[:1])
     each = (ours - plain).abs() / forest.tokens_per_response.to(lm.device)
-    way = f"{lengths_of(case)} against plain, per token"
+    way = f"upweight against plain, {case.lengths}"
     return Check(case.size.name, "bf16", way, (float(each.max()), None), (ALLOWED_LARGE, None))
-
-
-def lengths_of(case: Case | Cell) -> str:
-    return "/".join(map(str, case.lengths))
 
 
 def trl_python() -> Path | None:
@@ -624,16 +676,18 @@ def trl_python() -> Path | None:
 
 
 def time_trl(case: Case, folder: Path, at_once: int, device: str, budget: Budget) -> Cell:
-    """TRL on the same rows in a process of its own, three steps, which nothing cuts short."""
-    cell = Cell(case.size.name, case.lengths, TRL, attention="sdpa")
+    """TRL on the same rows in a process of its own: three steps, which nothing cuts short."""
+    cell = blank(case, TRL, "sdpa")
     python, until = trl_python(), budget.take()
     if python is None or until is None:
         cell.note = "TRL is not installed" if python is None else NO_TIME
         return cell
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in as_text(case)))
     spec = Spec(
         task="train",
         model=str(folder),
-        rows=str(folder / "rows.jsonl"),
+        rows=str(rows),
         steps=3,
         pairs_per_step=len(case.trees),
         precision="bfloat16",
@@ -641,70 +695,209 @@ def time_trl(case: Case, folder: Path, at_once: int, device: str, budget: Budget
         beta=BETA,
         learning_rate=LEARNING_RATE,
     )
-    Path(spec.rows).write_text("".join(json.dumps(row) + "\n" for row in as_text(case)))
-    settings = {
-        "use_cpu": device == "cpu",
-        "gradient_checkpointing": False,
-        "precompute_ref_log_probs": True,
-    }
-    while True:
-        own = {**settings, "per_device_train_batch_size": at_once}
-        cell.at_once = at_once * 2 * largest_row(case.trees)
+    plain = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
+    for size in halves(max(1, at_once), 1):
+        own = {**plain, "use_cpu": device == "cpu", "per_device_train_batch_size": size}
+        cell.at_once = size * case.row
         try:
             events = run(python, "trl_worker.py", replace(spec, settings=own))
         except WorkerError as error:
-            full = "out of memory" in error.said.lower()
-            if full and at_once > 1:
-                at_once //= 2
+            cell.note = f"{FULL} at {size}" if FULL in error.said.lower() else str(error)[:100]
+            if cell.note.startswith(FULL):
                 continue
             print(error.said, file=sys.stderr)
-            cell.note = "out of memory" if full else str(error)[:100]
+            cell.failed = True
         else:
             cell.seconds = [step["seconds"] for step in named(events, "step")]
-        return cell
+            cell.note = ""
+        break
+    return cell
 
 
 def as_text(case: Case) -> Iterator[dict[str, str]]:
-    """The trees as TRL reads rows: words that its tokenizer makes the same ids of."""
-    name = words(case.shape.head[0]).convert_ids_to_tokens
+    """The trees as TRL reads rows: words that the saved tokenizer makes the same ids of."""
+    name = words(case.size.config["vocab_size"]).convert_ids_to_tokens
     for tree in case.trees:
         prompt, chosen, rejected = (" ".join(name(list(x))) for x in (tree.prompt, *tree.responses))
         yield {"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}
 
 
 def time_model(
-    size: Size, shapes: Mapping[tuple[int, int, int], int], device: str, budget: Budget, trl: bool
+    size: Size, shapes: Shapes, device: str, budget: Budget, trl: bool
 ) -> Iterator[Cell | Check]:
     """Every shape on one model; then TRL's turn, when this program's memory is free again."""
     weights = torch.bfloat16 if size.lora else torch.float32
     lm = build("llama", size.config, weights, torch.bfloat16, device)
-    shape, vocab = shape_of(lm.model), lm.vocab_size
+    shape = shape_of(lm.model)
+    cases = [
+        Case(size, "/".join(map(str, lengths)), trees, operations(shape, trees, lora=size.lora))
+        for lengths, pairs in shapes.items()
+        for trees in [tuple(random_trees([lengths] * pairs, lm.vocab_size))]
+    ]
     lm.plan = proof.find_plan(lm)
     if lm.plan.shared:
         lm.causal.set_attn_implementation(attention.NAME)
     with tempfile.TemporaryDirectory(prefix="upweight-gpu-") as folder:
         if trl and trl_python() is not None:
             lm.causal.save_pretrained(folder)
-            words(vocab).save_pretrained(folder)
+            words(lm.vocab_size).save_pretrained(folder)
         if size.lora:
             lm = add_lora(lm, **LORA, seed=0)
-        cases = [
-            Case(size, lengths, tuple(random_trees([lengths] * pairs, vocab)), shape)
-            for lengths, pairs in shapes.items()
-        ]
-        at_once: dict[Case, int] = {}
+        at_once: list[int] = []
         for case in cases:
             for result in time_case(lm, case, budget):
                 if isinstance(result, Cell) and result.side == PLAIN:
-                    at_once[case] = (result.at_once or 1) // (2 * largest_row(case.trees))
+                    at_once.append(result.at_once // case.row)
                 yield result
         del lm
         free_cached(torch.device(device))
-        for case in cases if trl else ():
-            yield time_trl(case, Path(folder), at_once[case], device, budget)
+        for case, pairs in zip(cases, at_once, strict=True) if trl else ():
+            yield time_trl(case, Path(folder), pairs, device, budget)
 
 
-def row_of(cell: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the table, as numbers."""
-    tokens, work = about["tokens"][cell.model, cell.lengths]
-    pairs = about["pairs"][cell.lengths]
+# -- report ----------------------------------------------------------------------------------------
+
+
+def matmul_peak(device: str, size: int) -> float:
+    """Operations per second of a square bf16 product of random numbers, the best of ten."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = math.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        _ = a @ b, a @ b, a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - start) / 3)
+    return 2 * size**3 / best
+
+
+def speed_table(cells: Sequence[Cell], peak: float, sheet: float | None) -> str:
+    head = ["model", "P/C/R", "pairs", "side", "pairs/s", "x plain", "unique tokens/s", "MFU"]
+    head += ["MFU, data sheet", "peak GiB", "tokens at once", "attention", "steps", "note"]
+    plain = {(c.model, c.lengths): c.step for c in cells if c.side == PLAIN}
+    rows: list[list[str]] = []
+    for cell in cells:
+        step, other = cell.step, plain.get((cell.model, cell.lengths))
+        rates = ["-"] * 5
+        if step is not None:
+            rates = [
+                f"{cell.pairs / step:.2f}",
+                f"{other / step:.2f}" if other else "-",
+                f"{cell.tokens / step:,.0f}",
+                f"{cell.work / step / peak:.1%}",
+                f"{cell.work / step / sheet:.1%}" if sheet else "-",
+            ]
+        memory = "-" if cell.peak_bytes is None else f"{cell.peak_bytes / 2**30:.1f}"
+        used = f"{cell.at_once:,}" if cell.at_once else "-"
+        done = str(max(0, len(cell.seconds) - 1))
+        about = [cell.model, cell.lengths, str(cell.pairs), cell.side]
+        rows.append([*about, *rates, memory, used, cell.attention, done, cell.note])
+    return markdown_table(head, rows)
+
+
+def hardware(device: str, tiny: bool) -> dict[str, Any]:
+    """Device, versions, and how fast it multiplies matrices."""
+    names = ("torch", "transformers", "peft", "upweight")
+    found: dict[str, Any] = {name: version(name) for name in names}
+    found |= {"device": "cpu", "matmul_peak": matmul_peak(device, 256 if tiny else 8192)}
+    if device == "cuda":
+        about = torch.cuda.get_device_properties(0)
+        found |= {"device": about.name, "memory_bytes": about.total_memory}
+        found["cuda"] = torch.version.cuda
+    sheet = [v for name, v in DATA_SHEET.items() if name in found["device"]]
+    return found | {"data_sheet_peak": sheet[0] * 1e12 if sheet else None}
+
+
+def describe(about: Mapping[str, Any]) -> str:
+    sheet, memory = about["data_sheet_peak"], about.get("memory_bytes")
+    parts = [about["device"]] + ([f"{memory / 2**30:.0f} GiB"] if memory else [])
+    parts.append(f"bf16 products at {about['matmul_peak'] / 1e12:.3g} TFLOP/s")
+    parts += [f"data sheet {sheet / 1e12:.0f}"] if sheet else []
+    names = ("upweight", "torch", "cuda", "transformers", "peft")
+    versions = [f"{name} {about[name]}" for name in names if name in about]
+    return f"{', '.join(parts)}\n\n{', '.join(versions)}"
+
+
+@dataclass
+class Report:
+    """What is known so far, kept on disk as it grows."""
+
+    name: str
+    about: Mapping[str, Any]
+    checks: list[Check] = field(default_factory=list[Check])
+    cells: list[Cell] = field(default_factory=list[Cell])
+
+    @property
+    def holds(self) -> bool:
+        failed = any(cell.failed for cell in self.cells)
+        return all(check.holds for check in self.checks) and not failed
+
+    def text(self) -> str:
+        failed = sum(not check.holds for check in self.checks)
+        verdict = f"{failed} of {len(self.checks)} NOT within what is allowed" if failed else "hold"
+        peak, sheet = self.about["matmul_peak"], self.about["data_sheet_peak"]
+        parts = ["# upweight on a GPU", describe(self.about), f"## Checks: {verdict}"]
+        parts += [checks_table(self.checks), "## Speed", speed_table(self.cells, peak, sheet)]
+        return "\n\n".join(parts)
+
+    def add(self, result: Check | Cell) -> None:
+        if isinstance(result, Check):
+            self.checks.append(result)
+            print(" | ".join(result.cells()), flush=True)
+        else:
+            self.cells.append(result)
+            rate = f"{result.pairs / result.step:.2f} pairs/s" if result.step else result.note
+            print(f"{result.model} | {result.lengths} | {result.side}: {rate}", flush=True)
+
+    def save(self) -> Path:
+        record = {
+            "about": self.about,
+            "checks": [{**asdict(check), "holds": check.holds} for check in self.checks],
+            "cells": [asdict(cell) for cell in self.cells],
+        }
+        return save(self.name, self.text(), record)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default 8)")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU: a rehearsal")
+    parser.add_argument("--trl", action="store_true", help="TRL too, where it is installed")
+    args = parser.parse_args()
+    if not args.tiny and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device; --tiny rehearses the program on the CPU")
+    return args
+
+
+def main() -> int:
+    # A step that has begun is finished, and the files are written, in the last twentieth.
+    began, args = time.monotonic(), arguments()
+    transformers.utils.logging.set_verbosity_error()
+    device = "cpu" if args.tiny else "cuda"
+    sizes, shapes = (TOY_SIZES, TOY_SHAPES) if args.tiny else (SIZES, SHAPES)
+    report = Report("gpu-tiny" if args.tiny else "gpu", hardware(device, args.tiny))
+    print(describe(report.about), flush=True)
+    for check in correctness(device, args.tiny):
+        report.add(check)
+    report.save()
+    sides = 3 if args.trl else 2
+    for done, size in enumerate(sizes):
+        left = (len(sizes) - done) * len(shapes) * sides
+        budget = Budget(began + 57 * args.minutes, left)
+        try:
+            for result in time_model(size, shapes, device, budget, args.trl):
+                report.add(result)
+                report.save()
+        except (RuntimeError, MemoryError, UpweightError) as error:
+            # The model itself did not fit, or the device is gone. The others have their turn.
+            cell = Cell(size.name, "-", OURS, 0, 0, 0.0, "-")
+            blame(cell, error, "before the first step")
+            report.add(cell)
+        free_cached(torch.device(device))
+    path = report.save()
+    print(f"\n{path.read_text()}\n{path}, {time.monotonic() - began:.0f} s")
+    return 0 if report.holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

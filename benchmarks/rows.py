@@ -87,6 +87,20 @@ def model_without_tail(model: str, folder: Path) -> str:
     return str(folder)
 
 
+def one_pair_rows(file: str) -> list[dict[str, Any]]:
+    """Rows of K scored responses, each as the pair of its best and its worst."""
+    examples, _ = load_examples([file], pairing="extremes")
+    return [
+        {
+            "prompt": example.prompt,
+            "chosen": example.responses[pair.chosen].content,
+            "rejected": example.responses[pair.rejected].content,
+        }
+        for example in examples
+        for pair in example.preferences[:1]
+    ]
+
+
 def make_work(
     name: str,
     rows: Sequence[Mapping[str, Any]],
