@@ -45,6 +45,8 @@ ABLATIONS: Mapping[str, Settings] = {
     "packing off": {"batch.tokens_per_bin": 1},
     "attention dense": {"compute.attention": "dense"},
     "checkpointing on": {"compute.checkpointing": True},
+    "fused head off": {"bench": "two passes"},
+    "compiled layers": {"bench": "compiled"},
 }
 """One switch of upweight's engine turned from what it is by default. A bin of one token holds one
 tree. The cached reference needs no run of its own: without it, every step pays the reference pass

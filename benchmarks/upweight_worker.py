@@ -15,18 +15,21 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import AttentionInterface
 
 from floor import matrix_products_per_second, model_shape
 from protocol import LORA, Spec, work
-from upweight.config import Resolved, load_run
+from upweight.config import Resolved, Run, load_run
 from upweight.data.pack import bins, collate, merge_same_prompts
 from upweight.data.stream import batch_for_step, plan_epoch
 from upweight.evidence.evaluate import score_trees
 from upweight.losses import PAIR_LOSSES
+from upweight.models import head
 from upweight.models.adapter import add_lora
+from upweight.models.attention import NAME, forest_attention
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
-from upweight.recipes import dpo
+from upweight.recipes import dpo, start
 from upweight.recipes.prepare import describe, fill_reference, load_policy, prepare
 from upweight.recipes.screen import Silent
 from upweight.training.loop import Hooks, Plan, Progress, fit
@@ -93,12 +96,37 @@ def resolve(spec: Spec) -> Resolved:
         "compute.dtype": spec.precision,
         "checkpoint.every": spec.steps,
         **({"lora": LORA} if spec.lora else {}),
-        **spec.settings,
+        **{key: value for key, value in spec.settings.items() if key != "bench"},
     }
     return load_run(None, values=values, required=("out",))
 
 
+def two_passes() -> None:
+    """The head as for families that change their logits: dense chunks, recomputed backward."""
+    head._is_plain = lambda *_: False
+
+
+def compiled() -> None:
+    """Each decoder layer through torch.compile, attention left out."""
+    AttentionInterface.register(NAME, torch.compiler.disable(forest_attention))
+    plainly = start.load_policy
+
+    def load_policy(run: Run) -> LanguageModel:
+        lm = plainly(run)
+        for layer in lm.causal.base_model.layers:
+            layer.compile(dynamic=True)
+        return lm
+
+    start.load_policy = load_policy
+
+
+SWITCHES: dict[str, Callable[[], None]] = {"two passes": two_passes, "compiled": compiled}
+"""What the ablation turns that is no setting of a run; asked for as `bench: NAME`."""
+
+
 def train(spec: Spec, emit: Emit) -> None:
+    if (name := spec.settings.get("bench")) is not None:
+        SWITCHES[name]()
     try:
         dpo(resolve(spec), Stopwatch(emit))
     except Finished:

@@ -173,6 +173,8 @@ def test_a_score_cap_and_sinks_are_the_same_tree_by_tree(window, options):
     varlen, _ = call(forest, "varlen", inputs, sliding_window=window, **options)
     torch.testing.assert_close(tiled, dense)
     torch.testing.assert_close(varlen, dense)
+    flex, _ = call(forest, "flex", inputs, sliding_window=window, **options)
+    torch.testing.assert_close(flex, dense)
     plain, _ = call(forest, "dense", inputs, sliding_window=window)
     assert (dense - plain).abs().max() > 1e-2
 

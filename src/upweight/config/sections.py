@@ -140,7 +140,7 @@ class Compute(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where the model runs."
     )
-    attention: Literal["auto", "dense", "tiles", "varlen"] = Field(
+    attention: Literal["auto", "dense", "tiles", "varlen", "flex"] = Field(
         default="auto", description="How forest attention is computed; changes speed and no result."
     )
     sharing: bool = Field(

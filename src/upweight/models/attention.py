@@ -5,7 +5,8 @@ tests and once at the start of every run on the model at hand (proof.py).
 
 dense    one boolean mask, filled row by row from the parent array
 tiles    CPU: rows in tiles of like size, computed together by plain products (tiles.py)
-varlen   CUDA: one variable-length call over gathered keys
+varlen   CUDA: one variable-length call over gathered keys; flex where scores are changed
+flex     CUDA: FlexAttention over the blocks that a forest needs (flex.py)
 
 The models reach these functions through transformers' AttentionInterface: nothing is patched. The
 layout of the forest travels as the keyword argument `forest_layout`, so that a layer that is
@@ -26,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from upweight.models.flex import FlexPlan, flex_attention_forest, flex_plan
 from upweight.models.tiles import Heads, Tiles, tiled_attention, tiles_of
 from upweight.types import Forest, Span
 
@@ -52,6 +54,7 @@ class Layout:
     windows: dict[int, int | None] = field(default_factory=dict[int, int | None])
     _masks: dict[object, Tensor] = field(default_factory=dict[object, Tensor])
     _varlen: VarlenPlan | None = None
+    _flex: dict[int | None, FlexPlan] = field(default_factory=dict[int | None, FlexPlan])
     _tiles: dict[object, list[Tiles]] = field(default_factory=dict[object, list[Tiles]])
 
     def mask(self, window: int | None) -> Bool[Tensor, "tokens tokens"]:
@@ -68,6 +71,13 @@ class Layout:
         if self._varlen is None:
             self._varlen = varlen_plan(self.spans, self.parent.device)
         return self._varlen
+
+    def flex(self, window: int | None) -> FlexPlan:
+        """The blocks of scores that a window leaves, made at the first layer that has it."""
+        if window not in self._flex:
+            device = self.parent.device
+            self._flex[window] = flex_plan(self.spans, self.position, window, device)
+        return self._flex[window]
 
     def tiles(self, window: int | None, heads: Heads, dtype: torch.dtype) -> list[Tiles]:
         """The rows in tiles, made at the first layer."""
@@ -143,6 +153,9 @@ def forest_attention(
     varlen = layout.path == "varlen" and plain and value.shape[-1] == query.shape[-1]
     if varlen:
         out = varlen_attention(query, key, value, layout, scale, sliding_window)
+    elif layout.path == "flex" or (layout.path == "varlen" and query.is_cuda):
+        plan = layout.flex(window)
+        out = flex_attention_forest(query, key, value, plan, scale, softcap, s_aux)
     elif layout.path != "tiles":
         mask = layout.mask(window)
         out = dense_attention(query, key, value, mask, scale, softcap, s_aux)
@@ -318,7 +331,9 @@ def implementation(model: PreTrainedModel) -> str:
 def native_attention(model: PreTrainedModel) -> Generator[None]:
     """The model as transformers runs it, for generation and for families that cannot share."""
     before = implementation(model)
-    sdpa = getattr(model, "_supports_sdpa", False)
+    # Some versions of transformers let a family that caps its scores run without the cap.
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    sdpa = getattr(model, "_supports_sdpa", False) and not capped
     model.set_attn_implementation("sdpa" if sdpa else "eager")
     try:
         yield

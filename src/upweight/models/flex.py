@@ -74,8 +74,8 @@ def flex_plan(
 
     first = torch.arange(0, num_tokens, block_size, device=device)
     rows, keys = first[:, None], first[None, :]
-    # What pads the last block counts for nothing in a maximum or minimum that keeps a block, and
-    # stops one from being full: the kernel does not mask what lies behind the last token there.
+    # What pads the last block keeps none. Nor is a block of its rows full, which the kernel would
+    # not mask behind the last token: no `until` lies there.
     ends = _by_block(until, block_size, 0)
     floors = _by_block(least, block_size, num_tokens)
     depths = _by_block(depth, block_size, -1)
@@ -135,6 +135,7 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, fullgraph=True)
 
 
+# Untyped: by keyword arguments from a dict, a type checker finds its deprecated overload.
 _uncompiled: Callable[..., Any] = flex_attention
 
 

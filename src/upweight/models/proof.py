@@ -67,7 +67,7 @@ def find_plan(lm: LanguageModel, *, path: str = "auto", sharing: bool = True) ->
 
 
 def _candidates(lm: LanguageModel) -> list[str]:
-    return ["varlen", "dense"] if lm.device.type == "cuda" else ["tiles", "dense"]
+    return ["varlen", "flex", "dense"] if lm.device.type == "cuda" else ["tiles", "dense"]
 
 
 def _known_reason(lm: LanguageModel) -> str | None:
@@ -150,6 +150,8 @@ def one_at_a_time(lm: LanguageModel, forest: Forest) -> Float[Tensor, " scored"]
 def _failure(lm: LanguageModel, plan: ForwardPlan, probe: Forest, truth: Tensor) -> str | None:
     """What is wrong with a plan, or None. Runs in the weights' own dtype, without autocast; the
     variable-length kernel, which knows half precision only, runs in the compute dtype."""
+    if plan.attention == "flex" and lm.device.type != "cuda":
+        return "its kernel has a gradient on CUDA only"
     before, compute_dtype = lm.plan, lm.compute_dtype
     implementation = attention.implementation(lm.causal)
     weights = next(lm.model.parameters()).dtype
