@@ -30,7 +30,13 @@ from upweight.models.attention import NAME, forest_attention
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
 from upweight.recipes import dpo, start
-from upweight.recipes.prepare import describe, fill_reference, load_policy, prepare
+from upweight.recipes.prepare import (
+    describe,
+    fill_reference,
+    load_policy,
+    prepare,
+    tokens_read_at_once,
+)
 from upweight.recipes.screen import Silent
 from upweight.training.loop import Hooks, Plan, Progress, fit
 from upweight.training.objectives import Objective, pair
@@ -141,7 +147,7 @@ def score(spec: Spec, emit: Emit) -> None:
     trees = prepare(run, lm).trees["train"]
     order = [i for step in plan_epoch(trees, spec.pairs_per_step, spec.seed, 0) for i in step]
     trees = [trees[i] for i in order]
-    scores = iter(score_trees(lm, trees, None, spec.beta, run.batch.tokens_per_bin))
+    scores = iter(score_trees(lm, trees, None, spec.beta, tokens_read_at_once(run, lm)))
     for tree in trees:
         for preference in tree.preferences:
             found = next(scores)
@@ -180,7 +186,7 @@ def price(spec: Spec, emit: Emit) -> None:
     )
     loss = functools.partial(PAIR_LOSSES["dpo"], beta=spec.beta)
     objectives: dict[str, Objective] = {"dpo": pair(reference, loss, spec.beta), "sft": sft}
-    capacity = run.batch.tokens_per_bin
+    capacity = tokens_read_at_once(run, lm)
 
     def forests(step: int) -> list[Forest]:
         batch = batch_for_step(trees, spec.pairs_per_step, spec.seed, step)
