@@ -20,8 +20,10 @@ from upweight.config.sections import (
     Lora,
     Loss,
     Optimizer,
+    Preflight,
     Run,
     Section,
+    Watch,
 )
 
 __all__ = [
@@ -36,9 +38,11 @@ __all__ = [
     "Loss",
     "READS",
     "Optimizer",
+    "Preflight",
     "Resolved",
     "Run",
     "Section",
+    "Watch",
     "dump",
     "flags",
     "leaf_values",

@@ -192,6 +192,55 @@ class Checkpoint(Section):
     )
 
 
+class Preflight(Section):
+    """from when on the rows are reported or refused, before step 1"""
+
+    cut: Share = Field(
+        default=0.2,
+        description="Responses of either side that are cut, or rows too long, as a share: more is "
+        "refused (UW205).",
+    )
+    swapped: Share = Field(
+        default=0.25,
+        description="Preferences in which the reference agrees, as a share: fewer may be swapped "
+        "(UW207).",
+    )
+    contradictory: Share = Field(
+        default=0.01, description="Preferences that contradict each other, as a share (UW210)."
+    )
+    repeated: Share = Field(
+        default=0.05, description="Rows that repeat an earlier one, as a share (UW210)."
+    )
+    shortcut: Share = Field(
+        default=0.8, description="Accuracy of length alone, or of words alone, as a share (UW211)."
+    )
+
+
+class Watch(Section):
+    """from when on what happens during training is reported"""
+
+    moved: Share = Field(
+        default=0.5,
+        description="Weights in half precision that the first step moves, as a share: fewer are "
+        "reported (UW104).",
+    )
+    displaced: NotNegative = Field(
+        default=1.0, description="Nats a token that chosen responses may lose (UW304)."
+    )
+    length: Annotated[float, Field(ge=1)] = Field(
+        default=3.0,
+        description="How many times the reference's an answer's length may be, or its inverse "
+        "(UW305).",
+    )
+    solved: Share = Field(
+        default=0.995,
+        description="Training pairs told apart, as a share, at a loss of next to nothing (UW306).",
+    )
+    kl: NotNegative = Field(
+        default=50.0, description="Nats an answer from the reference, sampled (UW308)."
+    )
+
+
 class Export(Section):
     """the model that is written at the end"""
 
@@ -233,6 +282,8 @@ class Run(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     export: Export = Export()
+    preflight: Preflight = Preflight()
+    watch: Watch = Watch()
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -245,4 +296,6 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluation": Evaluation,
     "checkpoint": Checkpoint,
     "export": Export,
+    "preflight": Preflight,
+    "watch": Watch,
 }

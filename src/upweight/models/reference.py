@@ -65,6 +65,10 @@ class Reference:
         rows = [self.table[key] for key in self._keys(forest.trees)]
         return torch.from_numpy(np.concatenate(rows)) if rows else torch.zeros(0)
 
+    def token_logps(self, tree: Tree, response: int) -> np.ndarray:
+        """One response's log-probs, token by token, in nats."""
+        return self.table[response_key(self.fingerprint, tree.prompt, tree.responses[response])]
+
     def missing(self, trees: Sequence[Tree]) -> list[Tree]:
         """The trees of which some response is not known yet."""
         return [t for t in trees if any(key not in self.table for key in self._keys([t]))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -16,12 +16,13 @@ from upweight.models.load import LanguageModel, fingerprint, load
 from upweight.models.reference import Reference, fill, open_reference, verify
 from upweight.recipes.screen import Screen
 from upweight.training.memory import TOKENS_PER_BIN
+from upweight.trust.finding import Finding
 from upweight.types import Example, Tree
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Trees by set ("train" first), and the account of each."""
+    """Trees by set ("train" first), the account of each, and what is suspicious about them."""
 
     def __repr__(self) -> str:
         return "\n".join(account_lines(self))
@@ -29,6 +30,7 @@ class Prepared:
     trees: dict[str, list[Tree]]
     accounts: dict[str, Account]
     renderer: Renderer
+    findings: tuple[Finding, ...] = ()
 
 
 def load_policy(run: Run) -> LanguageModel:
@@ -102,6 +104,7 @@ def account_record(prepared: Prepared) -> dict[str, object]:
     return {
         "template": prepared.renderer.template,
         "sets": {name: account.to_json() for name, account in prepared.accounts.items()},
+        "findings": [asdict(finding) for finding in prepared.findings],
     }
 
 

@@ -8,14 +8,18 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from upweight.config import Run, leaf_values, load_run
+from upweight.config import Preflight, Run, Watch, leaf_values, load_run
 from upweight.errors import ConfigError, DataError
 from upweight.recipes.prepare import Prepared
 from upweight.recipes.reference import Against
 from upweight.training.checkpoint import Position
 from upweight.types import Tree
 
-FREE_TO_CHANGE = {"resume", "out", "log_every", "track", "compute.threads", "checkpoint.keep"}
+FREE_TO_CHANGE = {
+    *("resume", "out", "log_every", "track", "compute.threads", "checkpoint.keep"),
+    *(f"preflight.{name}" for name in Preflight.model_fields),
+    *(f"watch.{name}" for name in Watch.model_fields),
+}
 """Keys that a resumed run may have otherwise than the run it goes on with."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from upweight.config import Resolved, Run
@@ -26,6 +26,7 @@ from upweight.training.checkpoint import Position
 from upweight.training.loop import Plan
 from upweight.training.memory import plan_memory
 from upweight.training.rundir import require_space
+from upweight.trust.preflight import Examined, examine
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     prepared = prepare(run, lm)
     for line in account_lines(prepared):
         screen.note(line)
+    found = tuple(f for examined in examined_sets(run, prepared) for f in examine(examined))
+    prepared = replace(prepared, findings=found)
+    for finding in found:
+        screen.note(str(finding))
     if saved is not None:
         require_same_settings(saved, run, prepared)
     lm = _trained(run, lm)
@@ -78,6 +83,13 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     if run.out is not None:
         _require_room(run, lm, Path(run.out))
     return Start(resolved, lm, prepared, _plan(run, prepared), best)
+
+
+def examined_sets(run: Run, prepared: Prepared) -> list[Examined]:
+    return [
+        Examined(name, trees, prepared.accounts[name], run.preflight)
+        for name, trees in prepared.trees.items()
+    ]
 
 
 def _trained(run: Run, lm: LanguageModel) -> LanguageModel:

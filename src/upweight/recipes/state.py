@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -23,6 +23,7 @@ from upweight.training.rundir import (
     truncate_jsonl_after,
     truncate_ledger_after,
 )
+from upweight.trust.watch import Watch
 from upweight.types import Forest
 
 
@@ -38,6 +39,7 @@ class State:
     screen: Screen
     trackers: Tracking
     tokens_per_bin: int
+    watch: Watch
     best: float | None = None
     best_step: int | None = None
     recomputing: bool = False
@@ -55,6 +57,10 @@ def log(state: State, record: Record) -> None:
     append_jsonl(state.rundir.file("metrics.jsonl"), record)
     state.trackers.log(record)
     state.screen.record(record, state.begun.plan.total_steps)
+    for finding in state.watch.after(record):
+        warning = {"step": record["step"], "kind": "warning", **asdict(finding)}
+        append_jsonl(state.rundir.file("metrics.jsonl"), warning)
+        state.screen.note(str(finding))
 
 
 def save(state: State, progress: Progress) -> None:

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,13 +28,15 @@ from upweight.recipes.prepare import account_record
 from upweight.recipes.reference import Against, ask_reference
 from upweight.recipes.resume import require_same_models, resume_command
 from upweight.recipes.screen import Screen, Silent
-from upweight.recipes.start import Start, start
+from upweight.recipes.start import Start, examined_sets, start
 from upweight.recipes.state import State, go_back, log, make_room, save
 from upweight.training import checkpoint
 from upweight.training.loop import Hooks, Progress, fit
 from upweight.training.objectives import pair
 from upweight.training.optimizer import make_optimizer
 from upweight.training.rundir import RunDir, open_run_dir, require_space, write_atomic
+from upweight.trust.preflight import swapped
+from upweight.trust.watch import Watch
 from upweight.types import Forest
 
 
@@ -67,6 +69,7 @@ def dpo(resolved: Resolved, screen: Screen | None = None) -> Result:
         against = ask_reference(begun.run, begun.lm, begun.prepared, screen)
         if saved is not None:
             require_same_models(saved.position, begun.run, against)
+        begun = _with_reference(begun, against, screen)
         # Before the first file of the run, so that a login that is wrong leaves an empty folder.
         target = Target(rundir.path, leaf_values(begun.run), saved.position.step if saved else None)
         trackers = stack.enter_context(tracking(to_open, target, screen.note))
@@ -104,9 +107,11 @@ def _state(
     capacity, recomputing = begun.run.batch.tokens_per_bin, begun.run.compute.checkpointing
     assert capacity is not None
     optimizer = _optimizer(begun)
+    watch = Watch(begun.lm, begun.run.watch)
     return State(
-        begun, against, rundir, optimizer, screen, trackers, capacity, recomputing=recomputing
-    )
+        begun, against, rundir, optimizer, screen, trackers, capacity, watch,
+        recomputing=recomputing,
+    )  # fmt: skip
 
 
 def _optimizer(begun: Start) -> torch.optim.Optimizer:
@@ -119,6 +124,17 @@ def _optimizer(begun: Start) -> torch.optim.Optimizer:
         beta2=options.beta2,
         epsilon=options.epsilon,
     )
+
+
+def _with_reference(begun: Start, against: Against, screen: Screen) -> Start:
+    """With what the reference's log-probs say against the labels."""
+    sets = examined_sets(begun.run, begun.prepared)
+    asked = (swapped(examined, against.logps) for examined in sets)
+    found = tuple(finding for finding in asked if finding is not None)
+    for finding in found:
+        screen.note(str(finding))
+    findings = (*begun.prepared.findings, *found)
+    return replace(begun, prepared=replace(begun.prepared, findings=findings))
 
 
 def _write_records(state: State) -> None:

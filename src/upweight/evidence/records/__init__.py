@@ -16,6 +16,7 @@ from upweight.evidence.records.nouns import (
     Sample,
     SetAccount,
     Setting,
+    Warned,
 )
 from upweight.evidence.records.read import read_records
 
@@ -28,5 +29,6 @@ __all__ = [
     "Sample",
     "SetAccount",
     "Setting",
+    "Warned",
     "read_records",
 ]

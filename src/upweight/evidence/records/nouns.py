@@ -107,6 +107,16 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
+class Warned:
+    """A diagnosis that was reported: before step 1, where `step` is None, or after a step."""
+
+    code: str
+    said: str
+    rows: tuple[str, ...]
+    step: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Records:
     """Everything a run directory says.
 
@@ -121,6 +131,7 @@ class Records:
     samples: tuple[Sample, ...] = ()
     accounts: Mapping[str, SetAccount] = field(default_factory=dict)
     template: str | None = None
+    warnings: tuple[Warned, ...] = ()
     settings: tuple[Setting, ...] = ()
     environment: Json = field(default_factory=dict)
     comparison: Comparison | None = None

@@ -14,6 +14,7 @@ from upweight.evidence.records.nouns import (
     Records,
     Sample,
     SetAccount,
+    Warned,
 )
 from upweight.evidence.records.objects import JsonObject, json_file, json_lines
 from upweight.evidence.records.settings import read_settings
@@ -43,8 +44,8 @@ def read_records(run_dir: Path) -> Records:
             "Give the folder that a run wrote (its `out`)."
         )
     notes = [f"{name} is missing: {_WITHOUT[name]}." for name in missing]
-    train, evals = _measurements(run_dir / "metrics.jsonl", notes)
-    accounts, template = _accounts(run_dir / "account.json")
+    train, evals, during = _measurements(run_dir / "metrics.jsonl", notes)
+    accounts, template, before = _accounts(run_dir / "account.json")
     environment = json_file(run_dir / "environment.json")
     return Records(
         name=run_dir.resolve().name,
@@ -54,6 +55,7 @@ def read_records(run_dir: Path) -> Records:
         samples=tuple(map(_sample, json_lines(run_dir / "samples.jsonl", notes))),
         accounts=accounts,
         template=template,
+        warnings=(*before, *during),
         settings=read_settings(run_dir / "run.yaml"),
         environment=environment.fields if environment else {},
         comparison=_comparison(run_dir / "evaluation.json"),
@@ -63,12 +65,18 @@ def read_records(run_dir: Path) -> Records:
 
 def _measurements(
     path: Path, notes: list[str]
-) -> tuple[tuple[Measurement, ...], dict[str, tuple[Measurement, ...]]]:
+) -> tuple[tuple[Measurement, ...], dict[str, tuple[Measurement, ...]], list[Warned]]:
     train: list[Measurement] = []
     evals: dict[str, list[Measurement]] = {}
+    warned: dict[str, Warned] = {}
     num_replaced, unknown = 0, dict[str, int]()
     for line in json_lines(path, notes):
         kind = line.text("kind")
+        if kind == "warning":
+            found = _warned(line, line.whole("step"))
+            # A run that was resumed looks anew.
+            warned.setdefault(found.code, found)
+            continue
         if kind not in ("train", "eval"):
             unknown[kind] = unknown.get(kind, 0) + 1
             continue
@@ -90,7 +98,15 @@ def _measurements(
         )
     for kind, count in unknown.items():
         notes.append(f'{path.name}: lines of kind "{kind}" are not shown ({count}).')
-    return tuple(train), {name: tuple(rows) for name, rows in evals.items() if rows}
+    shown = {name: tuple(rows) for name, rows in evals.items() if rows}
+    return tuple(train), shown, list(warned.values())
+
+
+def _warned(line: JsonObject, step: int | None = None) -> Warned:
+    rows = line.fields.get("rows", [])
+    if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
+        raise line.wrong("rows", "a list of rows")
+    return Warned(line.text("code"), line.text("said"), tuple(cast("list[str]", rows)), step)
 
 
 def _measurement(line: JsonObject, set_name: str | None) -> Measurement:
@@ -130,13 +146,15 @@ def _sample(line: JsonObject) -> Sample:
     )
 
 
-def _accounts(path: Path) -> tuple[dict[str, SetAccount], str | None]:
+def _accounts(path: Path) -> tuple[dict[str, SetAccount], str | None, list[Warned]]:
     whole = json_file(path)
     if whole is None:
-        return {}, None
+        return {}, None, []
     sets = whole.object("sets")
     template = whole.text("template") if whole.fields.get("template") is not None else None
-    return {name: _account(sets.object(name)) for name in sets.fields}, template
+    findings = whole.objects("findings") if "findings" in whole.fields else ()
+    accounts = {name: _account(sets.object(name)) for name in sets.fields}
+    return accounts, template, [_warned(finding) for finding in findings]
 
 
 def _account(entry: JsonObject) -> SetAccount:

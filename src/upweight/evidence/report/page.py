@@ -16,10 +16,11 @@ from upweight.evidence.report.markup import esc
 from upweight.evidence.report.sections_curves import curves
 from upweight.evidence.report.sections_examples import preferences, samples
 from upweight.evidence.report.sections_numbers import comparison, key_numbers
-from upweight.evidence.report.sections_record import config, environment, rows
+from upweight.evidence.report.sections_record import config, environment, rows, warnings
 from upweight.evidence.report.verdict import masthead
 
 SECTIONS: tuple[tuple[str, Callable[[Records], str]], ...] = (
+    ("Warnings", warnings),
     ("Before and after", comparison),
     ("Key numbers", key_numbers),
     ("Curves", curves),

@@ -21,6 +21,25 @@ from upweight.evidence.report.markup import (
 _PERCENTILES = ("p50", "p90", "p99", "max")
 
 
+def warnings(records: Records) -> str:
+    """What was suspicious before step 1 and during training, with its code; '' for nothing."""
+    if not records.warnings:
+        return ""
+    lines = [
+        (
+            f"<code>{esc(found.code)}</code>",
+            "before step 1" if found.step is None else f"step {count(found.step)}",
+            f"<bdi>{esc(found.said)}</bdi>"
+            + (f" Rows: <bdi>{esc(', '.join(found.rows))}</bdi>." if found.rows else ""),
+        )
+        for found in records.warnings
+    ]
+    return table(("Code", "When", "What was seen"), lines) + reading(
+        "Each may have a harmless reason; upweight explain CODE says what it means, how it is "
+        "found and what to do."
+    )
+
+
 def rows(records: Records) -> str:
     """The account of every set's rows, and the lengths of what is left."""
     if not records.accounts:

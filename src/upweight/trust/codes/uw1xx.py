@@ -53,8 +53,8 @@ PAGES: tuple[Page, ...] = (
             "them back."
         ),
         found_by=(
-            "look at `metrics.jsonl` after some dozen steps. `rewards/margins` of exactly 0 with "
-            "a `grad_norm` above 0 is this failure. With a `grad_norm` of 0 it is UW103."
+            "From the second training record on: the log-ratios of chosen and rejected are "
+            "exactly 0, and the first step has moved weights."
         ),
         guarded_by=(
             "The reference is data: its log-probs are computed before step 1 and kept as numbers, "
@@ -69,6 +69,7 @@ PAGES: tuple[Page, ...] = (
             "Fill the reference before the first update, from the model as it starts.",
             "In a script of your own, copy the model or switch its adapter off.",
         ),
+        detectors=("upweight.trust.watch:is_the_reference",),
     ),
     Page(
         code="UW103",
@@ -79,9 +80,10 @@ PAGES: tuple[Page, ...] = (
             "gradient reached the trained weights, or the updates were too small to matter."
         ),
         found_by=(
-            "look at `metrics.jsonl`. A `grad_norm` of 0 means that no gradient arrives. A "
-            "`grad_norm` above 0 with a `loss` that stays near 0.6931 and `rewards/margins` that "
-            "stay near 0 means that the updates are too small or too few."
+            "After the first step with a learning rate above 0: some 256 elements of every "
+            "trained tensor are compared with what they were before. If none has moved the run is "
+            "refused; the message says whether no gradient arrived (`grad_norm` is 0) or the "
+            "updates were too small for the weights to hold."
         ),
         guarded_by=(
             "A model without a trainable parameter is an error, and so are `lora.targets` that "
@@ -102,6 +104,7 @@ PAGES: tuple[Page, ...] = (
             "Train on a few rows (`data.limit=8`) for many `epochs`: if `rewards/accuracies` does "
             "not reach 1 on rows seen so often, the fault is not in the amount of data.",
         ),
+        detectors=("upweight.trust.watch:nothing_learns",),
     ),
     Page(
         code="UW104",
@@ -114,8 +117,9 @@ PAGES: tuple[Page, ...] = (
             "moves."
         ),
         found_by=(
-            "compare two checkpoints of the weights and count the elements that differ. If most "
-            "are the same to the last bit after many steps, the updates were rounded away."
+            "After the first step, where trained weights are in half precision: fewer of the "
+            "elements that are looked at have moved than `watch.moved` says, and not none "
+            "(UW103). To see it in a model that is already trained, compare two checkpoints."
         ),
         guarded_by=(
             "Weights are loaded and updated in float32, whatever `compute.dtype` is; bfloat16 is "
@@ -133,6 +137,7 @@ PAGES: tuple[Page, ...] = (
             "those of the model in float32.",
         ),
         source="Micikevicius et al. 2018, section 3.1 (arXiv:1710.03740)",
+        detectors=("upweight.trust.watch:swallowed",),
     ),
     Page(
         code="UW105",

@@ -138,10 +138,9 @@ PAGES: tuple[Page, ...] = (
             "token, and a prompt that is cut may have lost its question."
         ),
         found_by=(
-            "read `truncated` in `account.json`, which counts the prompts and responses that were "
-            "cut, and of the responses the chosen and the rejected ones. `dropped` has the rows "
-            "that were `too_long`, and `lengths` the percentiles of what is used. Chosen and "
-            "rejected far apart, or many rows gone, is this failure."
+            "Before step 1, in every set: the share of chosen and of rejected responses that were "
+            "cut, and of rows dropped as too long. One of them above `preflight.cut` is refused. "
+            "`truncated`, `dropped` and `lengths` in `account.json` have the counts."
         ),
         guarded_by=(
             "Nothing is cut unless `data.truncation` asks for it; a row that is too long is "
@@ -159,6 +158,7 @@ PAGES: tuple[Page, ...] = (
             "`data.truncation=prompt`, which cuts prompts at their beginning.",
             "Balance the lengths in the data, and look at UW211.",
         ),
+        detectors=("upweight.trust.preflight:cut",),
     ),
     Page(
         code="UW206",
@@ -196,10 +196,10 @@ PAGES: tuple[Page, ...] = (
             "a good run, because both are measured on the same swapped labels."
         ),
         found_by=(
-            "read the rows that `upweight check run.yaml` prints, and agree or disagree with each. "
-            "Then run `upweight score --model START --data FILE --out scores.jsonl` and count how "
-            "often `logp_chosen` / `tokens_chosen` is above `logp_rejected` / "
-            "`tokens_rejected`: far below half is a reason to read more rows, not a proof."
+            "Before step 1: in what share of preferences the reference gives the chosen response "
+            "the higher log-prob per token. Below `preflight.swapped` by its whole interval is "
+            "reported, with the five rows in which it disagrees most. Read them: a model that "
+            "prefers what people reject is also why one collects preferences."
         ),
         guarded_by=(
             "The report says so when a held-out accuracy is below chance by its whole interval. "
@@ -215,6 +215,7 @@ PAGES: tuple[Page, ...] = (
             "Swap the columns, or negate the scores, in the data.",
             "Keep twenty rows that you have read yourself as a set under `evaluation.sets`.",
         ),
+        detectors=("upweight.trust.preflight:swapped",),
     ),
     Page(
         code="UW208",
@@ -279,9 +280,10 @@ PAGES: tuple[Page, ...] = (
             "loss cannot fall, and the accuracy that can be reached is below 1."
         ),
         found_by=(
-            "group the rows by prompt and look for a pair of responses that occurs in both "
-            "orders. `duplicates` in `account.json` counts rows that say the same as an earlier "
-            "one."
+            "Before step 1, in every set: the preferences of each prompt as arrows from the "
+            "chosen to the rejected response. Those that lie on a circle, two opposite ones or "
+            "more, or between two circles, are counted; a share above `preflight.contradictory` "
+            "is reported, with rows. So is a share of repeated rows above `preflight.repeated`."
         ),
         guarded_by=(
             "Rows that repeat an earlier one are counted, and used. Empty and equal responses are "
@@ -297,6 +299,10 @@ PAGES: tuple[Page, ...] = (
             "Raise `data.min_score_gap`, so that close scores make no preference.",
             "Set `loss.label_smoothing` to the share of labels that you believe are flipped.",
         ),
+        detectors=(
+            "upweight.trust.preflight:contradictory",
+            "upweight.trust.preflight:repeated",
+        ),
     ),
     Page(
         code="UW211",
@@ -308,10 +314,11 @@ PAGES: tuple[Page, ...] = (
             "write long answers, not better ones."
         ),
         found_by=(
-            "read `report.html`, which holds the policy's held-out accuracy against the better of "
-            "two rules, longer or shorter, with an interval of the difference. For other "
-            "shortcuts, such as lists or a phrase, count on the rows of `ledger.parquet` how "
-            "often the chosen response has them and the rejected one does not."
+            "Before step 1, in every set: how often the longer response is the chosen one (or the "
+            "shorter), and how often a count of words finds it that knows neither the prompt nor "
+            "the rows it is asked about (naive Bayes, five folds of prompts). An accuracy above "
+            "`preflight.shortcut` by its whole interval is reported. After training `report.html` "
+            "holds the policy's held-out accuracy against the rule by length."
         ),
         guarded_by=(
             "The report says so when the length rule is better than chance and the policy is not "
@@ -329,6 +336,7 @@ PAGES: tuple[Page, ...] = (
         source=(
             "Singhal et al. 2023 (arXiv:2310.03716); for DPO: Park et al. 2024 (arXiv:2403.19159)"
         ),
+        detectors=("upweight.trust.preflight:_shortcut",),
     ),
     Page(
         code="UW212",

@@ -101,9 +101,9 @@ PAGES: tuple[Page, ...] = (
             "goes to responses that nobody preferred."
         ),
         found_by=(
-            "read `logratios/chosen` and `logratios/rejected` in `metrics.jsonl`, in nats per "
-            "response. A chosen log-ratio that falls below 0 and goes on falling is this failure. "
-            "Divide by `tokens/chosen` to compare data with responses of different lengths."
+            "Over the last eight training records: `logratios/chosen` divided by `tokens/chosen` "
+            "is below minus `watch.displaced`, in nats per token. Smaller losses show in "
+            "`metrics.jsonl` and in the report."
         ),
         guarded_by=(
             "The report says so when the chosen responses of the evaluation lost half a nat or "
@@ -123,6 +123,7 @@ PAGES: tuple[Page, ...] = (
             "Fine-tune on the chosen responses first, and give the result as `model`.",
         ),
         source="Pal et al. 2024 (arXiv:2402.13228); Razin et al. 2024 (arXiv:2410.08847)",
+        detectors=("upweight.trust.watch:displaced",),
     ),
     Page(
         code="UW305",
@@ -134,10 +135,10 @@ PAGES: tuple[Page, ...] = (
             "never look at what the policy writes."
         ),
         found_by=(
-            "read `samples.jsonl`: at each evaluation it has answers of policy and reference to "
-            "the same prompts. `policy_tokens` that reach `evaluation.max_new_tokens` where "
-            "`reference_tokens` do not mean a lost stop token. `length` and `reference_length` "
-            "in the evaluation lines of `metrics.jsonl` are their means."
+            "At each evaluation: `length`, the mean tokens of the sampled answers, is more than "
+            "`watch.length` times `reference_length`, or less than its inverse. Repetition is not "
+            "measured: read `samples.jsonl`, which has answers of policy and reference to the "
+            "same prompts."
         ),
         guarded_by=(
             "The report has the answers side by side, and says so when the policy's are on "
@@ -155,6 +156,7 @@ PAGES: tuple[Page, ...] = (
             "`evaluation.max_new_tokens`, if the reference's answers are cut too.",
             "Keep the best checkpoint by a held-out metric: `checkpoint.best`.",
         ),
+        detectors=("upweight.trust.watch:length_runs_away",),
     ),
     Page(
         code="UW306",
@@ -166,10 +168,10 @@ PAGES: tuple[Page, ...] = (
             "models apart. In neither case does a further step show in the numbers."
         ),
         found_by=(
-            "read `rewards/accuracies` of the evaluation lines in `metrics.jsonl` with "
-            "`rewards/accuracies_low` and `rewards/accuracies_high`, the 95 % interval over "
-            "prompts. An interval that stays around 0.5 while the training accuracy rises is "
-            "memorizing; one that lies close to 1 at the first evaluations is too easy a set."
+            "Two ways. Over the last eight training records `rewards/accuracies` is at least "
+            "`watch.solved` with a mean `loss` of 0.01 or less: nothing is left to learn. Or, at "
+            "an evaluation, training accuracy is 0.9 or more and the 95 % interval of the "
+            "held-out accuracy reaches down to 0.5."
         ),
         guarded_by=(
             "The report claims that the policy learned the preferences only if the interval of "
@@ -185,6 +187,10 @@ PAGES: tuple[Page, ...] = (
             "Set `evaluation.fraction` (such as `evaluation.fraction=0.1`) or `evaluation.sets`.",
             "Use more prompts, and fewer `epochs`.",
             "Evaluate on pairs that differ in what you care about and in little else.",
+        ),
+        detectors=(
+            "upweight.trust.watch:too_easy",
+            "upweight.trust.watch:not_better_than_chance",
         ),
     ),
     Page(
@@ -230,9 +236,8 @@ PAGES: tuple[Page, ...] = (
             "the held-out loss and accuracy may still improve."
         ),
         found_by=(
-            "follow `kl` in the evaluation lines of `metrics.jsonl`, in nats per sampled answer, "
-            "with its 95 % interval in `kl_low` and `kl_high`. A value that keeps growing while "
-            "held-out accuracy stands still is this failure. Answers longer than "
+            "At each evaluation: `kl_low`, the lower end of the 95 % interval of the sampled KL "
+            "in nats per answer, is above `watch.kl`. Answers longer than "
             "`evaluation.max_new_tokens` count up to there."
         ),
         guarded_by=("The report shows the last value with its interval, without judging it."),
@@ -250,6 +255,7 @@ PAGES: tuple[Page, ...] = (
             "rising (`checkpoint.best`).",
         ),
         source="Rafailov et al. 2024 (arXiv:2406.02900)",
+        detectors=("upweight.trust.watch:far_from_the_reference",),
     ),
     Page(
         code="UW309",

@@ -1,0 +1,144 @@
+"""Each failure is planted in rows, and the rows without it raise nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import upweight as uw
+from runs import furnish, train, write_rows
+from upweight.errors import Refusal
+from upweight.trust.preflight import _in_circles
+
+WORDS = ["river", "stone", "cloud", "lamp", "paper", "seven", "green", "north", "salt", "wheel"]
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    furnish(tmp_path, monkeypatch)
+
+
+def sentence(draw: random.Random, num: int | None = None) -> str:
+    return " ".join(draw.choice(WORDS) for _ in range(num or draw.randint(3, 9)))
+
+
+def plain_rows(num: int = 60) -> list[dict[str, Any]]:
+    """Neither length nor words tell chosen from rejected."""
+    draw = random.Random(1)
+    return [
+        {"prompt": f"question {i}", "chosen": sentence(draw), "rejected": sentence(draw)}
+        for i in range(num)
+    ]
+
+
+def findings(rows: list[dict[str, Any]], **values: object) -> list[tuple[str, str]]:
+    """(code, sentence) of what `check` finds in these rows."""
+    write_rows("rows.jsonl", rows)
+    found = uw.check(**{"model": "model", "data": "rows.jsonl", **values})
+    return [(f.code, f.sentence) for f in found.findings]
+
+
+def test_rows_with_nothing_wrong_raise_nothing():
+    assert findings(plain_rows()) == []
+
+
+def test_preferences_in_both_orders_are_found_with_their_rows():
+    rows = plain_rows()
+    rows.append(rows[4] | {"chosen": rows[4]["rejected"], "rejected": rows[4]["chosen"]})
+    ((code, said),) = findings(rows)
+    assert code == "UW210" and "2 of 61 preferences contradict" in said
+    assert "rows.jsonl:5, rows.jsonl:61" in said
+    assert findings(rows, **{"preflight.contradictory": 0.1}) == []
+
+
+def test_preferences_in_a_circle_are_found():
+    a, b, c = ({"prompt": "which", "chosen": x, "rejected": y} for x, y in ("ab", "bc", "ca"))
+    assert findings([*plain_rows(), a, b]) == []
+    ((code, said),) = findings([*plain_rows(), a, b, c])
+    assert code == "UW210" and "3 of 63 preferences contradict" in said
+
+
+def test_only_what_lies_on_circles_or_between_them_is_left():
+    edges = {"ab": 0, "ba": 1, "bc": 2, "cd": 3, "dc": 4, "xa": 5, "de": 6, "ef": 7}
+    left = _in_circles([((ord(x),), (ord(y),)) for x, y in edges])
+    assert left == {0, 1, 2, 3, 4}
+    assert _in_circles([]) == set()
+
+
+def test_rows_that_repeat_are_found():
+    rows = plain_rows()
+    ((code, said),) = findings([*rows, *rows[:5]])
+    assert code == "UW210" and "5 of 65 rows repeat an earlier one" in said
+    assert findings([*rows, *rows[:2]]) == []
+
+
+@pytest.mark.parametrize(("longer", "word"), [("chosen", "longer"), ("rejected", "shorter")])
+def test_a_rule_by_length_is_found(longer: str, word: str):
+    draw = random.Random(2)
+    shorter = {"chosen": "rejected", "rejected": "chosen"}[longer]
+    rows = [
+        {"prompt": f"q {i}", longer: sentence(draw, 8), shorter: sentence(draw, 4)}
+        for i in range(40)
+    ]
+    found = dict(findings(rows))
+    assert f"the {word} response is the chosen one in 100% of preferences" in found["UW211"]
+
+
+def test_a_rule_by_words_is_found_where_length_says_nothing():
+    draw = random.Random(3)
+    rows = [
+        {
+            "prompt": f"q {i}",
+            "chosen": f"sorry {sentence(draw, 5)}",
+            "rejected": f"sure {sentence(draw, 5)}",
+        }
+        for i in range(40)
+    ]
+    ((code, said),) = findings(rows)
+    assert code == "UW211" and "a count of words" in said
+    assert findings(rows, **{"preflight.shortcut": 0.99}) == []
+
+
+def test_cutting_many_responses_is_refused():
+    rows = plain_rows()
+    for row in rows[:30]:
+        row["rejected"] = "river " * 200
+    cut = {"data.max_length": 120, "data.truncation": "response"}
+    with pytest.raises(Refusal, match=r"50% of rejected responses cut.*UW205"):
+        findings(rows, **cut)
+    with pytest.raises(Refusal, match=r"50% of rows dropped as too long.*UW205"):
+        findings(rows, **{"data.max_length": 120})
+    assert "UW205" not in dict(findings(rows, **cut, **{"preflight.cut": 0.6}))
+
+
+def test_what_a_run_warns_of_is_said_and_written(capsys: pytest.CaptureFixture[str]):
+    rows = plain_rows(24)
+    write_rows("pairs.jsonl", [*rows, *rows[:5]])
+    assert train("run") == 0
+    assert "warning[UW210]: train:" in capsys.readouterr().err
+    (found, *_) = json.loads(Path("run/account.json").read_text())["findings"]
+    assert found["code"] == "UW210" and "repeat an earlier one" in found["said"]
+
+
+def test_swapped_columns_are_suspected_where_the_reference_disagrees_nearly_always(
+    capsys: pytest.CaptureFixture[str],
+):
+    # A policy that has learned to prefer is the reference of data that are the other way round.
+    right = [
+        {"prompt": f"question {i}", "chosen": "fine fine fine", "rejected": "no no no"}
+        for i in range(24)
+    ]
+    write_rows("pairs.jsonl", right)
+    assert train("run", "--epochs", "6") == 0
+    capsys.readouterr()
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in right]
+    write_rows("pairs.jsonl", swapped)
+    assert train("again", "--model", "run/model") == 0
+    assert "warning[UW207]: train: the reference finds the chosen" in capsys.readouterr().err
+    write_rows("pairs.jsonl", right)
+    assert train("third", "--model", "run/model") == 0
+    assert "UW207" not in capsys.readouterr().err
