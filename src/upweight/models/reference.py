@@ -189,12 +189,11 @@ def _write(path: Path, content: bytes) -> None:
         ) from error
 
 
-def verify(reference: Reference, lm: LanguageModel, trees: Sequence[Tree], num: int = 8) -> float:
-    """Recompute `num` trees, evenly spaced, and compare; the largest mean difference per token.
-
-    Raises Refusal UW107 when it is more than rounding: then what is kept is stale, shifted, or of
-    another model, template or truncation, and training against it would be silently wrong.
-    """
+def largest_difference(
+    reference: Reference, lm: LanguageModel, trees: Sequence[Tree], num: int = 8
+) -> tuple[float, str]:
+    """Between what is kept and what `lm` says, over `num` trees, evenly spaced: the largest mean
+    per token of a response, in nats, and the row it is in. nan where a log-prob is."""
     step = max(1, len(trees) // num)
     worst, where = 0.0, ""
     for tree in trees[::step][:num]:
@@ -207,6 +206,16 @@ def verify(reference: Reference, lm: LanguageModel, trees: Sequence[Tree], num: 
         for response, delta in zip(tree.ids, difference, strict=True):
             if not delta.mean().item() <= worst:
                 worst, where = delta.mean().item(), str(response.row)
+    return worst, where
+
+
+def verify(reference: Reference, lm: LanguageModel, trees: Sequence[Tree], num: int = 8) -> float:
+    """Recompute `num` trees and compare; the largest mean difference per token.
+
+    Raises Refusal UW107 when it is more than rounding: then what is kept is stale, shifted, or of
+    another model, template or truncation, and training against it would be silently wrong.
+    """
+    worst, where = largest_difference(reference, lm, trees, num)
     tolerance = TOLERANCE_NATS[lm.compute_dtype]
     if not worst <= tolerance:
         raise Refusal(

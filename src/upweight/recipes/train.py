@@ -35,6 +35,7 @@ from upweight.training.loop import Hooks, Progress, fit
 from upweight.training.objectives import pair
 from upweight.training.optimizer import make_optimizer
 from upweight.training.rundir import RunDir, open_run_dir, require_space, write_atomic
+from upweight.trust.identity import require_quiet, starts_elsewhere
 from upweight.trust.preflight import swapped
 from upweight.trust.watch import Watch
 from upweight.types import Forest
@@ -69,7 +70,7 @@ def dpo(resolved: Resolved, screen: Screen | None = None) -> Result:
         against = ask_reference(begun.run, begun.lm, begun.prepared, screen)
         if saved is not None:
             require_same_models(saved.position, begun.run, against)
-        begun = _with_reference(begun, against, screen)
+        begun = _with_reference(begun, against, screen, fresh=saved is None)
         # Before the first file of the run, so that a login that is wrong leaves an empty folder.
         target = Target(rundir.path, leaf_values(begun.run), saved.position.step if saved else None)
         trackers = stack.enter_context(tracking(to_open, target, screen.note))
@@ -126,10 +127,16 @@ def _optimizer(begun: Start) -> torch.optim.Optimizer:
     )
 
 
-def _with_reference(begun: Start, against: Against, screen: Screen) -> Start:
-    """With what the reference's log-probs say against the labels."""
-    sets = examined_sets(begun.run, begun.prepared)
-    asked = (swapped(examined, against.logps) for examined in sets)
+def _with_reference(begun: Start, against: Against, screen: Screen, *, fresh: bool) -> Start:
+    """With what the reference's log-probs say against the labels and, where the policy is still at
+    its start, against it."""
+    run, trees = begun.run, begun.prepared.trees["train"]
+    asked = [swapped(examined, against.logps) for examined in examined_sets(run, begun.prepared)]
+    if run.lora is None or not run.lora.dropout:
+        require_quiet(begun.lm, trees)
+    if fresh:
+        named = run.reference is not None
+        asked.append(starts_elsewhere(begun.lm, against.logps, trees, named=named))
     found = tuple(finding for finding in asked if finding is not None)
     for finding in found:
         screen.note(str(finding))

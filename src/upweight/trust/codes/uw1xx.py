@@ -17,12 +17,11 @@ PAGES: tuple[Page, ...] = (
             "as for the preferences."
         ),
         found_by=(
-            "read the first training line of `metrics.jsonl`. The metrics of step 1 are measured "
-            "before its update, so with `log_every` 1 that line must have a `loss` of ln 2 = "
-            "0.6931 and `rewards/margins` of 0, up to rounding. The evaluation at step 0 says the "
-            "same of held-out preferences. Without training: `upweight score --model START "
-            "--reference REFERENCE --data FILE --out scores.jsonl` must give margins of 0, up to "
-            "rounding."
+            "Before step 1 the policy, with its adapter, scores four training prompts, and each "
+            "response is held against the reference's log-probs: 0.001 nats per token are allowed "
+            "in float32, 0.1 in bfloat16. With `reference` null a difference is refused. With a "
+            "`reference` that you named it is reported: the first `loss` in `metrics.jsonl` is "
+            "then not ln 2 = 0.6931."
         ),
         guarded_by=(
             "While `reference` is null, the reference log-probs are computed from the policy "
@@ -42,6 +41,7 @@ PAGES: tuple[Page, ...] = (
             "compare rewards only with runs that have the same reference.",
         ),
         source="Rafailov et al. 2023, section 4 (arXiv:2305.18290)",
+        detectors=("upweight.trust.identity:starts_elsewhere",),
     ),
     Page(
         code="UW102",
@@ -172,9 +172,8 @@ PAGES: tuple[Page, ...] = (
             "reference does not start at a loss of ln 2."
         ),
         found_by=(
-            "score the same rows twice with `upweight score --model MODEL --data FILE --out "
-            "scores.jsonl` and another `--out`. On one machine the two files must agree up to "
-            "rounding."
+            "Before step 1 the model scores a training prompt twice, as in training; the two must "
+            "agree to the last bit. It is not asked where `lora.dropout` is above 0."
         ),
         guarded_by=(
             "Models are put into evaluation mode when they are loaded and stay in it, so their "
@@ -192,6 +191,7 @@ PAGES: tuple[Page, ...] = (
             "Set `lora.dropout` to 0.",
             "Put the model into evaluation mode in a script of your own.",
         ),
+        detectors=("upweight.trust.identity:require_quiet",),
     ),
     Page(
         code="UW107",
