@@ -11,6 +11,7 @@ import pytest
 
 import upweight as uw
 from runs import furnish, train, write_rows
+from upweight.cli import main
 from upweight.errors import Refusal
 from upweight.trust.preflight import _in_circles
 
@@ -142,3 +143,17 @@ def test_swapped_columns_are_suspected_where_the_reference_disagrees_nearly_alwa
     write_rows("pairs.jsonl", right)
     assert train("third", "--model", "run/model") == 0
     assert "UW207" not in capsys.readouterr().err
+
+
+def test_check_says_the_same_to_machines(capsys: pytest.CaptureFixture[str]):
+    rows = plain_rows()
+    write_rows("rows.jsonl", [*rows, *rows[:5]])
+    words = ["check", "--model", "model", "--data", "rows.jsonl", "--json"]
+    assert main(words) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["sets"]["train"]["read"] == 65
+    assert [found["code"] for found in said["findings"]] == ["UW210"]
+    assert main([*words, "--data.max_length", "20"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["message"]
+    assert main([*words[:-1], "--out", "never"]) == 0
+    assert "train: tokens (median / 99 % / most): prompt" in capsys.readouterr().out

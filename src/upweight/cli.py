@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check", help="everything that can be known before step 1", allow_abbrev=False
     )
+    check.add_argument("--json", action="store_true", help="account and findings for machines")
     _add_config(check, "check", overrides=True)
     check.set_defaults(run=_check)
 
@@ -158,12 +160,28 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    if arguments.json:
+        return _check_as_json(arguments)
     resolved = _resolve(arguments)
     from upweight.recipes import check
     from upweight.terminal import default_screen
 
     with default_screen(stderr=False) as screen:
         check(resolved, screen)
+    return 0
+
+
+def _check_as_json(arguments: argparse.Namespace) -> int:
+    """account.json on standard output, or {"error": {"code", "message"}} and status 2."""
+    try:
+        resolved = _resolve(arguments)
+        from upweight.recipes import check
+        from upweight.recipes.prepare import account_record
+
+        print(json.dumps(account_record(check(resolved)), ensure_ascii=False, indent=1))
+    except UpweightError as error:
+        print(json.dumps({"error": {"code": error.code, "message": str(error)}}, indent=1))
+        return 2
     return 0
 
 

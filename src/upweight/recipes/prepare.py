@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from upweight.config import Resolved, Run
-from upweight.data.account import Account, require_used
+from upweight.data.account import Account, percentiles, require_used
 from upweight.data.render import Renderer, make_renderer
 from upweight.data.stream import grow, load_examples, overlap, split_account, split_by_prompt
 from upweight.errors import Refusal
@@ -142,7 +142,16 @@ def account_lines(prepared: Prepared) -> list[str]:
         for column, num in account.unused_columns.items():
             parts.append(f"column {column} is not read ({num} rows)")
         lines.append("; ".join(parts))
+        lines += _length_lines(name, account)
     return lines
+
+
+def _length_lines(name: str, account: Account) -> list[str]:
+    """Half of the prompts and responses are shorter than the first number, one in 100 longer than
+    the second."""
+    found = {side: percentiles(lengths) for side, lengths in account.lengths.items() if lengths}
+    sides = [f"{side} {p['p50']} / {p['p99']} / {p['max']}" for side, p in found.items()]
+    return [f"{name}: tokens (median / 99 % / most): {', '.join(sides)}"] if sides else []
 
 
 def fill_reference(
