@@ -117,8 +117,10 @@ def all_keys_of_the_tile(some):
 
 
 def siblings(some):
-    bias = torch.full_like(some.bias, -math.inf).triu(1)
-    return replace(some, bias=bias) if some.bias.shape[-1] == some.bias.shape[-2] else some
+    """Causal in the order of the row alone."""
+    rows, keys = some.bias.shape[-2], some.tokens.shape[0] // some.bias.shape[0]
+    bias = torch.full((rows, keys), -math.inf, dtype=some.bias.dtype).triu(1)
+    return replace(some, bias=bias[None, None, None].expand(some.bias.shape[0], 1, 1, -1, -1))
 
 
 def rows_of_others(some):

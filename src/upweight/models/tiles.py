@@ -54,19 +54,20 @@ class Tile:
 class Tiles:
     """Tiles of one shape, as indices into [tokens x heads] and [tokens] laid flat.
 
-    `bias` is 0 where a row sees a key and -inf elsewhere. A padded row lies behind the last row,
-    and sees one key, so that its softmax is over something. A padded key is token 0 again, and no
-    other row sees it.
+    `bias` is for the last keys, those before being seen by every row: 0 where a row sees a key and
+    -inf elsewhere. A padded row lies behind the last row, and sees every key. A padded key is
+    token 0 again, and no other row sees it.
     """
 
     rows: Int[Tensor, " tiles_heads_rows"]
     keys: Int[Tensor, " tiles_kv_heads_keys"]
     tokens: Int[Tensor, " tiles_keys"]
-    bias: Float[Tensor, "tiles 1 1 rows keys"]
+    bias: Float[Tensor, "tiles 1 1 rows last"]
 
     def shape(self, heads: Heads) -> tuple[int, int, int, int, int]:
         """Of all scores: tiles, key heads, query heads for each, rows, keys."""
-        tiles, _, _, rows, keys = self.bias.shape
+        tiles, _, _, rows, _ = self.bias.shape
+        keys = self.tokens.shape[0] // tiles
         return tiles, heads.key, heads.query // heads.key, rows, keys
 
 
@@ -116,8 +117,10 @@ def tiles_of(
     for group in _groups(cut(spans, ROWS), SCORES // heads.query):
         rows, keys = (_padded(part) for part in zip(*map(_tokens, group), strict=True))
         sees = _sees(rows, keys, segment, depth, window)
-        sees[:, :, 0] |= rows < 0
-        bias = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, -math.inf)
+        sees |= rows[:, :, None] < 0
+        # Of a long prompt all but the last keys are seen by all rows.
+        hidden = ~sees[:, :, int(sees.all(1).all(0).cumprod(0).sum()) :]
+        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
         rows_by_head = _by_head(rows, heads.query)
         tiles = Tiles(
             rows=rows_by_head.masked_fill(rows[:, None] < 0, num_tokens * heads.query).flatten(),
@@ -213,8 +216,8 @@ class _Tiled(torch.autograd.Function):
         lse = flat_q.new_empty(len(flat_q), dtype=exact)
         for some in tiles:
             q, k = _rows(flat_q, some, heads), _keys(flat_k, some, heads)
-            scores = torch.bmm(q, k[..., : q.shape[-1]].transpose(1, 2)).view(some.shape(heads))
-            top = scores.add_(some.bias).amax(-1).view(*q.shape[:2], 1).to(exact)
+            scores = torch.bmm(q, k[..., : q.shape[-1]].transpose(1, 2))
+            top = _hide(scores, some, heads).amax(-1, keepdim=True).to(exact)
             weights = _weights(_minus(q, top), k, some, heads, scale)
             total = weights.sum(-1, keepdim=True, dtype=exact)
             blend = torch.bmm(weights, _keys(flat_v, some, heads)).to(exact).div_(total)
@@ -301,8 +304,17 @@ def _keys(
 
 def _weights(q: Tensor, k: Tensor, some: Tiles, heads: Heads, scale: float) -> Tensor:
     """exp(scale q k^T) where a row sees a key, the exponent rounded once; 0 elsewhere."""
-    bias = some.bias.expand(some.shape(heads)).reshape(q.shape[0], q.shape[1], k.shape[1])
-    return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).exp_()
+    scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+    return _hide(scores, some, heads).exp_()
+
+
+def _hide(
+    scores: Float[Tensor, "tiles_kv_heads group_rows keys"], some: Tiles, heads: Heads
+) -> Float[Tensor, "tiles_kv_heads group_rows keys"]:
+    """-inf, in place, where a row does not see a key."""
+    last = some.bias.shape[-1]
+    scores.view(some.shape(heads))[..., scores.shape[-1] - last :].add_(some.bias)
+    return scores
 
 
 def _add(
