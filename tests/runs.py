@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,22 @@ PAIRS = [
     {"prompt": f"question {i}", "chosen": "fine " * (1 + i % 3), "rejected": f"bad thing {i}"}
     for i in range(24)
 ]
+
+
+WORDS = ["river", "stone", "cloud", "lamp", "paper", "seven", "green", "north", "salt", "wheel"]
+
+
+def sentence(draw: random.Random, num: int | None = None) -> str:
+    return " ".join(draw.choice(WORDS) for _ in range(num or draw.randint(3, 9)))
+
+
+def plain_rows(num: int = 60) -> list[dict[str, Any]]:
+    """Neither length nor words tell chosen from rejected."""
+    draw = random.Random(1)
+    return [
+        {"prompt": f"question {i}", "chosen": sentence(draw), "rejected": sentence(draw)}
+        for i in range(num)
+    ]
 
 
 def furnish(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import upweight.recipes.start as run_start
-from runs import furnish, train
+from runs import furnish, plain_rows, train, write_rows
 from upweight.config import Run
 from upweight.models.load import LanguageModel
 
@@ -40,11 +40,12 @@ def test_an_adapter_that_does_not_start_at_zero_is_refused(
 
 
 def test_another_reference_that_was_named_is_reported(capsys: pytest.CaptureFixture[str]):
+    write_rows("pairs.jsonl", plain_rows(24))
     assert train("start", "--epochs", "4") == 0
     assert train("run", "--reference", "start/model") == 0
     assert "warning[UW101]" in capsys.readouterr().err
-    (found,) = json.loads(Path("run/account.json").read_text())["findings"]
-    assert found["code"] == "UW101"
+    findings = json.loads(Path("run/account.json").read_text())["findings"]
+    assert [found["code"] for found in findings] == ["UW101"]
     assert train("same", "--reference", "model") == 0
     assert "UW101" not in capsys.readouterr().err
 

@@ -10,30 +10,15 @@ from typing import Any
 import pytest
 
 import upweight as uw
-from runs import furnish, train, write_rows
+from runs import furnish, plain_rows, sentence, train, write_rows
 from upweight.cli import main
 from upweight.errors import Refusal
 from upweight.trust.preflight import _in_circles
-
-WORDS = ["river", "stone", "cloud", "lamp", "paper", "seven", "green", "north", "salt", "wheel"]
 
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     furnish(tmp_path, monkeypatch)
-
-
-def sentence(draw: random.Random, num: int | None = None) -> str:
-    return " ".join(draw.choice(WORDS) for _ in range(num or draw.randint(3, 9)))
-
-
-def plain_rows(num: int = 60) -> list[dict[str, Any]]:
-    """Neither length nor words tell chosen from rejected."""
-    draw = random.Random(1)
-    return [
-        {"prompt": f"question {i}", "chosen": sentence(draw), "rejected": sentence(draw)}
-        for i in range(num)
-    ]
 
 
 def findings(rows: list[dict[str, Any]], **values: object) -> list[tuple[str, str]]:

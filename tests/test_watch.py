@@ -11,7 +11,7 @@ import torch
 
 import upweight.recipes.train as run_train
 from oracles import loaded
-from runs import furnish, rows_of, train, write_rows
+from runs import furnish, plain_rows, rows_of, train, write_rows
 from upweight.config import Watch as Limits
 from upweight.errors import Refusal
 from upweight.models.load import LanguageModel
@@ -35,6 +35,7 @@ def warnings(out: str) -> dict[str, str]:
 
 
 def test_a_run_with_nothing_wrong_raises_nothing():
+    write_rows("pairs.jsonl", plain_rows())
     assert train("run") == 0
     assert warnings("run") == {}
     assert json.loads(Path("run/account.json").read_text())["findings"] == []
