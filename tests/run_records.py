@@ -137,12 +137,17 @@ def write_run(folder: Path, *, without: tuple[str, ...] = ()) -> Path:
     for step in range(1, 21):
         metrics.append(train_line(step))
         metrics += [eval_line(step)] if step in (10, 20) else []
+    metrics.append(
+        {"step": 14, "kind": "warning", "code": "UW308", "said": "step 14: far away.", "rows": []}
+    )
     write_jsonl(folder / "metrics.jsonl", metrics)
     rows = [ledger_row(i, step=step) for step in (0, 20) for i in range(30)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "ledger.parquet")
     write_jsonl(folder / "samples.jsonl", [sample(0), sample(20), sample(20, "Another prompt.")])
     sets = {"train": account(), "heldout": account(read=30, used=30, dropped={}, examples={})}
-    (folder / "account.json").write_text(json.dumps({"sets": sets, "template": "chat"}))
+    findings = [{"code": "UW210", "said": "train: a circle.", "rows": ["pairs.jsonl:3"]}]
+    whole = {"sets": sets, "template": "chat", "findings": findings}
+    (folder / "account.json").write_text(json.dumps(whole))
     environment = {
         "upweight": "0.1.0",
         "model": "tiny",

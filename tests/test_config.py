@@ -89,6 +89,16 @@ OTHER: dict[str, Any] = {
     "checkpoint.keep": 5,
     "checkpoint.best": "rewards/accuracies",
     "export.merge": True,
+    "preflight.cut": 0.5,
+    "preflight.swapped": 0.1,
+    "preflight.contradictory": 0.1,
+    "preflight.repeated": 0.2,
+    "preflight.shortcut": 0.9,
+    "watch.moved": 0.2,
+    "watch.displaced": 2.0,
+    "watch.length": 2.0,
+    "watch.solved": 0.9,
+    "watch.kl": 20.0,
 }
 CONTEXT: dict[str, dict[str, Any]] = {"checkpoint.best": {"evaluation.fraction": 0.2}}
 
@@ -372,7 +382,7 @@ def test_unknown_keys_name_their_neighbours(tmp_path: Path) -> None:
     assert error_of("zzz=1") == (
         "zzz is not a key of a run. The keys are: model, reference, out, objective, epochs, steps, "
         "seed, resume, track, log_every, data, loss, batch, optimizer, lora, compute, evaluation, "
-        "checkpoint, export."
+        "checkpoint, export, preflight, watch."
     )
 
 

@@ -29,6 +29,7 @@ from upweight.evidence.records import (
     Records,
     Sample,
     Setting,
+    Warned,
     read_records,
 )
 from upweight.evidence.report import SECTIONS, render, write_report
@@ -169,6 +170,7 @@ def nasty_records() -> Records:
         template=NASTY,
         settings=(Setting(NASTY, NASTY, NASTY), Setting("objective", NASTY, NASTY)),
         environment={NASTY: NASTY, "model": NASTY, "upweight": NASTY, "finished": NASTY},
+        warnings=(Warned(NASTY, NASTY, (NASTY,), 3),),
         comparison=Comparison(NASTY, (ComparisonRow(NASTY, NASTY, NASTY, NASTY),)),
         notes=(NASTY,),
     )
@@ -179,6 +181,13 @@ def test_the_report_of_a_finished_run_has_every_section(tmp_path: Path):
     assert write_report(run) == run / "report.html"
     headings = Page((run / "report.html").read_text(encoding="utf-8")).headings
     assert headings == [title for title, _ in SECTIONS if title != "Before and after"]
+
+
+def test_warnings_are_shown_with_where_they_were_found(tmp_path: Path):
+    html = write_report(write_run(tmp_path)).read_text(encoding="utf-8")
+    section = html[html.index('id="warnings"') : html.index('id="key-numbers"')]
+    for said in ("UW210", "before step 1", "train: a circle.", "pairs.jsonl:3", "step 14"):
+        assert said in section
 
 
 def test_the_page_loads_nothing():
@@ -267,8 +276,8 @@ def test_a_browser_shows_every_section_and_runs_only_our_script(tmp_path: Path):
     run = tmp_path / "run"
     page = write_report(write_run(run))
     dom = _dom(page, tmp_path / "profile")
-    for title, _ in SECTIONS[1:]:
-        assert f"<h2>{title}</h2>" in dom
+    for title, _ in SECTIONS:
+        assert (f"<h2>{title}</h2>" in dom) == (title != "Before and after")
     # Only the script gives legend keys their role.
     assert 'role="button" aria-pressed="true"' in dom
     page.write_text(render(nasty_records()), encoding="utf-8")

@@ -155,7 +155,7 @@ def not_better_than_chance(watch: Watch, record: Mapping[str, float]) -> Finding
     if not watch.recent or watch.mean("rewards/accuracies") < 0.9:
         return None
     low, accuracy = record["rewards/accuracies_low"], record["rewards/accuracies"]
-    if record["step"] == 0 or low > 0.5:
+    if record["step"] == 0 or low > 0.5 or accuracy > 0.6:
         return None
     return Finding(
         "UW306",

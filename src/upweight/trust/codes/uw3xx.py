@@ -171,7 +171,7 @@ PAGES: tuple[Page, ...] = (
             "Two ways. Over the last eight training records `rewards/accuracies` is at least "
             "`watch.solved` with a mean `loss` of 0.01 or less: nothing is left to learn. Or, at "
             "an evaluation, training accuracy is 0.9 or more and the 95 % interval of the "
-            "held-out accuracy reaches down to 0.5."
+            "held-out accuracy, 0.6 or less, reaches down to 0.5."
         ),
         guarded_by=(
             "The report claims that the policy learned the preferences only if the interval of "
