@@ -637,7 +637,8 @@ def time_case(lm: LanguageModel, case: Case, budget: Budget) -> Iterator[Cell | 
     ours = blank(case, OURS, lm.plan.attention if lm.plan.shared else "unshared")
     plain = blank(case, PLAIN, "sdpa")
     free_cached(lm.device)
-    capacity = min(plan_memory(lm, case.trees).tokens_per_bin, ours.tokens)
+    steps = [range(len(case.trees))]
+    capacity = min(plan_memory(lm, case.trees, steps).tokens_per_bin, ours.tokens)
     if (until := budget.take()) is None:
         ours.note = NO_TIME
     else:

@@ -9,6 +9,7 @@ from upweight.training import memory
 from upweight.training.memory import free_bytes, plan_memory, size
 
 TREES = random_trees([(30, 12, 20), (50, 9), (7, 7, 7, 7)])
+STEPS = [(0, 1), (2,)]
 
 
 def kept_by(lm, trees):
@@ -29,7 +30,7 @@ def kept_by(lm, trees):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_the_activations_of_a_large_bin_are_told_from_small_ones(family):
     lm = loaded(family)
-    plan = plan_memory(lm, TREES, 4096)
+    plan = plan_memory(lm, TREES, STEPS, 4096)
     trees = random_trees([(40, 20, 20)] * 12)
     num_tokens = sum(tree.num_tokens for tree in trees)
     # The head's exponentials are kept beside saved tensors.
@@ -41,42 +42,44 @@ def test_the_activations_of_a_large_bin_are_told_from_small_ones(family):
 def test_weights_gradients_and_moments_are_counted_in_bytes():
     lm = loaded()
     weights = sum(p.numel() * 4 for p in lm.model.parameters())
-    plan = plan_memory(lm, TREES, 64)
+    plan = plan_memory(lm, TREES, STEPS, 64)
     assert (plan.weights, plan.gradients, plan.moments) == (weights, weights, 2 * weights)
     assert (plan.longest, plan.largest_bin) == (62, 64)
 
     adapted = add_lora(loaded(), rank=4, alpha=8.0, dropout=0.0, targets="all-linear", seed=0)
     trained = sum(p.numel() * 4 for p in adapted.model.parameters() if p.requires_grad)
-    plan = plan_memory(adapted, TREES, 20)
+    plan = plan_memory(adapted, TREES, STEPS, 20)
     assert (plan.gradients, plan.moments) == (trained, 2 * trained)
     assert plan.weights == weights + trained
     # A tree is not cut: the largest bin holds the longest one.
     assert plan.largest_bin == 62
+    # And no bin holds more than a step: 62 + 59 tokens.
+    assert plan_memory(lm, TREES, STEPS, 4096).largest_bin == 121
 
 
 def test_bins_are_as_large_as_memory_allows_up_to_where_more_is_no_faster(monkeypatch):
     lm = loaded()
-    plenty = plan_memory(lm, TREES)
+    plenty = plan_memory(lm, TREES, STEPS)
     assert plenty.tokens_per_bin == memory.TOKENS_PER_BIN["cpu"] == 2048
     per_thousand = plenty.activations(1000) - plenty.activations(0)
     room = plenty.gradients + plenty.moments + plenty.fixed + per_thousand
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(room / memory.SHARE))
     # 1000 tokens fit; bins are cut to a multiple of 256.
-    assert plan_memory(lm, TREES).tokens_per_bin == 768
+    assert plan_memory(lm, TREES, STEPS).tokens_per_bin == 768
     monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
-    assert plan_memory(lm, TREES).tokens_per_bin == 256
-    assert plan_memory(lm, TREES, 5000).tokens_per_bin == 5000
+    assert plan_memory(lm, TREES, STEPS).tokens_per_bin == 256
+    assert plan_memory(lm, TREES, STEPS, 5000).tokens_per_bin == 5000
 
 
 def test_a_plan_says_what_is_needed_and_what_is_missing(monkeypatch):
     lm = loaded()
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
-    assert "free" not in plan_memory(lm, TREES).describe()
+    assert "free" not in plan_memory(lm, TREES, STEPS).describe()
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 40)
-    said = plan_memory(lm, TREES).describe()
+    said = plan_memory(lm, TREES, STEPS).describe()
     assert "1024.0 GiB are free" in said and "too little" not in said
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
-    assert "too little: compute.checkpointing=true" in plan_memory(lm, TREES).describe()
+    assert "too little: compute.checkpointing=true" in plan_memory(lm, TREES, STEPS).describe()
 
 
 def test_the_free_memory_of_this_machine_is_known_or_said_to_be_unknown():

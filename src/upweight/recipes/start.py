@@ -75,7 +75,9 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
         require_same_settings(saved, run, prepared)
     lm = _trained(run, lm)
     screen.note(f"model: {lm.name}, {describe(lm)}")
-    memory = plan_memory(lm, prepared.trees["train"], run.batch.tokens_per_bin)
+    trees = prepared.trees["train"]
+    steps = plan_epoch(trees, run.batch.pairs_per_step, run.seed, 0)
+    memory = plan_memory(lm, trees, steps, run.batch.tokens_per_bin)
     screen.note(memory.describe())
     if run.batch.tokens_per_bin is None:
         resolved = resolved.with_value("batch.tokens_per_bin", memory.tokens_per_bin, "resolved")

@@ -29,10 +29,11 @@ tensors, and holes between those of unequal size."""
 class MemoryPlan:
     """Bytes that training needs. `free` is what the device had before gradients and moments were
     there, None where it cannot be asked; `longest` is the tokens of the longest tree, which may be
-    more than `tokens_per_bin`."""
+    more than `tokens_per_bin`, and `tokens_per_step` the most that a step has."""
 
     tokens_per_bin: int
     longest: int
+    tokens_per_step: int
     weights: int
     gradients: int
     moments: int
@@ -49,7 +50,7 @@ class MemoryPlan:
 
     @property
     def largest_bin(self) -> int:
-        return max(self.tokens_per_bin, self.longest)
+        return min(max(self.tokens_per_bin, self.longest), self.tokens_per_step)
 
     @property
     def needed(self) -> int:
@@ -86,9 +87,13 @@ def size(num_bytes: int) -> str:
 
 
 def plan_memory(
-    lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int | None = None
+    lm: LanguageModel,
+    trees: Sequence[Tree],
+    steps: Sequence[Sequence[int]],
+    tokens_per_bin: int | None = None,
 ) -> MemoryPlan:
-    """What training `lm` on `trees` needs, from two small forward passes.
+    """What training `lm` on `trees` needs, from two small forward passes. `steps` has the trees of
+    each step, by number.
 
     Without `tokens_per_bin`, bins are as large as fits, up to where larger ones are no faster.
     """
@@ -102,6 +107,7 @@ def plan_memory(
     plan = MemoryPlan(
         tokens_per_bin=tokens_per_bin or TOKENS_PER_BIN.get(lm.device.type, 2048),
         longest=max((tree.num_tokens for tree in trees), default=0),
+        tokens_per_step=max((sum(trees[i].num_tokens for i in step) for step in steps), default=0),
         weights=_bytes(parameters),
         gradients=_bytes(trained),
         moments=2 * _bytes(trained),
