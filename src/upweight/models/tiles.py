@@ -234,10 +234,8 @@ class _Tiled(torch.autograd.Function):
         heads, scale, width = ctx.heads, ctx.scale, query.shape[-1]
         grad = _flat(grads[0])
         own = (grad * out.to(lse.dtype)).sum(-1, keepdim=True)
-        # A padded row subtracts infinity from its scores: its weights are 0, and with them all that
-        # it would add to a gradient.
         flat_q = _behind(_minus(_flat(query), lse[:, None] / scale))
-        flat_q[-1, width] = math.inf
+        # A padded row's gradient is 0, and with it all that the row would add to another.
         flat_g = _behind(_minus(grad.to(query.dtype), own))
         flat_k, flat_v = _less(_flat(key)), _less(_flat(value))
         dq = flat_q.new_empty(len(flat_q), width)

@@ -6,7 +6,7 @@ nothing. The page of a code says whether it warns or refuses.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -212,13 +212,13 @@ def swapped(examined: Examined, reference: Reference) -> Finding | None:
     limit = examined.limits.swapped
     if not found.high < limit:
         return None
-    worst = Counter(dict(zip(rows, (-m for m in margins), strict=True))).most_common(5)
+    worst = [row for _, row in sorted(zip(margins, rows, strict=True))]
     return Finding(
         "UW207",
         f"{examined.name}: the reference finds the chosen response likelier by the token in only "
         f"{found.value:.0%} of preferences [{found.low:.0%}, {found.high:.0%}] (preflight.swapped "
         f"is {limit:.0%}): chosen and rejected may be swapped. Read these.",
-        tuple(row for row, _ in worst),
+        tuple(dict.fromkeys(worst))[:5],
     )
 
 

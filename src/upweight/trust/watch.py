@@ -48,7 +48,7 @@ class Watch:
         trained = record["kind"] == "train"
         if trained:
             self.recent.append(values)
-            if self.moved is None and values["learning_rate"] > 0:
+            if self.moved is None:
                 self.moved = _share_moved(self.start, _some_weights(self.lm))
                 self.start = {}
         found: list[Finding] = []
@@ -80,7 +80,7 @@ def _share_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> f
 
 
 def nothing_learns(watch: Watch, record: Mapping[str, float]) -> Finding | None:
-    """No weight has moved after a step with a learning rate."""
+    """No weight has moved after the first step, whose learning rate is never 0."""
     if watch.moved is None or watch.moved > 0:
         return None
     if record["grad_norm"] == 0:

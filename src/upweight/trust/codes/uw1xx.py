@@ -80,7 +80,7 @@ PAGES: tuple[Page, ...] = (
             "gradient reached the trained weights, or the updates were too small to matter."
         ),
         found_by=(
-            "After the first step with a learning rate above 0: some 256 elements of every "
+            "After the first step: some 256 elements of every "
             "trained tensor are compared with what they were before. If none has moved the run is "
             "refused; the message says whether no gradient arrived (`grad_norm` is 0) or the "
             "updates were too small for the weights to hold."
