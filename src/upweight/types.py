@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Message = Mapping[str, Any]
@@ -192,6 +192,33 @@ class PairLogps:
     def margin(self) -> Float[Tensor, " pairs"]:
         """log-ratio of chosen minus log-ratio of rejected, in nats; times beta: reward margin."""
         return self.chosen_logratio - self.rejected_logratio
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What is known of responses that the policy drew, as it was then: tokens in the order of
+    forest.scored, fp32, in nats.
+
+    `advantages` and `returns` are what the tokens turned out to be worth; `values` and `returns`
+    are None where there is no value model. `scores` are the rewards of whole responses, and
+    `stopped` says which of them ended by themselves.
+    """
+
+    logps: Float[Tensor, " scored"]
+    reference_logps: Float[Tensor, " scored"]
+    advantages: Float[Tensor, " scored"]
+    scores: Float[Tensor, " responses"]
+    stopped: Bool[Tensor, " responses"]
+    values: Float[Tensor, " scored"] | None = None
+    returns: Float[Tensor, " scored"] | None = None
+
+    def to(self, device: torch.device | str) -> Experience:
+        moved = {
+            f.name: value.to(device)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

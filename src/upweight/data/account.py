@@ -23,6 +23,7 @@ REASONS: dict[str, str] = {
     "stop_in_response": "a response whose text holds a special token",
     "boundary": "prompt and response do not come apart under this template or tokenizer",
     "too_long": "longer than max_length",
+    "not_chosen": "a response that is not the chosen one (sft learns from chosen ones)",
     "unpaired": "in no preference, by its score or the pairing asked for",
 }
 """Why a row is dropped or a response left out, as the account's reader is told."""
@@ -41,7 +42,8 @@ class Account:
     `boundary_repaired` counts rows whose prompt gave white space to the responses, `rewritten`
     responses whose content the chat template changed, `special_in_prompt` rows that hold a special
     token's text before the template adds any (rendered twice, perhaps), `duplicates` rows that say
-    the same as an earlier one and are used, `unused_columns` rows by the columns that no layout
+    the same as an earlier one and are used, `earlier_turns` rows that were made of a conversation's
+    earlier turns, `unused_columns` rows by the columns that no layout
     reads. `lengths` are in tokens: each prompt, and the two sides of each preference.
     """
 
@@ -60,6 +62,7 @@ class Account:
     rewritten: int = 0
     special_in_prompt: int = 0
     duplicates: int = 0
+    earlier_turns: int = 0
     preferences: int = 0
     responses: int = 0
     lengths: dict[str, list[int]] = field(
@@ -119,6 +122,7 @@ class Account:
             "rewritten": self.rewritten,
             "special_in_prompt": self.special_in_prompt,
             "duplicates": self.duplicates,
+            "earlier_turns": self.earlier_turns,
             "preferences": self.preferences,
             "responses": self.responses,
             "lengths": {side: percentiles(found) for side, found in self.lengths.items()},

@@ -109,13 +109,15 @@ def load(
     sharing: bool = True,
     trust_remote_code: bool = False,
     plan: ForwardPlan | None = None,
+    weights: PreTrainedModel | None = None,
 ) -> LanguageModel:
     """The model called `name` (hub id, folder, adapter folder or .gguf file), ready for forests.
 
     Weights are kept in fp32; `dtype` is what matrix products run in, where "auto" is bfloat16 if
     a probe finds it fast on this device and float32 otherwise. An adapter folder is loaded with
     its base and merged: what it stands for is the start and the reference. Dropout is off. A
-    `plan` that was proved on these weights before is not proved again.
+    `plan` that was proved on these weights before is not proved again; `weights` that were read
+    before are not read again.
     Raises ModelError saying what is missing.
     """
     from upweight.models import proof
@@ -130,7 +132,7 @@ def load(
     if chosen.type == "cpu":
         keep_freed_memory()
     folder = resolve(name)
-    model = load_weights(name, folder, trust_remote_code)
+    model = weights or load_weights(name, folder, trust_remote_code)
     tokenizer = load_tokenizer(name, folder, trust_remote_code)
     # Evaluation mode for good: dropout is noise on a log-ratio, and a policy that is noisy where
     # its reference is not starts away from ln 2.

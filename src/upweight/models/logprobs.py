@@ -60,8 +60,11 @@ def _require_known_ids(lm: LanguageModel, forest: Forest) -> None:
                 )
 
 
-def scored_hidden(lm: LanguageModel, forest: Forest) -> Float[Tensor, "scored width"]:
-    """The last hidden state (after the final norm) at the positions that predict scored tokens."""
+def scored_hidden(
+    lm: LanguageModel, forest: Forest, *, after: bool = False
+) -> Float[Tensor, "scored width"]:
+    """The last hidden state (after the final norm) at the positions that predict scored tokens, or
+    `after` them: at the tokens themselves."""
     deep = lm.plan.exact_depth is not None and int(forest.position.max()) >= lm.plan.exact_depth
     if lm.plan.shared:
         # A row that is deep enough to change position scaling must not do so to its neighbours:
@@ -69,18 +72,20 @@ def scored_hidden(lm: LanguageModel, forest: Forest) -> Float[Tensor, "scored wi
         # are recomputed in the backward pass would find this one again.)
         trees = unshared(forest).trees if deep else ()
         alone = [collate([tree]).to(lm.device) for tree in trees] or [forest]
-        return torch.cat([_forest_hidden(lm, row) for row in alone])
+        return torch.cat([_forest_hidden(lm, row, after) for row in alone])
     with native_attention(lm.causal), lm.compute():
         pieces = [
             lm.causal.base_model(
                 input_ids=ids, attention_mask=mask, use_cache=False
-            ).last_hidden_state[where]
+            ).last_hidden_state[where[0], where[1] + after]
             for ids, mask, where in _rows(lm, forest, 1 if deep else forest.num_tokens)
         ]
     return torch.cat(pieces)
 
 
-def _forest_hidden(lm: LanguageModel, forest: Forest) -> Float[Tensor, "scored width"]:
+def _forest_hidden(
+    lm: LanguageModel, forest: Forest, after: bool
+) -> Float[Tensor, "scored width"]:
     with lm.compute():
         hidden = lm.causal.base_model(
             input_ids=forest.token_ids[None],
@@ -88,7 +93,7 @@ def _forest_hidden(lm: LanguageModel, forest: Forest) -> Float[Tensor, "scored w
             use_cache=False,
             forest_layout=layout_of(forest, lm.plan.attention),
         ).last_hidden_state[0]
-    return hidden[forest.predicted_at]
+    return hidden[forest.scored if after else forest.predicted_at]
 
 
 def _native_logps(lm: LanguageModel, forest: Forest) -> Float[Tensor, " scored"]:

@@ -35,10 +35,12 @@ LOWEST_TEMPERATURE = 1e-6
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One response drawn from the model. `tokens` end with the stop token if `stopped`; else it was
-    cut, at max_new_tokens or where the model's positions end."""
+    cut, at max_new_tokens or where the model's positions end. `logps` are the tokens' log-probs in
+    nats as they were drawn, with the temperature; None where transformers drew them."""
 
     tokens: tuple[int, ...]
     stopped: bool
+    logps: tuple[float, ...] | None = None
 
 
 def sample(
@@ -87,8 +89,9 @@ def sample(
                 if lm.plan.shared
                 else _generate(lm, upto, ids, mask, num, seed + done)
             )
-            for row, tokens in enumerate(rows):
-                drawn[group[row // num]].append(Sample(tuple(tokens), tokens[-1] in stop))
+            for row, (tokens, logps) in enumerate(rows):
+                found = Sample(tuple(tokens), tokens[-1] in stop, logps and tuple(logps))
+                drawn[group[row // num]].append(found)
             done += len(group)
             on_progress(done, len(prompts))
     return drawn
@@ -147,10 +150,13 @@ class _Draw:
     top_p: float
     stop: frozenset[int]
 
-    def pick(self, scores: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]) -> list[int]:
-        """One token a row: the argmax, or the inverse of the distribution function at `u`."""
+    def pick(
+        self, scores: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]
+    ) -> tuple[list[int], list[float]]:
+        """One token a row and its log-prob in nats: the argmax, or the inverse of the distribution
+        function at `u`. What is greedy has the log-prob 0: nothing else can be drawn."""
         if self.temperature == 0:
-            return scores.argmax(-1).tolist()
+            return scores.argmax(-1).tolist(), [0.0] * len(scores)
         p = (scores.float() / self.temperature).softmax(-1)
         if self.top_p < 1:
             ranked, token = p.sort(dim=-1, descending=True)
@@ -159,7 +165,9 @@ class _Draw:
         # In fp32 a running sum over a large vocabulary loses the tokens of its tail.
         below = p.double().cumsum(-1)
         at = (u * below[:, -1])[:, None]
-        return torch.searchsorted(below, at, right=True).clamp(max=p.shape[1] - 1)[:, 0].tolist()
+        token = torch.searchsorted(below, at, right=True).clamp(max=p.shape[1] - 1)
+        logps = (p.double().gather(1, token) / below[:, -1:]).log()
+        return token[:, 0].tolist(), logps[:, 0].tolist()
 
 
 def _left_padded(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -175,7 +183,7 @@ def _left_padded(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> tuple[T
 
 def _with_cache(
     lm: LanguageModel, draw: _Draw, ids: Tensor, mask: Tensor, noise: Float[Tensor, "rows steps"]
-) -> list[list[int]]:
+) -> list[tuple[list[int], list[float] | None]]:
     """Token by token: a prompt is read once for all its responses, and rows that ended leave."""
     cache = DynamicCache(config=lm.causal.config)
     now = _next_logits(lm, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
@@ -183,12 +191,14 @@ def _with_cache(
     cache.batch_repeat_interleave(num)
     mask, now = mask.repeat_interleave(num, 0), now.repeat_interleave(num, 0)
     answers: list[list[int]] = [[] for _ in noise]
+    logps: list[list[float]] = [[] for _ in noise]
     active = list(range(len(noise)))
     for step in range(draw.max_new_tokens):
-        tokens = draw.pick(now, noise[active, step])
-        for row, token in zip(active, tokens, strict=True):
+        tokens, likely = draw.pick(now, noise[active, step])
+        for row, token, logp in zip(active, tokens, likely, strict=True):
             if not answers[row] or answers[row][-1] not in draw.stop:
                 answers[row].append(token)
+                logps[row].append(logp)
         alive = [i for i, row in enumerate(active) if answers[row][-1] not in draw.stop]
         if not alive or step == draw.max_new_tokens - 1:
             break
@@ -200,7 +210,7 @@ def _with_cache(
         mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
         latest = torch.tensor(tokens, device=lm.device)[:, None]
         now = _next_logits(lm, latest, mask, mask.sum(-1, keepdim=True) - 1, cache)
-    return answers
+    return list(zip(answers, logps, strict=True))
 
 
 def _next_logits(
@@ -220,7 +230,7 @@ def _next_logits(
 
 def _generate(
     lm: LanguageModel, draw: _Draw, ids: Tensor, mask: Tensor, num: int, seed: int
-) -> list[list[int]]:
+) -> list[tuple[list[int], list[float] | None]]:
     """By transformers' generate, which knows each family's own state."""
     config = GenerationConfig(
         max_new_tokens=draw.max_new_tokens,
@@ -239,10 +249,10 @@ def _generate(
             attention_mask=mask.repeat_interleave(num, 0),
             generation_config=config,
         )
-    rows: list[list[int]] = []
+    rows: list[tuple[list[int], list[float] | None]] = []
     for row in out[:, ids.shape[1] :].tolist():
         end = next((n for n, token in enumerate(row) if token in draw.stop), None)
-        rows.append(row if end is None else row[: end + 1])
+        rows.append((row if end is None else row[: end + 1], None))
     return rows
 
 

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -175,13 +176,15 @@ def _model_errors(name: str) -> Generator[None]:
 
 
 def load_weights(
-    name: str, folder: str, trust_remote_code: bool = False, *, loading: tuple[str, ...] = ()
+    name: str, folder: str, trust_remote_code: bool = False, *, loading: tuple[str, ...] = (),
+    scalar: bool = False,
 ) -> PreTrainedModel:
     """The model in `folder` (or of that hub id) in fp32, on the CPU, without dropout; an adapter
     is merged into its base.
 
     Raises ModelError when it cannot be read, and when config and weights do not hold the same
-    tensors. `loading` are the adapters that led to this folder.
+    tensors. `loading` are the adapters that led to this folder; `scalar` asks for the head of a
+    reward model.
     """
     if (Path(folder) / "adapter_config.json").is_file():
         return _load_merged(name, folder, trust_remote_code, loading)
@@ -196,6 +199,7 @@ def load_weights(
         return _complete_model(
             name,
             folder,
+            AutoModelForSequenceClassification if scalar else AutoModelForCausalLM,
             config=config,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
@@ -212,9 +216,11 @@ def _without_dropout(config: PreTrainedConfig) -> None:
             setattr(config, key, 0.0)
 
 
-def _complete_model(name: str, folder: str, **options: Any) -> PreTrainedModel:
+def _complete_model(
+    name: str, folder: str, kind: Any = AutoModelForCausalLM, **options: Any
+) -> PreTrainedModel:
     """from_pretrained, when every tensor of the model is in the files and the other way round."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = kind.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, **options
     )
     model, info = loaded

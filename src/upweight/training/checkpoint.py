@@ -45,7 +45,7 @@ from upweight.training.rundir import (
     writing,
 )
 
-FORMAT = 2
+FORMAT = 3
 _DAMAGED = "damaged-"
 _NAME = re.compile(rf"(?:{re.escape(CHECKPOINT)}|{re.escape(REPLACED)})(\d{{8,}})")
 _logger = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ class Position:
     `best` is the best value so far of the metric that checkpoints are kept by, at `best_step`.
     The fingerprints and digests say what the run began with: its reference, its own weights, its
     settings, and the trees of every set by name. `window` is what was summed for the next record,
-    `tokens_per_bin` what fitted into memory so far.
+    `tokens_per_bin` what fitted into memory so far, `rollout` which round of answers is learned
+    from.
     """
 
     step: int
@@ -76,6 +77,7 @@ class Position:
     data_digests: Mapping[str, str] = field(default_factory=dict[str, str])
     window: Mapping[str, Any] | None = None
     tokens_per_bin: int | None = None
+    rollout: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ from upweight.types import Forest
 
 Record = dict[str, object]
 
+POLICY = "policy"
+"""The part of the parameters whose gradient's norm is called grad_norm."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,13 +47,13 @@ class Window:
         default_factory=dict[str, tuple[torch.Tensor, torch.Tensor]]
     )
     num_tokens: int = 0
-    num_pairs: int = 0
+    num_items: int = 0
     seconds: float = 0.0
 
     def merge(self, other: Window) -> None:
         self.add(other.sums)
         self.num_tokens += other.num_tokens
-        self.num_pairs += other.num_pairs
+        self.num_items += other.num_items
         self.seconds += other.seconds
 
     def add(self, metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -75,7 +78,7 @@ class Window:
             name: (torch.tensor(total), torch.tensor(count))
             for name, (total, count) in plain["sums"].items()
         }
-        return Window(sums, plain["num_tokens"], plain["num_pairs"], plain["seconds"])
+        return Window(sums, plain["num_tokens"], plain["num_items"], plain["seconds"])
 
 
 @dataclass
@@ -119,7 +122,7 @@ def fit(
     finite raises Refusal UW303 before the optimizer sees it. A step that runs out of memory is
     taken again, from `forests`, if hooks.on_out_of_memory has made it smaller.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parts = _parts(optimizer)
     while progress.step < plan.total_steps:
         if hooks.should_stop():
             hooks.save(progress)
@@ -134,29 +137,44 @@ def fit(
             continue
         loss, count, sums = done
         window.merge(sums)
-        norm = clip(parameters, plan.max_grad_norm)
+        norm = clip(parts[POLICY], plan.max_grad_norm)
+        for part in parts.keys() - {POLICY}:
+            window.add({f"grad_norm/{part}": _once(clip(parts[part], plan.max_grad_norm))})
         _refuse_nonfinite(loss, norm, batch, progress.step)
         rate = plan.learning_rate * learning_rate_factor(
             progress.step, plan.total_steps, plan.warmup, plan.schedule
         )
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_factor", 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.num_tokens += sum(forest.num_tokens for forest in batch)
-        window.add({"loss": (loss, count), "grad_norm": (norm.detach(), torch.ones_like(norm))})
+        window.add({"loss": (loss, count), "grad_norm": _once(norm)})
         seconds = time.monotonic() - began
         window.seconds += seconds
         progress.seconds += seconds
         last = progress.step == plan.total_steps
         if progress.step % plan.log_every == 0 or last:
-            hooks.on_record(_record(plan, progress, rate))
+            hooks.on_record(_record(plan, progress, rate, objective.items))
             progress.window = Window()
         to_keep = (_due(progress.step, plan.evaluate_every) or last) and hooks.evaluate(progress)
         if to_keep or _due(progress.step, plan.checkpoint_every) or last:
             hooks.save(progress)
     return True
+
+
+def _parts(optimizer: torch.optim.Optimizer) -> dict[str, list[torch.Tensor]]:
+    """Parameters by the part of the model that they are: each part's gradient has its own norm, so
+    that a value model far off does not clip the policy's update away."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for group in optimizer.param_groups:
+        parts.setdefault(group.get("part", POLICY), []).extend(group["params"])
+    return parts
+
+
+def _once(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return value.detach(), torch.ones_like(value)
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -174,19 +192,19 @@ def _accumulate(
     """
     # The count of the whole step comes first: each micro-batch is divided by it, and a mean of
     # micro-batch means would weigh the pairs of a small one more.
-    total = sum(float(forest.weight.sum()) for forest in batch)
+    total = sum(objective.count(forest) for forest in batch)
     losses: list[torch.Tensor] = []
     counts: list[torch.Tensor] = []
     window = Window()
     try:
         for forest in batch:
-            step = objective(lm, forest.to(lm.device))
+            step = objective.step(lm, forest.to(lm.device))
             (step.loss_sum / total).backward()
             losses.append(step.loss_sum.detach())
             counts.append(step.count.detach())
             window.add(step.metrics)
             window.num_tokens += forest.num_tokens
-            window.num_pairs += forest.num_pairs
+            window.num_items += objective.num_items(forest)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -220,7 +238,7 @@ def _refuse_nonfinite(
     )
 
 
-def _record(plan: Plan, progress: Progress, rate: float) -> Record:
+def _record(plan: Plan, progress: Progress, rate: float, items: str) -> Record:
     window = progress.window
     means = window.means()
     assert math.isfinite(means["loss"])
@@ -231,7 +249,7 @@ def _record(plan: Plan, progress: Progress, rate: float) -> Record:
         **means,
         "learning_rate": rate,
         "num_tokens": progress.num_tokens,
-        "num_pairs": window.num_pairs,
+        f"num_{items}": window.num_items,
         "tokens_per_second": window.num_tokens / max(window.seconds, 1e-9),
         "seconds": progress.seconds,
     }

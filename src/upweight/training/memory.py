@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from upweight.data.pack import collate
 from upweight.models.head import kept_bytes_per_token
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
-from upweight.types import ResponseId, RowId, Tree
+from upweight.types import Forest, ResponseId, RowId, Tree
 
 TOKENS_PER_BIN = {"cpu": 2048, "cuda": 32768}
 """Where a larger bin is no faster: products of this many rows are at the device's limit."""
@@ -91,13 +91,14 @@ def plan_memory(
     trees: Sequence[Tree],
     steps: Sequence[Sequence[int]],
     tokens_per_bin: int | None = None,
+    forward: Callable[[LanguageModel, Forest], Tensor] = token_logps,
 ) -> MemoryPlan:
     """What training `lm` on `trees` needs, from two small forward passes. `steps` has the trees of
-    each step, by number.
+    each step, by number, and `forward` is what is differentiated.
 
     Without `tokens_per_bin`, bins are as large as fits, up to where larger ones are no faster.
     """
-    small, large = (_kept(lm, times) for times in (1, 3))
+    small, large = (_kept(lm, times, forward) for times in (1, 3))
     num_tokens = _probe().num_tokens
     per_token = max(0, large - small) // (2 * num_tokens)
     parameters = list(lm.model.parameters())
@@ -113,7 +114,7 @@ def plan_memory(
         moments=2 * _bytes(trained),
         fixed=max(0, small - per_token * num_tokens),
         per_token=per_token,
-        per_scored=kept_bytes_per_token(lm),
+        per_scored=kept_bytes_per_token(lm) if forward is token_logps else 0,
         scored_share=scored / max(1, all_tokens),
         free=free_bytes(lm.device),
     )
@@ -155,7 +156,9 @@ def _probe() -> Tree:
     )
 
 
-def _kept(lm: LanguageModel, times: int) -> int:
+def _kept(
+    lm: LanguageModel, times: int, forward: Callable[[LanguageModel, Forest], Tensor]
+) -> int:
     """Bytes that a forward pass keeps for the backward pass, weights aside, each storage once."""
     weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
     kept: dict[int, int] = {}
@@ -169,7 +172,7 @@ def _kept(lm: LanguageModel, times: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        token_logps(lm, collate([_probe()] * times))
+        forward(lm, collate([_probe()] * times))
     return sum(kept.values())
 
 

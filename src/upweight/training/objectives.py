@@ -3,44 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight.losses.policy import (
+    AGGREGATIONS,
+    KL_ESTIMATORS,
+    clipped_surrogate,
+    clipped_tokens,
+    clipped_value_loss,
+)
 from upweight.models.load import LanguageModel
-from upweight.models.logprobs import pair_logps, token_logps
-from upweight.models.reference import Reference
-from upweight.types import Forest, PairLogps, Step
+from upweight.models.logprobs import pair_logps, response_logps, token_logps
+from upweight.models.scalar import response_scores
+from upweight.types import Experience, Forest, PairLogps, Step
 
-Objective = Callable[[LanguageModel, Forest], Step]
 PairLoss = Callable[[PairLogps], Float[Tensor, " pairs"]]
+Metrics = dict[str, tuple[Tensor, Tensor]]
 
 
-def pair(reference: Reference, loss: PairLoss, beta: float) -> Objective:
-    """Preferred pairs under `loss`, its options bound; `beta` scales the rewards that are shown."""
+@dataclass(frozen=True)
+class Objective:
+    """What a step's loss is a mean of (`items`), how many of them a forest has, known before it is
+    computed, and how a forest gives its part of the sum."""
 
-    def objective(lm: LanguageModel, forest: Forest) -> Step:
+    items: str
+    count: Callable[[Forest], float]
+    step: Callable[[LanguageModel, Forest], Step]
+
+    def num_items(self, forest: Forest) -> int:
+        """For the record: items as they are counted on fingers, without their weights."""
+        numbers = {
+            "pairs": forest.num_pairs,
+            "scored": forest.scored.shape[0],
+            "responses": forest.num_responses,
+        }
+        return numbers[self.items]
+
+
+def pair(reference: Callable[[Forest], Tensor], loss: PairLoss, beta: float) -> Objective:
+    """Preferred pairs under `loss`, its options bound; `beta` scales the rewards that are shown.
+
+    `reference` gives a forest's per-token log-probs under the reference, in forest.scored's order.
+    """
+
+    def step(lm: LanguageModel, forest: Forest) -> Step:
         policy = token_logps(lm, forest)
-        logps = pair_logps(policy, reference.logps(forest).to(policy.device), forest)
+        logps = pair_logps(policy, reference(forest).to(policy.device), forest)
         weight = forest.weight.to(policy.device)
         return Step((loss(logps) * weight).sum(), weight.sum(), pair_metrics(logps, beta))
 
-    return objective
+    return Objective("pairs", _pair_weight, step)
 
 
-def pair_metrics(logps: PairLogps, beta: float) -> dict[str, tuple[Tensor, Tensor]]:
+def _pair_weight(forest: Forest) -> float:
+    return float(forest.weight.sum())
+
+
+def pair_metrics(logps: PairLogps, beta: float) -> Metrics:
     """The metrics of a preference run, by the names that dashboards know, as (sum, count).
 
     A tie, such as every pair at step 0, counts as half an accurate pair.
     """
     with torch.no_grad():
-        margins = beta * logps.margin
         values = {
-            "rewards/chosen": beta * logps.chosen_logratio,
-            "rewards/rejected": beta * logps.rejected_logratio,
-            "rewards/margins": margins,
-            "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
+            **_ranked(beta * logps.chosen_logratio, beta * logps.rejected_logratio),
             "logps/chosen": logps.policy_chosen,
             "logps/rejected": logps.policy_rejected,
             "logratios/chosen": logps.chosen_logratio,
@@ -48,5 +78,117 @@ def pair_metrics(logps: PairLogps, beta: float) -> dict[str, tuple[Tensor, Tenso
             "tokens/chosen": logps.tokens_chosen.float(),
             "tokens/rejected": logps.tokens_rejected.float(),
         }
-        count = torch.tensor(float(margins.shape[0]), device=margins.device)
-        return {name: (value.detach().sum(), count) for name, value in values.items()}
+        return _summed(values)
+
+
+def _ranked(
+    chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]
+) -> dict[str, Tensor]:
+    margins = chosen - rejected
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
+    }
+
+
+def _summed(values: dict[str, Tensor]) -> Metrics:
+    """Each as its sum and the number of its values."""
+    return {
+        name: (value.detach().sum(), torch.tensor(float(value.numel()), device=value.device))
+        for name, value in values.items()
+    }
+
+
+def sft() -> Objective:
+    """-log pi(response | prompt), the mean over all response tokens of a step."""
+
+    def step(lm: LanguageModel, forest: Forest) -> Step:
+        logps = token_logps(lm, forest)
+        metrics = {
+            "logps/response": response_logps(logps, forest),
+            "tokens/response": forest.tokens_per_response.to(logps.device).float(),
+        }
+        count = torch.tensor(float(logps.numel()), device=logps.device)
+        return Step(-logps.sum(), count, _summed(metrics))
+
+    return Objective("scored", lambda forest: float(forest.scored.shape[0]), step)
+
+
+def reward(
+    loss: Callable[[Float[Tensor, " pairs"], Float[Tensor, " pairs"]], Float[Tensor, " pairs"]],
+) -> Objective:
+    """Preferred pairs by the scores of a reward model: `lm` has a scalar head (scalar.py). The
+    forest scores all K responses of a prompt in one pass, whatever pairs they make."""
+
+    def step(lm: LanguageModel, forest: Forest) -> Step:
+        scores = response_scores(lm, forest)
+        chosen, rejected = scores[forest.chosen], scores[forest.rejected]
+        weight = forest.weight.to(scores.device)
+        metrics = _summed(_ranked(chosen.detach(), rejected.detach()))
+        return Step((loss(chosen, rejected) * weight).sum(), weight.sum(), metrics)
+
+    return Objective("pairs", _pair_weight, step)
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """What a policy-gradient step optimizes: the clipped surrogate, a KL term in the loss where
+    `kl` names an estimator, and the value loss where there are values."""
+
+    clip_low: float
+    clip_high: float
+    aggregation: str
+    max_tokens: int
+    kl: str | None = None
+    value_clip: float | None = None
+    value_coefficient: float = 1.0
+
+
+def policy_gradient(
+    experience: Callable[[Forest], Experience],
+    surrogate: Surrogate,
+    values: Callable[[LanguageModel, Forest], tuple[Tensor, Tensor | None]],
+    beta: Callable[[], float],
+) -> Objective:
+    """PPO, GRPO and RLOO on what was drawn and is known as its `experience`.
+
+    `values` gives a forest's log-probs and, for PPO, its values; `beta` the weight of the KL term
+    at present.
+    """
+    weigh = AGGREGATIONS[surrogate.aggregation]
+    items = "scored" if surrogate.aggregation == "token" else "responses"
+
+    def weights(forest: Forest) -> tuple[Tensor, Tensor]:
+        return weigh(
+            forest.response_of, forest.tokens_per_response, max_new_tokens=surrogate.max_tokens
+        )
+
+    def step(lm: LanguageModel, forest: Forest) -> Step:
+        logps, now = values(lm, forest)
+        known = experience(forest).to(logps.device)
+        clips = {"clip_low": surrogate.clip_low, "clip_high": surrogate.clip_high}
+        old, advantages = known.logps, known.advantages
+        loss = clipped_surrogate(logps, old, advantages, **clips)
+        metrics = {
+            "reward": known.scores,
+            "kl": response_logps(known.logps - known.reference_logps, forest),
+            "length": forest.tokens_per_response.to(logps.device).float(),
+            "stopped": known.stopped.float(),
+            "clip_fraction": clipped_tokens(logps, old, advantages, **clips).float(),
+            "approx_kl": KL_ESTIMATORS["k3"](old, logps.detach()),
+            "advantages/nonzero": (advantages != 0).float(),
+        }
+        if surrogate.kl is not None:
+            loss = loss + beta() * KL_ESTIMATORS[surrogate.kl](logps, known.reference_logps)
+        if now is not None:
+            assert known.values is not None and known.returns is not None
+            clip = torch.inf if surrogate.value_clip is None else surrogate.value_clip
+            error = clipped_value_loss(now, known.values, known.returns, clip=clip)
+            loss = loss + surrogate.value_coefficient * error
+            metrics["value_loss"] = error
+        weight, count = (x.to(logps.device) for x in weights(forest))
+        return Step((weight * loss).sum(), count, _summed(metrics))
+
+    return Objective(items, lambda forest: float(weights(forest)[1]), step)

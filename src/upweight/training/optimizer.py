@@ -22,10 +22,13 @@ def make_optimizer(
     beta1: float,
     beta2: float,
     epsilon: float,
+    value_prefix: str | None = None,
+    value_rate_factor: float = 1.0,
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) over the model's trainable parameters.
 
-    Two groups, each with its parameters' names: matrices (two dimensions or more, embeddings and
+    Parameters whose name begins with `value_prefix` are a part of their own, whose rate is the
+    others' times a factor (fit() reads both from the groups). Two groups for each part, each with its parameters' names: matrices (two dimensions or more, embeddings and
     LoRA factors among them) decay, gains and biases do not. A tied parameter is in it once.
     Raises ModelError when the model has no trainable parameter.
     """
@@ -35,13 +38,21 @@ def make_optimizer(
             "the model has no trainable parameter: every one is frozen. Train it whole, or with "
             "lora: true."
         )
-    matrices = [(name, p) for name, p in trainable if p.ndim >= 2]
-    others = [(name, p) for name, p in trainable if p.ndim < 2]
-    groups = [
-        {"params": named, "weight_decay": decay}
-        for named, decay in ((matrices, weight_decay), (others, 0.0))
-        if named
-    ]
+    groups: list[dict[str, object]] = []
+    for part, factor in (("policy", 1.0), ("value", value_rate_factor)):
+        is_value = part == "value"
+        own = [
+            (name, p)
+            for name, p in trainable
+            if (value_prefix is not None and name.startswith(value_prefix)) == is_value
+        ]
+        matrices = [(name, p) for name, p in own if p.ndim >= 2]
+        others = [(name, p) for name, p in own if p.ndim < 2]
+        groups += [
+            {"params": named, "weight_decay": decay, "part": part, "rate_factor": factor}
+            for named, decay in ((matrices, weight_decay), (others, 0.0))
+            if named
+        ]
     return torch.optim.AdamW(
         groups,
         lr=learning_rate,
