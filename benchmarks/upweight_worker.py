@@ -29,7 +29,7 @@ from upweight.models.adapter import add_lora
 from upweight.models.attention import NAME, forest_attention
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
-from upweight.recipes import dpo, start
+from upweight.recipes import start, train_model
 from upweight.recipes.prepare import (
     describe,
     fill_reference,
@@ -134,7 +134,7 @@ def train(spec: Spec, emit: Emit) -> None:
     if (name := spec.settings.get("bench")) is not None:
         SWITCHES[name]()
     try:
-        dpo(resolve(spec), Stopwatch(emit))
+        train_model(resolve(spec), Stopwatch(emit))
     except Finished:
         return
     raise AssertionError("the recipe ended without its last step")

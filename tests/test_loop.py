@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ TREES = random_trees([(6, 3, 5), (4, 2, 2, 4), (5, 7, 1), (3, 4, 6), (8, 2, 3)] 
 def objective_of(lm, root, trees=TREES, loss=dpo):
     reference = open_reference(fingerprint(lm), lm, root)
     fill(reference, lm, trees, 64)
-    return pair(reference, loss, beta=0.1)
+    return pair(reference.logps, loss, beta=0.1)
 
 
 def train(
@@ -76,7 +77,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_pairs_of_the_step(tmp_path):
     forests = [collate(TREES[a:b]) for a, b in RAGGED]
     fit(lm, descent, objective, lambda step: forests, plan, hooks, Progress())
 
-    whole = objective(alone, collate(TREES))
+    whole = objective.step(alone, collate(TREES))
     num_pairs = sum(len(tree.preferences) for tree in TREES)
     assert float(whole.count) == num_pairs
     (whole.loss_sum / num_pairs).backward()
@@ -143,12 +144,12 @@ def fitting(objective, capacity):
     """`objective` on a device that has room for so many tokens."""
 
     def limited(lm, forest):
-        step = objective(lm, forest)
+        step = objective.step(lm, forest)
         if forest.num_tokens > capacity:
             raise torch.OutOfMemoryError("out of room")
         return step
 
-    return limited
+    return replace(objective, step=limited)
 
 
 def packed(capacity):
@@ -179,7 +180,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_in_smaller_bins(tmp_path,
     objective = objective_of(got, tmp_path)
 
     def limited(lm, forest):
-        step = objective(lm, forest)
+        step = objective.step(lm, forest)
         # The second step fails in its second bin, with gradients and metrics of the first there.
         tried.append(forest.num_tokens)
         if capacity[0] == 15 or len(tried) < 2:
@@ -191,7 +192,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_in_smaller_bins(tmp_path,
         capacity[0] = 15
         return True
 
-    records = plain_fit(got, limited, lambda step: packed(capacity[0]), make_room)
+    records = plain_fit(got, replace(objective, step=limited), lambda step: packed(capacity[0]), make_room)
     for one, other in zip(known, records, strict=True):
         for key in one.keys() - {"seconds", "tokens_per_second"}:
             assert one[key] == other[key], key
@@ -216,7 +217,8 @@ def test_another_error_in_a_step_is_not_taken_for_a_lack_of_memory(tmp_path):
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        plain_fit(lm, broken, lambda step: packed(15), lambda progress, batch: True)
+        objective = replace(objective_of(lm, tmp_path), step=broken)
+        plain_fit(lm, objective, lambda step: packed(15), lambda progress, batch: True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

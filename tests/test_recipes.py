@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -22,11 +23,12 @@ from tiny import save_tiny
 from upweight.cli import main
 from upweight.config import load_run
 from upweight.models.load import LanguageModel
-from upweight.recipes import dpo
+from upweight.recipes import train_model
 from upweight.recipes.best import metrics
 from upweight.recipes.screen import Silent
 from upweight.training.checkpoint import load as load_checkpoint
-from upweight.types import Forest
+from upweight.training.objectives import Objective
+from upweight.types import Forest, Step
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +152,7 @@ def test_a_signal_before_training_ends_the_run_at_once_and_leaves_its_folder_fre
 
     resolved = load_run(None, values={"model": "model", "data": "pairs.jsonl", "out": "run"})
     with pytest.raises(KeyboardInterrupt):
-        dpo(resolved, Stopping())
+        train_model(resolved, Stopping())
     assert train("run") == 0
 
 
@@ -167,20 +169,20 @@ def recomputes(lm: LanguageModel) -> bool:
 def with_room_for(monkeypatch: pytest.MonkeyPatch, tokens: int, least: int = 0) -> None:
     """A device that runs out of memory beyond so many tokens at once, `least` when layers are
     recomputed."""
-    made = run_train.pair
+    made = run_train.objectives.pair
 
-    def limited(*args: object) -> Callable[..., object]:
+    def limited(*args: object) -> Objective:
         objective = made(*args)
 
-        def step(lm: LanguageModel, forest: Forest) -> object:
-            done = objective(lm, forest)
+        def step(lm: LanguageModel, forest: Forest) -> Step:
+            done = objective.step(lm, forest)
             if forest.num_tokens > max(tokens, least * recomputes(lm)):
                 raise torch.OutOfMemoryError("out of room")
             return done
 
-        return step
+        return replace(objective, step=step)
 
-    monkeypatch.setattr(run_train, "pair", limited)
+    monkeypatch.setattr(run_train.objectives, "pair", limited)
 
 
 def test_a_run_that_does_not_fit_goes_on_with_smaller_bins_and_so_does_its_resumption(

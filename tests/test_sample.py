@@ -59,7 +59,7 @@ def test_tokens_are_drawn_in_proportion_to_their_probability():
     grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
         draw = _Draw(1, temperature, top_p, frozenset())
-        got = torch.bincount(torch.tensor(draw.pick(scores.expand(n, -1), grid)), minlength=50)
+        got = torch.bincount(torch.tensor(draw.pick(scores.expand(n, -1), grid)[0]), minlength=50)
         p = (scores[0].double() / temperature).softmax(-1)
         if top_p < 1:
             ranked, token = p.sort(descending=True)

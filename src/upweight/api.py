@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from upweight.config import load_run
-from upweight.recipes import Result, dpo, sample_file, score_file
+from upweight.recipes import Result, sample_file, score_file, train_model
 from upweight.recipes import check as check_recipe
 from upweight.recipes.prepare import Prepared
 from upweight.terminal import default_screen
@@ -22,7 +22,7 @@ def train(config: str | Path | None = None, **values: Any) -> Result:
     """
 
     with default_screen() as screen:
-        return dpo(load_run(config, values=values, required=("out",)), screen)
+        return train_model(load_run(config, values=values, required=("out",)), screen)
 
 
 def check(config: str | Path | None = None, **values: Any) -> Prepared:

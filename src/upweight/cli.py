@@ -151,11 +151,11 @@ def _is_file(word: str) -> bool:
 
 def _train(arguments: argparse.Namespace) -> int:
     resolved = _resolve(arguments, required=("out",))
-    from upweight.recipes import dpo
+    from upweight.recipes import train_model
     from upweight.terminal import default_screen
 
     with default_screen() as screen:
-        result = dpo(resolved, screen)
+        result = train_model(resolved, screen)
     return 0 if result.finished else 130
 
 

@@ -48,8 +48,7 @@ class Terminal:
         row = [
             f"step {step}/{total_steps}",
             f"loss {record['loss']:.4f}",
-            f"margin {record['rewards/margins']:+.3f}",
-            f"accuracy {record['rewards/accuracies']:.2f}",
+            *(phrase.format(record[key]) for key, phrase in STEP.items() if key in record),
             f"{record['tokens_per_second']:,.0f} tokens/s",
         ]
         # What came before the first record (an evaluation, a slow first step) says nothing of the
@@ -75,16 +74,31 @@ def _left(seconds: float) -> str:
     return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
 
 
+STEP = {
+    "rewards/margins": "margin {:+.3f}",
+    "rewards/accuracies": "accuracy {:.2f}",
+    "reward": "reward {:.3f}",
+    "kl": "KL {:.2f}",
+    "length": "{:.0f} tokens an answer",
+}
+"""What a training step's line says of these metrics, where it has them."""
+
+EVALUATION = {
+    "loss": "loss {loss:.4f}",
+    "rewards/accuracies": "accuracy {rewards/accuracies:.3f} "
+    "[{rewards/accuracies_low:.3f}, {rewards/accuracies_high:.3f}]",
+    "rewards/margins": "margin {rewards/margins:+.3f}",
+    "reward": "reward {reward:.3f} [{reward_low:.3f}, {reward_high:.3f}] "
+    "(the reference's: {reference_reward:.3f})",
+    "kl": "KL {kl:.2f} nats",
+    "length": "{length:.0f} tokens an answer",
+}
+"""What an evaluation's line says of these metrics, where it has them."""
+
+
 def _evaluation_line(record: Mapping[str, object]) -> str:
-    parts = [
-        f"{record['set']} at step {record['step']}: loss {record['loss']:.4f}",
-        f"accuracy {record['rewards/accuracies']:.3f} "
-        f"[{record['rewards/accuracies_low']:.3f}, {record['rewards/accuracies_high']:.3f}]",
-        f"margin {record['rewards/margins']:+.3f}",
-    ]
-    if "kl" in record:
-        parts.append(f"KL {record['kl']:.2f} nats, {record['length']:.0f} tokens an answer")
-    return ", ".join(parts)
+    parts = [phrase.format(**record) for key, phrase in EVALUATION.items() if key in record]
+    return f"{record['set']} at step {record['step']}: {', '.join(parts)}"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Message = Mapping[str, Any]
@@ -196,19 +196,16 @@ class PairLogps:
 
 @dataclass(frozen=True)
 class Experience:
-    """What is known of responses that the policy drew, as it was then: tokens in the order of
-    forest.scored, fp32, in nats.
+    """What is known of tokens that the policy drew, as it was then: in the order of forest.scored,
+    fp32, in nats.
 
     `advantages` and `returns` are what the tokens turned out to be worth; `values` and `returns`
-    are None where there is no value model. `scores` are the rewards of whole responses, and
-    `stopped` says which of them ended by themselves.
+    are None where there is no value model.
     """
 
     logps: Float[Tensor, " scored"]
     reference_logps: Float[Tensor, " scored"]
     advantages: Float[Tensor, " scored"]
-    scores: Float[Tensor, " responses"]
-    stopped: Bool[Tensor, " responses"]
     values: Float[Tensor, " scored"] | None = None
     returns: Float[Tensor, " scored"] | None = None
 

@@ -108,7 +108,9 @@ class Optimizer(Section):
     """AdamW and its schedule"""
 
     learning_rate: Positive | None = Field(
-        default=None, description="Peak learning rate; null: 5e-7 for full training, 1e-5 for LoRA."
+        default=None,
+        description="Peak learning rate; null: by the objective, such as 5e-7 for dpo and 1e-5 for "
+        "sft, and ten or twenty times that for LoRA.",
     )
     weight_decay: NotNegative = Field(default=0.0, description="Decoupled weight decay.")
     beta1: Share = Field(default=0.9, description="Decay of AdamW's mean of gradients.")
@@ -203,7 +205,9 @@ class Rollout(Section):
         description="What scores an answer: number, contains or vader; FILE.py:FUNCTION; an "
         "http:// address; or the folder of a reward model.",
     )
-    prompts_per_round: Count = Field(default=16, description="Prompts that are answered in a round.")
+    prompts_per_round: Count = Field(
+        default=16, description="Prompts that are answered in a round."
+    )
     responses: Count | None = Field(
         default=None,
         description="Answers to each prompt; null: 1 for ppo, 2 for online_dpo, 4 for rloo, 8 for "
@@ -234,15 +238,15 @@ class Policy(Section):
     )
     kl_estimator: Literal["k1", "k2", "k3"] | None = Field(
         default=None,
-        description="Estimator of the KL to the reference, which loss.beta weighs; null: k1 in the "
-        "reward for ppo, k3 in the loss else.",
+        description="Estimator of the KL to the reference, which loss.beta weighs; null: k1, taken "
+        "from the reward, and k2 in the loss for grpo.",
     )
     advantages: Literal["grpo", "dr_grpo", "rloo"] | None = Field(
         default=None, description="Baseline within a prompt's group; null: the objective's own."
     )
     aggregation: Literal["token", "response", "constant"] | None = Field(
         default=None,
-        description="What a step's loss is a mean over; null: response for grpo, token else.",
+        description="What a step's loss is a mean over; null: response for grpo, else token.",
     )
     value: Literal["shared", "own"] = Field(
         default="own", description="Whether the value head reads the policy's trunk (ppo)."

@@ -19,7 +19,7 @@ from upweight.evidence.report import write_report
 from upweight.models.load import LanguageModel
 from upweight.models.sample import Sample, sample
 from upweight.models.weights import demo_model_path
-from upweight.recipes import Result, dpo
+from upweight.recipes import Result, train_model
 from upweight.recipes.prepare import load_policy, renderer_for
 from upweight.recipes.screen import Screen
 from upweight.stats import Interval, mean_interval
@@ -66,7 +66,7 @@ def demo(model: str | None, out: str, screen: Screen) -> Outcome | None:
             origin_of_values="demo",
             required=("out",),
         )
-        result = dpo(resolved, screen)
+        result = train_model(resolved, screen)
         if not result.finished or result.model is None:
             screen.note("That finishes the training; the demo's table needs a demo from the start.")
             return None

@@ -20,6 +20,7 @@ from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import response_logps, token_logps
 from upweight.models.reference import Reference
 from upweight.models.sample import Sample, sample, sample_trees, tree_logps
+from upweight.models.scalar import tree_scores
 from upweight.stats import accuracy_interval, mean_interval
 from upweight.types import Forest, Tree
 
@@ -135,6 +136,41 @@ def summary(
         accuracy.high,
     )
     return record
+
+
+def likelihood(lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int) -> Row:
+    """-log p of the responses' tokens in nats: the mean over all tokens, as in training."""
+    flat = [logp for logps in tree_logps(lm, trees, tokens_per_bin) for logp in logps]
+    lengths = [len(response) for tree in trees for response in tree.responses]
+    return {
+        "loss": -math.fsum(flat) / sum(lengths),
+        "num_responses": len(flat),
+        "logps/response": math.fsum(flat) / len(flat),
+        "tokens/response": sum(lengths) / len(lengths),
+    }
+
+
+def ranking(lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int) -> Row:
+    """How a reward model ranks preferences: accuracy with its 95 % interval, scores, margins."""
+    scores = tree_scores(lm, trees, tokens_per_bin)
+    pairs = [
+        (found[p.chosen], found[p.rejected])
+        for tree, found in zip(trees, scores, strict=True)
+        for p in tree.preferences
+    ]
+    margins = [chosen - rejected for chosen, rejected in pairs]
+    accuracy = accuracy_interval(margins, [t.prompt for t in trees for _ in t.preferences])
+    losses = -F.logsigmoid(torch.tensor(margins, dtype=torch.float64))
+    return {
+        "loss": losses.mean().item(),
+        "num_pairs": len(pairs),
+        "rewards/chosen": math.fsum(c for c, _ in pairs) / len(pairs),
+        "rewards/rejected": math.fsum(r for _, r in pairs) / len(pairs),
+        "rewards/margins": math.fsum(margins) / len(margins),
+        "rewards/accuracies": accuracy.value,
+        "rewards/accuracies_low": accuracy.low,
+        "rewards/accuracies_high": accuracy.high,
+    }
 
 
 def ledger_table(rows: Sequence[Row]) -> pa.Table:  # pyright: ignore

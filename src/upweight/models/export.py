@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from upweight.errors import ModelError, OutputError, Refusal
 from upweight.models import attention
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.proof import TOLERANCE_NATS, one_at_a_time, probe_forest
+from upweight.models.scalar import one_response_at_a_time, tree_scores
 from upweight.models.weights import load_weights, quiet_peft
-from upweight.types import Forest
+from upweight.types import Forest, Tree
 
 
 def export(lm: LanguageModel, folder: Path, *, merge: bool = False) -> list[Path]:
@@ -56,6 +57,44 @@ def export(lm: LanguageModel, folder: Path, *, merge: bool = False) -> list[Path
     merged = load_weights(str(adapter), str(adapter), lm.trust_remote_code)
     merged.generation_config = lm.causal.generation_config
     return [_write(folder, lm, merged, same), adapter, *beside]
+
+
+def export_reward_model(lm: LanguageModel, folder: Path, probes: Sequence[Tree]) -> Path:
+    """Write a reward model as a sequence-classification folder, its adapter merged if it has one.
+
+    As `export`: it appears whole, and only if plain transformers reads the same scores from it.
+    """
+    with evaluation_mode(lm):
+        trained = [score for scores in tree_scores(lm, probes) for score in scores]
+    model = lm.causal
+    merge_adapters(model)
+
+    def same(written: Path) -> None:
+        again = load_weights(str(written), str(written), lm.trust_remote_code, scalar=True)
+        read = [s for tree in probes for s in one_response_at_a_time(again.eval(), tree)]
+        worst = max(abs(a - b) for a, b in zip(read, trained, strict=True))
+        # A score is one product of the width more: it is off by as much as a log-prob is.
+        tolerance = TOLERANCE_NATS[lm.compute_dtype]
+        if not worst <= tolerance:
+            raise Refusal(
+                "UW401",
+                f"the export is not the trained reward model: read back, it gives a response a "
+                f"score {worst:.3g} off (rounding: {tolerance}). Nothing was exported; the run's "
+                "last checkpoint has the trained weights.",
+            )
+
+    return _write(folder, lm, model, same)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Folds every LoRA layer into the layer that it adapts, in place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, layer in adapted:
+        layer.merge()
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer.get_base_layer())
 
 
 def _findable_base(lm: LanguageModel) -> str | None:

@@ -83,9 +83,7 @@ def scored_hidden(
     return torch.cat(pieces)
 
 
-def _forest_hidden(
-    lm: LanguageModel, forest: Forest, after: bool
-) -> Float[Tensor, "scored width"]:
+def _forest_hidden(lm: LanguageModel, forest: Forest, after: bool) -> Float[Tensor, "scored width"]:
     with lm.compute():
         hidden = lm.causal.base_model(
             input_ids=forest.token_ids[None],

@@ -90,7 +90,9 @@ def sample(
                 else _generate(lm, upto, ids, mask, num, seed + done)
             )
             for row, (tokens, logps) in enumerate(rows):
-                found = Sample(tuple(tokens), tokens[-1] in stop, logps and tuple(logps))
+                found = Sample(
+                    tuple(tokens), tokens[-1] in stop, None if logps is None else tuple(logps)
+                )
                 drawn[group[row // num]].append(found)
             done += len(group)
             on_progress(done, len(prompts))

@@ -61,7 +61,6 @@ def with_scalar_head(lm: LanguageModel, stop_ids: Collection[int], seed: int) ->
             "sequence-classification model, so that no reward or value head can be put on it. Use "
             "a model of another family, such as llama or qwen2."
         ) from error
-    width = lm.causal.get_input_embeddings().weight.shape[-1]
     inner = getattr(model, "score", None)
     assert isinstance(inner, nn.Linear), f"{type(model).__name__} has no linear score"
     width = inner.in_features
@@ -101,7 +100,7 @@ def load_reward_model(name: str, **options: Any) -> LanguageModel:
     with torch.device("meta"):
         causal: Any = AutoModelForCausalLM.from_config(scoring.config)
     setattr(causal, causal.base_model_prefix, scoring.base_model)
-    embedding = scoring.get_input_embeddings().weight
+    embedding = next(scoring.get_input_embeddings().parameters())
     head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
     head.weight = embedding
     causal.set_output_embeddings(head)

@@ -176,7 +176,11 @@ def _model_errors(name: str) -> Generator[None]:
 
 
 def load_weights(
-    name: str, folder: str, trust_remote_code: bool = False, *, loading: tuple[str, ...] = (),
+    name: str,
+    folder: str,
+    trust_remote_code: bool = False,
+    *,
+    loading: tuple[str, ...] = (),
     scalar: bool = False,
 ) -> PreTrainedModel:
     """The model in `folder` (or of that hub id) in fp32, on the CPU, without dropout; an adapter

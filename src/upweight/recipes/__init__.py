@@ -2,6 +2,6 @@
 
 from upweight.recipes.check import check
 from upweight.recipes.score import sample_file, score_file
-from upweight.recipes.train import Result, dpo
+from upweight.recipes.train import Result, train_model
 
-__all__ = ["Result", "check", "dpo", "sample_file", "score_file"]
+__all__ = ["Result", "check", "train_model", "sample_file", "score_file"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -12,9 +12,12 @@ from upweight.evidence import evaluate
 from upweight.evidence.records.ledger import SCHEMA
 from upweight.models.sample import Sample
 from upweight.recipes.best import samples_are_the_policys
-from upweight.recipes.reference import draw, same_reference, sampled_prompts
+from upweight.recipes.kinds import KINDS
+from upweight.recipes.reference import draw, same_reference, sampled_trees
 from upweight.recipes.state import State, log
+from upweight.stats import mean_interval
 from upweight.training.loop import Progress, Record
+from upweight.training.rollout import as_tree
 from upweight.training.rundir import append_jsonl, write_ledger
 from upweight.types import Tree
 
@@ -23,37 +26,68 @@ def evaluate_sets(state: State, progress: Progress) -> bool:
     """Scores every set and samples answers; whether checkpoint.best is better than ever."""
     run, last = state.run, progress.step == state.begun.plan.total_steps
     sets = {n: trees for n, trees in state.begun.prepared.trees.items() if n != "train"}
-    sampled = _sampled(state, sets) if sets and run.evaluation.samples else {}
-    is_the_reference = progress.step == 0 and run.reference is None
-    policy = None if is_the_reference else state.lm
+    to_sample = run.evaluation.samples and KINDS[run.objective].answers
+    sampled = _sampled(state, sets) if sets and to_sample else {}
     rows: list[evaluate.Row] = []
     improved = False
     for name, trees in sets.items():
-        scored = evaluate.score_trees(
-            policy, trees, state.against.logps, run.loss.beta, state.tokens_per_bin
+        measured, scored = MEASURES[KINDS[run.objective].rows, KINDS[run.objective].answers](
+            state, progress, trees
         )
         record: Record = {
             "step": progress.step,
             "epoch": progress.step / state.begun.plan.steps_per_epoch,
             "kind": "eval",
             "set": name,
-            **evaluate.summary(
-                scored,
-                [t.prompt for t in trees for _ in t.preferences],
-                run.loss.beta,
-                run.loss.label_smoothing,
-            ),
+            **measured,
         }
         if name in sampled:
             record |= _write_samples(state, progress, name, sampled[name])
         log(state, record)
         improved |= _note_best(state, progress, name, record)
         rows += [{"step": progress.step, "set": name, **row} for row in scored]
-        if last:
-            _add_texts(state, trees, rows[-len(scored) :])
+        if last and scored:
+            _add_texts(state, trees, rows[len(rows) - len(scored) :])
     if rows:
         _append_ledger(state, rows)
     return improved
+
+
+Measured = tuple[evaluate.Row, list[evaluate.Row]]
+"""A set's record, and its rows of the ledger."""
+
+
+def _preferences(state: State, progress: Progress, trees: Sequence[Tree]) -> Measured:
+    run = state.run
+    is_the_reference = progress.step == 0 and run.reference is None
+    policy = None if is_the_reference else state.lm
+    scored = evaluate.score_trees(
+        policy, trees, state.against.logps, run.loss.beta, state.tokens_per_bin
+    )
+    prompts = [t.prompt for t in trees for _ in t.preferences]
+    return evaluate.summary(scored, prompts, run.loss.beta, run.loss.label_smoothing), scored
+
+
+def _likelihood(state: State, progress: Progress, trees: Sequence[Tree]) -> Measured:
+    return evaluate.likelihood(state.lm, trees, state.tokens_per_bin), []
+
+
+def _ranking(state: State, progress: Progress, trees: Sequence[Tree]) -> Measured:
+    return evaluate.ranking(state.lm, trees, state.tokens_per_bin), []
+
+
+def _answers(state: State, progress: Progress, trees: Sequence[Tree]) -> Measured:
+    """Prompts alone: all that there is to measure is what is sampled."""
+    return {}, []
+
+
+MEASURES: dict[tuple[str, bool], Callable[[State, Progress, Sequence[Tree]], Measured]] = {
+    ("preferences", True): _preferences,
+    ("preferences", False): _ranking,
+    ("responses", True): _likelihood,
+    ("prompts", True): _answers,
+}
+"""What is measured on a set, by what its rows are and whether the model answers."""
 
 
 def _note_best(state: State, progress: Progress, name: str, record: Record) -> bool:
@@ -73,6 +107,7 @@ class _Sampled:
     """What the policy answers to a set's first prompts, and how likely that is, in nats."""
 
     prompts: Sequence[Sequence[int]]
+    trees: Sequence[Tree]
     policy: Sequence[Sample]
     policy_logps: Sequence[float]
     reference_logps: Sequence[float]
@@ -81,12 +116,13 @@ class _Sampled:
 def _sampled(state: State, sets: Mapping[str, Sequence[Tree]]) -> dict[str, _Sampled]:
     """By set. The reference is asked once for all sets: it may have to be read from disk."""
     stop_ids = state.begun.prepared.renderer.stop_ids
-    prompts = {name: sampled_prompts(state.run, trees) for name, trees in sets.items()}
+    asked = {name: sampled_trees(state.run, trees) for name, trees in sets.items()}
+    prompts = {name: [tree.prompt for tree in trees] for name, trees in asked.items()}
     policy = {name: draw(state.run, state.lm, prompts[name], stop_ids) for name in sets}
     ours = {n: evaluate.sample_logps(state.lm, prompts[n], policy[n]) for n in sets}
     with same_reference(state.run, state.lm, state.against) as reference:
         theirs = {n: evaluate.sample_logps(reference, prompts[n], policy[n]) for n in sets}
-    return {n: _Sampled(prompts[n], policy[n], ours[n], theirs[n]) for n in sets}
+    return {n: _Sampled(prompts[n], asked[n], policy[n], ours[n], theirs[n]) for n in sets}
 
 
 def _write_samples(state: State, progress: Progress, name: str, found: _Sampled) -> Record:
@@ -102,6 +138,29 @@ def _write_samples(state: State, progress: Progress, name: str, found: _Sampled)
         **(kl if samples_are_the_policys(state.run) else {}),
         "length": sum(len(s.tokens) for s in found.policy) / len(found.policy),
         "reference_length": sum(len(s.tokens) for s in answers) / len(answers),
+        **_rewards(state, found.trees, found.policy, answers),
+    }
+
+
+def _rewards(
+    state: State, asked: Sequence[Tree], policy: Sequence[Sample], reference: Sequence[Sample]
+) -> Record:
+    """The mean reward of the policy's answers with its 95 % interval, and of the reference's."""
+    if state.judge is None:
+        return {}
+    judge = state.judge
+
+    def rewards(drawn: Sequence[Sample]) -> list[float]:
+        trees = [as_tree(tree, [answer]) for tree, answer in zip(asked, drawn, strict=True)]
+        return [score for (score,) in judge(trees)]
+
+    ours, theirs = rewards(policy), rewards(reference)
+    found = mean_interval(ours)
+    return {
+        "reward": found.value,
+        "reward_low": found.low,
+        "reward_high": found.high,
+        "reference_reward": sum(theirs) / len(theirs),
     }
 
 

@@ -10,10 +10,19 @@ import torch
 from upweight.config import Resolved, Run
 from upweight.data.account import Account, percentiles, require_used
 from upweight.data.render import Renderer, make_renderer
-from upweight.data.stream import grow, load_examples, overlap, split_account, split_by_prompt
+from upweight.data.stream import (
+    grow,
+    load_examples,
+    load_prompts,
+    overlap,
+    split_account,
+    split_by_prompt,
+)
+from upweight.data.supervised import each_turn, plant, preferred
 from upweight.errors import Refusal
 from upweight.models.load import LanguageModel, fingerprint, load
 from upweight.models.reference import Reference, fill, open_reference, verify
+from upweight.recipes.kinds import KINDS
 from upweight.recipes.screen import Screen
 from upweight.training.memory import TOKENS_PER_BIN
 from upweight.trust.finding import Finding
@@ -65,14 +74,26 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     """
     renderer = renderer_for(run, lm)
 
+    kind = KINDS[run.objective]
+
     def examples(paths: Sequence[str], limit: int | None) -> tuple[list[Example], Account]:
-        return load_examples(
+        if kind.draws:
+            return load_prompts(paths, limit)
+        found, account = load_examples(
             paths,
             layout=run.data.format,
             pairing=run.data.pairing,
             min_gap=run.data.min_score_gap,
             limit=limit,
+            require_preferences=kind.rows == "preferences",
         )
+        return (each_turn(found, account) if run.data.turns == "all" else found), account
+
+    def grown(rows: Sequence[Example], account: Account) -> list[Tree]:
+        if kind.draws:
+            return plant(rows, renderer, account)
+        trees = grow(rows, renderer, account)
+        return preferred(trees, account) if kind.rows == "responses" else trees
 
     train, account = examples(run.data.path, run.data.limit)
     require_used(account, f"data {', '.join(run.data.path)}")
@@ -91,10 +112,10 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
                 f"too, such as {theirs} and {mine}. Remove them from one side, or use "
                 "evaluation.fraction to split by prompt.",
             )
-    trees, accounts = {"train": grow(train, renderer, account)}, {"train": account}
+    trees, accounts = {"train": grown(train, account)}, {"train": account}
     require_used(account, f"data {', '.join(run.data.path)}")
     for name, (rows, its_account) in sets.items():
-        trees[name], accounts[name] = grow(rows, renderer, its_account), its_account
+        trees[name], accounts[name] = grown(rows, its_account), its_account
         require_used(its_account, f"the evaluation set {name}")
     return Prepared(trees, accounts, renderer)
 
@@ -121,8 +142,14 @@ def account_lines(prepared: Prepared) -> list[str]:
         parts = [
             f"{name}: {account.read} rows read = {account.used} used + "
             f"{sum(account.dropped.values())} dropped" + (f" ({drops})" if drops else ""),
-            f"{account.preferences} preferences",
+            f"{account.preferences} preferences"
+            if account.preferences
+            else f"{account.responses} responses"
+            if account.responses
+            else "prompts alone",
         ]
+        if account.earlier_turns:
+            parts.append(f"{account.earlier_turns} of the rows are earlier turns of others")
         if account.left_out:
             parts.append(
                 "responses left out: "
@@ -190,8 +217,9 @@ def describe(lm: LanguageModel) -> str:
 
 
 def with_rates(resolved: Resolved) -> Resolved:
-    """The learning rate that was left open: 1e-5 for LoRA, 5e-7 for full training."""
+    """The learning rate that was left open: by the objective, for LoRA or full training."""
     if resolved.run.optimizer.learning_rate is not None:
         return resolved
-    rate = 1e-5 if resolved.run.lora is not None else 5e-7
+    kind = KINDS[resolved.run.objective]
+    rate = kind.lora if resolved.run.lora is not None else kind.full
     return resolved.with_value("optimizer.learning_rate", rate, "resolved")

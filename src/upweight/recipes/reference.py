@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +16,7 @@ from upweight.models.adapter import adapter_off
 from upweight.models.load import ForwardPlan, LanguageModel, evaluation_mode, fingerprint, load
 from upweight.models.reference import Reference
 from upweight.models.sample import Sample
+from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import Prepared, fill_reference
 from upweight.recipes.screen import Screen
 from upweight.types import Tree
@@ -36,12 +38,19 @@ class Against:
 def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Screen) -> Against:
     """Everything the reference has to say before step 1. `lm` is the policy at its start, with
     its adapter if it gets one; without a named reference it is the reference itself."""
+    kind = KINDS[run.objective]
     trees = [tree for found in prepared.trees.values() for tree in found]
     stop_ids = prepared.renderer.stop_ids
+    if not kind.answers:
+        start = fingerprint(lm)
+        return Against(Reference(start, Path()), lm.plan, {}, start)
     itself = run.reference is None and not lm.has_adapter
     asked = contextlib.nullcontext(lm) if itself else reference_model(run, lm)
     with asked as model, evaluation_mode(model):
-        logps = fill_reference(run, model, trees, screen)
+        if kind.by_reference:
+            logps = fill_reference(run, model, trees, screen)
+        else:
+            logps = Reference(fingerprint(model), Path())
         answers = {
             name: draw(run, model, sampled_prompts(run, found), stop_ids)
             for name, found in prepared.trees.items()
@@ -54,7 +63,13 @@ def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Scree
 
 def sampled_prompts(run: Run, trees: Sequence[Tree]) -> list[tuple[int, ...]]:
     """The first prompts of a set, which policy and reference answer at every evaluation."""
-    return list(dict.fromkeys(tree.prompt for tree in trees))[: run.evaluation.samples]
+    return [tree.prompt for tree in sampled_trees(run, trees)]
+
+
+def sampled_trees(run: Run, trees: Sequence[Tree]) -> list[Tree]:
+    """The trees of `sampled_prompts`: the first of each prompt."""
+    first = {tree.prompt: tree for tree in reversed(trees)}
+    return [first[p] for p in dict.fromkeys(t.prompt for t in trees)][: run.evaluation.samples]
 
 
 def draw(

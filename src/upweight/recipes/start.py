@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,8 +11,11 @@ from upweight.config import Resolved, Run
 from upweight.data.stream import num_steps, plan_epoch
 from upweight.models.adapter import add_lora
 from upweight.models.load import LanguageModel, checkpoint_layers
+from upweight.models.logprobs import token_logps
+from upweight.models.scalar import response_scores, with_scalar_head
 from upweight.models.weights import load_tokenizer
 from upweight.recipes.best import Best, best_metric
+from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import (
     Prepared,
     account_lines,
@@ -25,8 +30,10 @@ from upweight.recipes.screen import Screen
 from upweight.training.checkpoint import Position
 from upweight.training.loop import Plan
 from upweight.training.memory import plan_memory
+from upweight.training.rollout import Sizes
 from upweight.training.rundir import require_space
 from upweight.trust.preflight import Examined, examine
+from upweight.types import Tree
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,11 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
         screen.note(str(finding))
     if saved is not None:
         require_same_settings(saved, run, prepared)
-    lm = _trained(run, lm)
+    lm = trained(run, lm, prepared.renderer.stop_ids)
     screen.note(f"model: {lm.name}, {describe(lm)}")
-    trees = prepared.trees["train"]
-    steps = plan_epoch(trees, run.batch.pairs_per_step, run.seed, 0)
-    memory = plan_memory(lm, trees, steps, run.batch.tokens_per_bin)
+    trees, steps = _learned_from(run, prepared)
+    forward = token_logps if KINDS[run.objective].answers else response_scores
+    memory = plan_memory(lm, trees, steps, run.batch.tokens_per_bin, forward)
     screen.note(memory.describe())
     if run.batch.tokens_per_bin is None:
         resolved = resolved.with_value("batch.tokens_per_bin", memory.tokens_per_bin, "resolved")
@@ -94,8 +101,9 @@ def examined_sets(run: Run, prepared: Prepared) -> list[Examined]:
     ]
 
 
-def _trained(run: Run, lm: LanguageModel) -> LanguageModel:
-    """The policy as it is trained: with its adapter, and recomputing if that is asked for."""
+def trained(run: Run, lm: LanguageModel, stop_ids: Collection[int]) -> LanguageModel:
+    """The model as it is trained: with its adapter, its scalar head if it is to be a reward model,
+    and recomputing if that is asked for."""
     if run.lora is not None:
         lm = add_lora(
             lm,
@@ -105,9 +113,38 @@ def _trained(run: Run, lm: LanguageModel) -> LanguageModel:
             targets=run.lora.targets,
             seed=run.seed,
         )
+    if not KINDS[run.objective].answers:
+        lm = with_scalar_head(lm, stop_ids, run.seed)
     if run.compute.checkpointing:
         checkpoint_layers(lm)
     return lm
+
+
+def rollout_sizes(run: Run) -> Sizes:
+    kind, options = KINDS[run.objective], run.rollout
+    return Sizes(
+        prompts=options.prompts_per_round,
+        responses=options.responses or kind.num_responses,
+        max_tokens=options.max_tokens,
+        passes=options.passes or kind.passes,
+        minibatches=options.minibatches,
+        seed=run.seed,
+    )
+
+
+def _learned_from(run: Run, prepared: Prepared) -> tuple[Sequence[Tree], Sequence[Sequence[int]]]:
+    """The trees of an epoch, and which of them make a step. Answers that are yet to be drawn are
+    as long as they may be."""
+    trees = prepared.trees["train"]
+    if not KINDS[run.objective].draws:
+        return trees, plan_epoch(trees, run.batch.pairs_per_step, run.seed, 0)
+    sizes = rollout_sizes(run)
+    answer = (0,) * sizes.max_tokens
+    imagined = [
+        replace(tree, responses=(answer,) * sizes.responses)
+        for tree in sorted(trees, key=lambda tree: -tree.num_tokens)[: sizes.prompts]
+    ]
+    return imagined, [range(len(imagined))]
 
 
 def _require_room(run: Run, lm: LanguageModel, out: Path) -> None:
@@ -119,13 +156,20 @@ def _require_room(run: Run, lm: LanguageModel, out: Path) -> None:
 
 def _plan(run: Run, prepared: Prepared) -> Plan:
     trees, size = prepared.trees["train"], run.batch.pairs_per_step
-    total = run.steps or num_steps(trees, size, run.seed, run.epochs)
+    if KINDS[run.objective].draws:
+        sizes = rollout_sizes(run)
+        rounds = max(1, len(trees) / sizes.prompts)
+        per_epoch = max(1, round(rounds * sizes.steps))
+        total = run.steps or math.ceil(rounds * run.epochs - 1e-9) * sizes.steps
+    else:
+        per_epoch = len(plan_epoch(trees, size, run.seed, 0))
+        total = run.steps or num_steps(trees, size, run.seed, run.epochs)
     tenth = max(1, total // 10)
     rate = run.optimizer.learning_rate
     assert rate is not None
     return Plan(
         total_steps=total,
-        steps_per_epoch=len(plan_epoch(trees, size, run.seed, 0)),
+        steps_per_epoch=per_epoch,
         learning_rate=rate,
         warmup=run.optimizer.warmup,
         schedule=run.optimizer.schedule,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 from upweight.config import Run
 from upweight.evidence.track import Tracking
@@ -17,6 +19,7 @@ from upweight.recipes.start import Start
 from upweight.training import checkpoint
 from upweight.training.loop import Progress, Record, Window
 from upweight.training.memory import free_cached
+from upweight.training.objectives import Objective
 from upweight.training.rundir import (
     RunDir,
     append_jsonl,
@@ -24,7 +27,39 @@ from upweight.training.rundir import (
     truncate_ledger_after,
 )
 from upweight.trust.watch import Watch
-from upweight.types import Forest
+from upweight.types import Forest, Tree
+
+
+@dataclass(frozen=True)
+class Values:
+    """The value model of a PPO run: a model of its own, or None where `module` is a head on the
+    policy's trunk."""
+
+    critic: LanguageModel | None
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an objective has fit() do: the loss, the trees of each step, and what it keeps between
+    steps besides weights."""
+
+    objective: Objective
+    trees: Callable[[int], list[Tree]]
+    rounds: Rounds | None = None
+
+
+@runtime_checkable
+class Rounds(Protocol):
+    """What learns from answers that it has drawn."""
+
+    def after(self, record: Record) -> None: ...
+
+    def position(self) -> dict[str, Any]: ...
+
+    def go_back(self, where: Mapping[str, Any]) -> None: ...
+
+    def tidy(self, kept: Sequence[Mapping[str, Any]]) -> None: ...
 
 
 @dataclass
@@ -40,6 +75,9 @@ class State:
     trackers: Tracking
     tokens_per_bin: int
     watch: Watch
+    values: Values | None = None
+    judge: Callable[[Sequence[Tree]], list[list[float]]] | None = None
+    rounds: Rounds | None = None
     best: float | None = None
     best_step: int | None = None
     recomputing: bool = False
@@ -52,11 +90,24 @@ class State:
     def lm(self) -> LanguageModel:
         return self.begun.lm
 
+    @property
+    def trained(self) -> nn.Module:
+        """Everything that the optimizer moves and a checkpoint keeps."""
+        return trained_modules(self.lm, self.values)
+
+
+def trained_modules(lm: LanguageModel, values: Values | None) -> nn.Module:
+    if values is None:
+        return lm.model
+    return nn.ModuleDict({"policy": lm.model, "value": values.module})
+
 
 def log(state: State, record: Record) -> None:
     append_jsonl(state.rundir.file("metrics.jsonl"), record)
     state.trackers.log(record)
     state.screen.record(record, state.begun.plan.total_steps)
+    if state.rounds is not None and record["kind"] == "train":
+        state.rounds.after(record)
     for finding in state.watch.after(record):
         warning = {"step": record["step"], "kind": "warning", **asdict(finding)}
         append_jsonl(state.rundir.file("metrics.jsonl"), warning)
@@ -80,17 +131,21 @@ def save(state: State, progress: Progress) -> None:
         data_digests=data_digests(state.begun.prepared),
         window=progress.window.to_plain(),
         tokens_per_bin=state.tokens_per_bin,
+        rollout=None if state.rounds is None else state.rounds.position(),
     )
-    checkpoint.save(folder, checkpoint.capture(state.lm.model, state.optimizer, position))
+    checkpoint.save(folder, checkpoint.capture(state.trained, state.optimizer, position))
     best = None
     if state.best_step is not None:
         best = folder / f"{checkpoint.CHECKPOINT}{state.best_step:08d}"
     checkpoint.prune(folder, state.run.checkpoint.keep, best)
+    if state.rounds is not None:
+        positions = checkpoint.positions(folder)
+        state.rounds.tidy([p.rollout for p in positions if p.rollout is not None])
 
 
 def go_back(state: State, saved: checkpoint.TrainState) -> Progress:
     """Weights, optimizer, generators and records as they were when `saved` was saved."""
-    checkpoint.restore(state.lm.model, state.optimizer, saved)
+    checkpoint.restore(state.trained, state.optimizer, saved)
     where = saved.position
     state.best, state.best_step = where.best, where.best_step
     truncate_jsonl_after(state.rundir.file("metrics.jsonl"), where.step)
@@ -99,6 +154,8 @@ def go_back(state: State, saved: checkpoint.TrainState) -> Progress:
     if where.tokens_per_bin is not None and where.tokens_per_bin < state.tokens_per_bin:
         state.tokens_per_bin = where.tokens_per_bin
         state.screen.note(f"bins of {where.tokens_per_bin:,} tokens, which fitted into memory")
+    if state.rounds is not None and where.rollout is not None:
+        state.rounds.go_back(where.rollout)
     assert where.window is not None
     window = Window.from_plain(where.window)
     state.screen.note(f"resumed after step {where.step} of {state.begun.plan.total_steps}")

@@ -1,4 +1,4 @@
-"""dpo(): from a config to an aligned model and a report that says whether it worked."""
+"""train_model(): from a config to an aligned model and a report that says whether it worked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,25 +20,43 @@ from upweight.data.stream import batch_for_step
 from upweight.errors import OutputError
 from upweight.evidence.report import write_report
 from upweight.evidence.track import Target, Tracking, clients, tracking
-from upweight.losses import PAIR_LOSSES
-from upweight.models.export import export
+from upweight.losses import PAIR_LOSSES, bradley_terry
+from upweight.models.export import export, export_reward_model
 from upweight.recipes.environment import write_environment
 from upweight.recipes.evaluation import evaluate_sets
+from upweight.recipes.kinds import KINDS
+from upweight.recipes.online import online, values_of
 from upweight.recipes.prepare import account_record
 from upweight.recipes.reference import Against, ask_reference
 from upweight.recipes.resume import require_same_models, resume_command
+from upweight.recipes.rewarding import Scorer, make_scorer
 from upweight.recipes.screen import Screen, Silent
 from upweight.recipes.start import Start, examined_sets, start
-from upweight.recipes.state import State, go_back, log, make_room, save
-from upweight.training import checkpoint
+from upweight.recipes.state import (
+    State,
+    Values,
+    Work,
+    go_back,
+    log,
+    make_room,
+    save,
+    trained_modules,
+)
+from upweight.training import checkpoint, objectives
 from upweight.training.loop import Hooks, Progress, fit
-from upweight.training.objectives import pair
+from upweight.training.objectives import Objective
 from upweight.training.optimizer import make_optimizer
 from upweight.training.rundir import RunDir, open_run_dir, require_space, write_atomic
 from upweight.trust.identity import require_quiet, starts_elsewhere
 from upweight.trust.preflight import swapped
 from upweight.trust.watch import Watch
 from upweight.types import Forest
+
+VALUE_RATE = 10.0
+"""A value model starts from nothing, and learns at so many times the policy's rate."""
+
+PROBES = 4
+"""Prompts that a reward model is asked about again when its export is read back."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +70,8 @@ class Result:
     steps: int
 
 
-def dpo(resolved: Resolved, screen: Screen | None = None) -> Result:
-    """Train `resolved.run.model` on preferences into `resolved.run.out`.
+def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
+    """Train `resolved.run.model` by its objective into `resolved.run.out`.
 
     Raises UpweightError children for everything that is the data's, the config's, the model's or
     the disk's; a run that fails before its first step leaves an empty folder. From there on Ctrl-C
@@ -66,7 +84,8 @@ def dpo(resolved: Resolved, screen: Screen | None = None) -> Result:
     with open_run_dir(Path(run.out), run.resume) as rundir, contextlib.ExitStack() as stack:
         saved = _newest(rundir)
         begun = start(resolved, screen, saved.position if saved else None)
-        screen.stage("reference")
+        if KINDS[begun.run.objective].answers:
+            screen.stage("reference")
         against = ask_reference(begun.run, begun.lm, begun.prepared, screen)
         if saved is not None:
             require_same_models(saved.position, begun.run, against)
@@ -76,13 +95,16 @@ def dpo(resolved: Resolved, screen: Screen | None = None) -> Result:
         trackers = stack.enter_context(tracking(to_open, target, screen.note))
         stop = stack.enter_context(_stop_on_signals(screen))
         state = _state(begun, against, rundir, screen, trackers)
+        # Before weights are restored: some of it is of the policy at its start.
+        work = WORK[begun.run.objective](state)
+        state.rounds = work.rounds
         progress = go_back(state, saved) if saved is not None else Progress()
         _write_records(state)
         screen.stage("training")
         # A run that stopped at step 0 was evaluated before it was saved.
         if saved is None and evaluate_sets(state, progress):
             save(state, progress)
-        if not _train(state, progress, stop):
+        if not _train(state, work, progress, stop):
             screen.note(f"stopped after step {progress.step}; checkpoint saved.")
             screen.note(f"Go on with:  {resume_command(rundir.path)}")
             return Result(rundir.path, None, None, False, progress.step)
@@ -107,18 +129,29 @@ def _state(
 ) -> State:
     capacity, recomputing = begun.run.batch.tokens_per_bin, begun.run.compute.checkpointing
     assert capacity is not None
-    optimizer = _optimizer(begun)
+    values = values_of(begun.run, begun.lm, sorted(begun.prepared.renderer.stop_ids))
+    optimizer = _optimizer(begun, values)
     watch = Watch(begun.lm, begun.run.watch)
     return State(
         begun, against, rundir, optimizer, screen, trackers, capacity, watch,
-        recomputing=recomputing,
+        values=values, judge=_judge(begun), recomputing=recomputing,
     )  # fmt: skip
 
 
-def _optimizer(begun: Start) -> torch.optim.Optimizer:
-    options = begun.run.optimizer
+def _judge(begun: Start) -> Scorer | None:
+    """What scores the answers of an evaluation."""
+    run = begun.run
+    spec = run.evaluation.true_reward or run.rollout.reward
+    return None if spec is None else make_scorer(spec, run, begun.lm)
+
+
+def _optimizer(begun: Start, values: Values | None) -> torch.optim.Optimizer:
+    options, own_rate = begun.run.optimizer, begun.run.policy.value_learning_rate
+    factor = VALUE_RATE if own_rate is None else own_rate / begun.plan.learning_rate
     return make_optimizer(
-        begun.lm.model,
+        trained_modules(begun.lm, values),
+        value_prefix=None if values is None else "value.",
+        value_rate_factor=factor,
         learning_rate=begun.plan.learning_rate,
         weight_decay=options.weight_decay,
         beta1=options.beta1,
@@ -131,6 +164,8 @@ def _with_reference(begun: Start, against: Against, screen: Screen, *, fresh: bo
     """With what the reference's log-probs say against the labels and, where the policy is still at
     its start, against it."""
     run, trees = begun.run, begun.prepared.trees["train"]
+    if not KINDS[run.objective].by_reference:
+        return begun
     asked = [swapped(examined, against.logps) for examined in examined_sets(run, begun.prepared)]
     if run.lora is None or not run.lora.dropout:
         require_quiet(begun.lm, trees)
@@ -153,19 +188,13 @@ def _write_records(state: State) -> None:
     write_environment(state, finished=False)
 
 
-def _train(state: State, progress: Progress, stop: threading.Event) -> bool:
-    run, trees = state.run, state.begun.prepared.trees["train"]
-
+def _train(state: State, work: Work, progress: Progress, stop: threading.Event) -> bool:
     def forests(step: int) -> Sequence[Forest]:
-        capacity = state.tokens_per_bin
-        batch = batch_for_step(trees, run.batch.pairs_per_step, run.seed, step)
+        batch, capacity = work.trees(step), state.tokens_per_bin
         forests = [collate(group) for group in bins(merge_same_prompts(batch, capacity), capacity)]
         # The largest first: what runs out of memory does so at once.
         return sorted(forests, key=lambda forest: -forest.num_tokens)
 
-    loss = functools.partial(
-        PAIR_LOSSES[run.objective], beta=run.loss.beta, label_smoothing=run.loss.label_smoothing
-    )
     hooks = Hooks(
         on_record=functools.partial(log, state),
         evaluate=functools.partial(evaluate_sets, state),
@@ -173,18 +202,64 @@ def _train(state: State, progress: Progress, stop: threading.Event) -> bool:
         should_stop=stop.is_set,
         on_out_of_memory=functools.partial(make_room, state),
     )
-    objective = pair(state.against.logps, loss, run.loss.beta)
-    return fit(state.lm, state.optimizer, objective, forests, state.begun.plan, hooks, progress)
+    plan = state.begun.plan
+    return fit(state.lm, state.optimizer, work.objective, forests, plan, hooks, progress)
+
+
+def _from_rows(state: State, objective: Objective) -> Work:
+    """Steps made of the rows, in another order each epoch."""
+    trees, run = state.begun.prepared.trees["train"], state.run
+    size, seed = run.batch.pairs_per_step, run.seed
+    return Work(objective, lambda step: batch_for_step(trees, size, seed, step))
+
+
+def dpo(state: State) -> Work:
+    options = state.run.loss
+    loss = functools.partial(
+        PAIR_LOSSES["dpo"], beta=options.beta, label_smoothing=options.label_smoothing
+    )
+    return _from_rows(state, objectives.pair(state.against.logps.logps, loss, options.beta))
+
+
+def sft(state: State) -> Work:
+    return _from_rows(state, objectives.sft())
+
+
+def reward(state: State) -> Work:
+    options = state.run.loss
+    loss = functools.partial(
+        bradley_terry,
+        margin=options.margin,
+        label_smoothing=options.label_smoothing,
+        centering=options.centering,
+    )
+    return _from_rows(state, objectives.reward(loss))
+
+
+WORK: dict[str, Callable[[State], Work]] = {
+    "dpo": dpo,
+    "sft": sft,
+    "reward": reward,
+    "online_dpo": online,
+    "ppo": online,
+    "grpo": online,
+    "rloo": online,
+}
+"""What each objective has the one loop do."""
 
 
 def _finish(state: State, progress: Progress) -> Result:
     state.screen.stage("export")
     weights = sum(p.numel() * p.element_size() for p in state.lm.model.parameters())
     require_space(state.rundir.path, weights)
-    # A server stops by the generation config: at every token that a trained response ends with.
-    stop_ids = sorted(state.begun.prepared.renderer.stop_ids)
-    state.lm.causal.generation_config.eos_token_id = stop_ids  # pyright: ignore
-    written = export(state.lm, state.rundir.file("model"), merge=state.run.export.merge)
+    if KINDS[state.run.objective].answers:
+        # A server stops by the generation config: at every token that a trained response ends with.
+        stop_ids = sorted(state.begun.prepared.renderer.stop_ids)
+        state.lm.causal.generation_config.eos_token_id = stop_ids  # pyright: ignore
+        written = export(state.lm, state.rundir.file("model"), merge=state.run.export.merge)
+    else:
+        probes = state.begun.prepared.trees["train"][:PROBES]
+        written = [export_reward_model(state.lm, state.rundir.file("model"), probes)]
     write_environment(state, finished=True)
     report = write_report(state.rundir.path)
     state.screen.note(f"model:  {written[0]}")

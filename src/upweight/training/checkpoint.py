@@ -324,6 +324,16 @@ def load(folder: Path, *, verified: bool = False) -> TrainState:
     )
 
 
+def positions(folder: Path) -> list[Position]:
+    """Where each checkpoint in `folder` is, by its own word."""
+    files = [path / "state.json" for path in _by_step(folder).values()]
+    return [
+        Position(**json.loads(file.read_text(encoding="utf-8"))["position"])
+        for file in files
+        if file.is_file()
+    ]
+
+
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` that is whole, or None. Every byte of it is checked.
 

@@ -156,9 +156,7 @@ def _probe() -> Tree:
     )
 
 
-def _kept(
-    lm: LanguageModel, times: int, forward: Callable[[LanguageModel, Forest], Tensor]
-) -> int:
+def _kept(lm: LanguageModel, times: int, forward: Callable[[LanguageModel, Forest], Tensor]) -> int:
     """Bytes that a forward pass keeps for the backward pass, weights aside, each storage once."""
     weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
     kept: dict[int, int] = {}

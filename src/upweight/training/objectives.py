@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -146,6 +146,18 @@ class Surrogate:
     value_coefficient: float = 1.0
 
 
+def of_round(objective: Objective, means: Callable[[], Mapping[str, float]]) -> Objective:
+    """`objective`, whose metrics also say what the round was like that is learned from."""
+
+    def step(lm: LanguageModel, forest: Forest) -> Step:
+        made = objective.step(lm, forest)
+        once = torch.ones((), device=made.count.device)
+        whole = {name: (value * once, once) for name, value in means().items()}
+        return replace(made, metrics={**made.metrics, **whole})
+
+    return replace(objective, step=step)
+
+
 def policy_gradient(
     experience: Callable[[Forest], Experience],
     surrogate: Surrogate,
@@ -172,10 +184,6 @@ def policy_gradient(
         old, advantages = known.logps, known.advantages
         loss = clipped_surrogate(logps, old, advantages, **clips)
         metrics = {
-            "reward": known.scores,
-            "kl": response_logps(known.logps - known.reference_logps, forest),
-            "length": forest.tokens_per_response.to(logps.device).float(),
-            "stopped": known.stopped.float(),
             "clip_fraction": clipped_tokens(logps, old, advantages, **clips).float(),
             "approx_kl": KL_ESTIMATORS["k3"](old, logps.detach()),
             "advantages/nonzero": (advantages != 0).float(),

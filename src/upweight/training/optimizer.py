@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,8 +29,9 @@ def make_optimizer(
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) over the model's trainable parameters.
 
     Parameters whose name begins with `value_prefix` are a part of their own, whose rate is the
-    others' times a factor (fit() reads both from the groups). Two groups for each part, each with its parameters' names: matrices (two dimensions or more, embeddings and
-    LoRA factors among them) decay, gains and biases do not. A tied parameter is in it once.
+    others' times a factor (fit() reads both from the groups). Two groups for each part, each with
+    its parameters' names: matrices (two dimensions or more, embeddings and LoRA factors among them)
+    decay, gains and biases do not. A tied parameter is in it once.
     Raises ModelError when the model has no trainable parameter.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -38,7 +40,7 @@ def make_optimizer(
             "the model has no trainable parameter: every one is frozen. Train it whole, or with "
             "lora: true."
         )
-    groups: list[dict[str, object]] = []
+    groups: list[dict[str, Any]] = []
     for part, factor in (("policy", 1.0), ("value", value_rate_factor)):
         is_value = part == "value"
         own = [

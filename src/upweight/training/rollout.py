@@ -35,7 +35,7 @@ from upweight.losses.policy import KL_ESTIMATORS
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.sample import Sample, sample, sample_trees
 from upweight.training.rundir import write_atomic
-from upweight.types import Experience, Forest, ResponseId, Tree
+from upweight.types import Experience, Forest, Preference, ResponseId, RowId, Tree
 
 ByResponse = dict[ResponseId, Float[Tensor, " tokens"]]
 
@@ -78,6 +78,7 @@ class Round:
     number: int
     beta: float
     trees: tuple[Tree, ...]
+    num_stopped: int
     scores: Mapping[ResponseId, float]
     logps: ByResponse
     reference_logps: ByResponse
@@ -92,13 +93,10 @@ class Round:
         def flat(known: ByResponse) -> Tensor:
             return torch.cat([known[i] for i in ids])
 
-        stopped = [s for tree in forest.trees for s in tree.stopped]
         return Experience(
             logps=flat(self.logps),
             reference_logps=flat(self.reference_logps),
             advantages=flat(self.advantages),
-            scores=torch.tensor([self.scores[i] for i in ids], dtype=torch.float32),
-            stopped=torch.tensor(stopped),
             values=None if self.values is None else flat(self.values),
             returns=None if self.returns is None else flat(self.returns),
         )
@@ -108,6 +106,18 @@ class Round:
         """Sampled KL(policy, reference) in nats a response, of the policy that drew the round."""
         gaps = [float((self.logps[i] - self.reference_logps[i]).sum()) for i in self.logps]
         return sum(gaps) / len(gaps)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """What the whole round was like, by the names of metrics.jsonl."""
+        lengths = [len(logps) for logps in self.logps.values()]
+        return {
+            "reward": sum(self.scores.values()) / len(self.scores),
+            "kl": self.kl,
+            "length": sum(lengths) / len(lengths),
+            "stopped": self.num_stopped / len(lengths),
+            "beta": self.beta,
+        }
 
 
 def by_response(
@@ -204,14 +214,22 @@ def credited(found: Round, credit: Credit) -> Round:
 
 
 def ranked(found: Round) -> Round:
-    """The round with the best answer of each prompt preferred to the worst; prompts whose answers
-    all score the same are left out."""
+    """The round with the best answer of each prompt preferred to the worst, and no others; prompts
+    whose answers all score the same are left out."""
     trees: list[Tree] = []
     for tree in found.trees:
         scores = [found.scores[i] for i in tree.ids]
-        preferences = preferences_from_scores(scores, "extremes")
-        if preferences:
-            trees.append(replace(tree, preferences=preferences))
+        for p in preferences_from_scores(scores, "extremes"):
+            pick = (p.chosen, p.rejected)
+            trees.append(
+                Tree(
+                    prompt=tree.prompt,
+                    responses=tuple(tree.responses[k] for k in pick),
+                    preferences=(Preference(0, 1),),
+                    ids=tuple(tree.ids[k] for k in pick),
+                    stopped=tuple(tree.stopped[k] for k in pick),
+                )
+            )
     return replace(found, trees=tuple(trees))
 
 
@@ -219,13 +237,14 @@ def ranked(found: Round) -> Round:
 class Rollouts:
     """The rounds of a run: the one that is learned from, made anew when its steps are done.
 
-    `make(number, prompts, beta)` draws a round.
+    `make(asked, number, beta)` draws the round of that number, or one of the next; `asked` gives
+    the prompts of a round.
     """
 
     prompts: Sequence[Tree]
     sizes: Sizes
     folder: Path
-    make: Callable[[int, Sequence[Tree], float], Round]
+    make: Callable[[Callable[[int], Sequence[Tree]], int, float], Round]
     beta: float
     kl_target: float | None = None
     kl_stop: float | None = None
@@ -237,20 +256,29 @@ class Rollouts:
         """The trees of a step: its share of the round's, in another order each pass."""
         if self.round is None or step >= self.ends:
             self._renew(step)
+        made = self.now
+        parts = self._parts(made)
+        turn, part = divmod(step - self.begins, parts)
+        order = epoch_order(len(made.trees), self.sizes.seed + made.number, turn)
+        return [made.trees[i] for i in order[part::parts]]
+
+    @property
+    def now(self) -> Round:
+        """The round that is learned from."""
         assert self.round is not None
-        at = step - self.begins
-        turn, part = divmod(at, self.sizes.minibatches)
-        order = epoch_order(len(self.round.trees), self.sizes.seed + self.round.number, turn)
-        chosen = order[part :: self.sizes.minibatches]
-        return [self.round.trees[i] for i in chosen]
+        return self.round
 
     def _renew(self, step: int) -> None:
         if self.round is not None and self.kl_target is not None:
             self.beta = next_kl_coefficient(self.beta, self.round.kl, target=self.kl_target)
         number = 1 if self.round is None else self.round.number + 1
-        made = self.make(number, self.asked(number), self.beta)
+        made = self.make(self.asked, number, self.beta)
         write_round(self.folder, made)
-        self.round, self.begins, self.ends = made, step, step + self.sizes.steps
+        self.round, self.begins = made, step
+        self.ends = step + self.sizes.passes * self._parts(made)
+
+    def _parts(self, made: Round) -> int:
+        return min(self.sizes.minibatches, len(made.trees))
 
     def asked(self, number: int) -> list[Tree]:
         """The prompts of a round (from 1): epoch after epoch, each in an order of its own."""
@@ -285,12 +313,13 @@ class Rollouts:
 
 _LISTS = ("logps", "reference_logps", "advantages", "values", "returns")
 _SCHEMA = pa.schema(
-    [("row", pa.string()), ("source", pa.string()), ("line", pa.int64()), ("slot", pa.int64())]
-    + [("index", pa.int64()), ("score", pa.float64()), ("stopped", pa.bool_())]
-    + [("chosen", pa.bool_()), ("rejected", pa.bool_()), ("beta", pa.float64())]
+    [("source", pa.string()), ("line", pa.int64()), ("index", pa.int64()), ("score", pa.float64())]
+    + [("tree", pa.int64()), ("chosen", pa.bool_()), ("rejected", pa.bool_())]
+    + [("stopped", pa.bool_()), ("beta", pa.float64()), ("num_stopped", pa.int64())]
     + [("prompt", pa.list_(pa.int32())), ("response", pa.list_(pa.int32()))]
     + [(name, pa.list_(pa.float32())) for name in _LISTS]
 )
+"""One row for each response; `tree` is null for those that are not learned from."""
 
 
 def round_file(folder: Path, number: int) -> Path:
@@ -298,21 +327,35 @@ def round_file(folder: Path, number: int) -> Path:
 
 
 def write_round(folder: Path, made: Round) -> None:
+    places = {
+        name: (number, k, tree)
+        for number, tree in enumerate(made.trees)
+        for k, name in enumerate(tree.ids)
+    }
     rows: list[dict[str, object]] = []
-    for slot, tree in enumerate(made.trees):
-        chosen = {p.chosen for p in tree.preferences}
-        rejected = {p.rejected for p in tree.preferences}
-        for k, name in enumerate(tree.ids):
-            lists = {key: getattr(made, key) for key in _LISTS}
-            rows.append(
-                {
-                    "row": str(name.row), "source": name.row.source, "line": name.row.line,
-                    "slot": slot, "index": name.index, "score": made.scores[name],
-                    "stopped": tree.stopped[k], "chosen": k in chosen, "rejected": k in rejected,
-                    "beta": made.beta, "prompt": tree.prompt, "response": tree.responses[k],
-                }
-                | {key: known and known[name].tolist() for key, known in lists.items()}
-            )  # fmt: skip
+    for name, score in made.scores.items():
+        row: dict[str, object] = {
+            "source": name.row.source,
+            "line": name.row.line,
+            "index": name.index,
+            "score": score,
+            "beta": made.beta,
+            "num_stopped": made.num_stopped,
+        }
+        for key in _LISTS:
+            known: ByResponse | None = getattr(made, key)
+            row[key] = None if known is None else known[name].tolist()
+        if name in places:
+            number, k, tree = places[name]
+            row |= {
+                "tree": number,
+                "stopped": tree.stopped[k],
+                "prompt": tree.prompt,
+                "response": tree.responses[k],
+                "chosen": any(p.chosen == k for p in tree.preferences),
+                "rejected": any(p.rejected == k for p in tree.preferences),
+            }
+        rows.append(row)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd")
     folder.mkdir(exist_ok=True)
@@ -321,8 +364,6 @@ def write_round(folder: Path, made: Round) -> None:
 
 def read_round(folder: Path, number: int) -> Round:
     """A round as `write_round` wrote it, to the last bit. Raises OutputError without its file."""
-    from upweight.types import Preference, RowId
-
     file = round_file(folder, number)
     try:
         rows = pq.read_table(file, schema=_SCHEMA).to_pylist()
@@ -334,42 +375,42 @@ def read_round(folder: Path, number: int) -> Round:
         ) from None
     known: dict[str, ByResponse] = {key: {} for key in _LISTS}
     scores: dict[ResponseId, float] = {}
-    slots: dict[int, list[dict[str, Any]]] = {}
+    groups: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
-        slots.setdefault(row["slot"], []).append(row)
-        name = ResponseId(RowId(row["source"], row["line"]), row["index"])
+        name = _name(row)
         scores[name] = row["score"]
         for key in _LISTS:
             if row[key] is not None:
                 known[key][name] = torch.tensor(row[key], dtype=torch.float32)
-    trees = tuple(
-        Tree(
-            prompt=tuple(group[0]["prompt"]),
-            responses=tuple(tuple(row["response"]) for row in group),
-            preferences=tuple(
-                Preference(c, r)
-                for c, better in enumerate(group)
-                if better["chosen"]
-                for r, worse in enumerate(group)
-                if worse["rejected"]
-            ),
-            ids=tuple(
-                ResponseId(RowId(row["source"], row["line"]), row["index"]) for row in group
-            ),
-            stopped=tuple(row["stopped"] for row in group),
-        )
-        for _, group in sorted(slots.items())
-    )
+        if row["tree"] is not None:
+            groups.setdefault(row["tree"], []).append(row)
     return Round(
         number=number,
         beta=rows[0]["beta"],
-        trees=trees,
+        trees=tuple(_read_tree(group) for _, group in sorted(groups.items())),
+        num_stopped=rows[0]["num_stopped"],
         scores=scores,
         logps=known["logps"],
         reference_logps=known["reference_logps"],
         advantages=known["advantages"],
         values=known["values"] or None,
         returns=known["returns"] or None,
+    )
+
+
+def _name(row: Mapping[str, Any]) -> ResponseId:
+    return ResponseId(RowId(row["source"], row["line"]), row["index"])
+
+
+def _read_tree(group: list[dict[str, Any]]) -> Tree:
+    # A tree of a preference has the chosen response first, whatever their order when drawn.
+    group = sorted(group, key=lambda row: row["rejected"])
+    return Tree(
+        prompt=tuple(group[0]["prompt"]),
+        responses=tuple(tuple(row["response"]) for row in group),
+        preferences=(Preference(0, 1),) if group[0]["chosen"] else (),
+        ids=tuple(map(_name, group)),
+        stopped=tuple(row["stopped"] for row in group),
     )
 
 
@@ -383,6 +424,10 @@ class Frozen:
     def of(lm: LanguageModel) -> Frozen:
         named = lm.model.named_parameters()
         return Frozen({name: p.detach().clone() for name, p in named if p.requires_grad})
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(kept.nbytes for kept in self.weights.values())
 
     @contextlib.contextmanager
     def in_place(self, lm: LanguageModel) -> Generator[LanguageModel]:

@@ -44,6 +44,7 @@ RECORDS = (
     "metrics.jsonl",
     "ledger.parquet",
     "samples.jsonl",
+    "rollouts",
     "checkpoints",
     "model",
     "report.html",

@@ -52,8 +52,8 @@ class Watch:
                 self.moved = _share_moved(self.start, _some_weights(self.lm))
                 self.start = {}
         found: list[Finding] = []
-        for observer in TRAINING if trained else EVALUATION:
-            finding = observer(self, values)
+        for observer, keys in (TRAINING if trained else EVALUATION).items():
+            finding = observer(self, values) if all(k in values for k in keys) else None
             if finding is not None and finding.code not in self.reported:
                 if page(finding.code).severity == "refuses":
                     raise Refusal(finding.code, finding.sentence)
@@ -82,6 +82,10 @@ def _share_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> f
 def nothing_learns(watch: Watch, record: Mapping[str, float]) -> Finding | None:
     """No weight has moved after the first step, whose learning rate is never 0."""
     if watch.moved is None or watch.moved > 0:
+        return None
+    if record.get("advantages/nonzero") == 0:
+        # A first round whose answers all scored the same has no gradient, and the next may.
+        watch.moved, watch.start = None, _some_weights(watch.lm)
         return None
     if record["grad_norm"] == 0:
         cause = "every gradient is 0: no scored token depends on a weight that is trained"
@@ -194,12 +198,22 @@ def far_from_the_reference(watch: Watch, record: Mapping[str, float]) -> Finding
 
 Observer = Callable[[Watch, Mapping[str, float]], Finding | None]
 
-TRAINING: Sequence[Observer] = (nothing_learns, swallowed, is_the_reference, displaced, too_easy)
-"""What looks at training records."""
+_LOGRATIOS = ("logratios/chosen", "logratios/rejected")
+_ACCURACY = ("rewards/accuracies",)
 
-EVALUATION: Sequence[Observer] = (
-    not_better_than_chance,
-    length_runs_away,
-    far_from_the_reference,
-)
+TRAINING: Mapping[Observer, Sequence[str]] = {
+    nothing_learns: (),
+    swallowed: (),
+    is_the_reference: _LOGRATIOS,
+    displaced: _LOGRATIOS,
+    too_easy: _ACCURACY,
+}
+"""What looks at training records, and the metrics that it reads: an objective that has others is
+not looked at."""
+
+EVALUATION: Mapping[Observer, Sequence[str]] = {
+    not_better_than_chance: _ACCURACY,
+    length_runs_away: (),
+    far_from_the_reference: (),
+}
 """What looks at the records of evaluations."""

@@ -1,0 +1,321 @@
+"""PPO, GRPO, RLOO and online DPO: the policy answers, the answers are scored, fit() learns."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from upweight.config import Run
+from upweight.errors import ConfigError, DataError, OutputError, Refusal
+from upweight.losses import PAIR_LOSSES
+from upweight.models.head import head_logps
+from upweight.models.load import LanguageModel, evaluation_mode
+from upweight.models.logprobs import scored_hidden, token_logps
+from upweight.models.reference import TOLERANCE_NATS
+from upweight.models.scalar import (
+    is_reward_model,
+    load_reward_model,
+    score_head,
+    state_values,
+    with_scalar_head,
+)
+from upweight.recipes.kinds import KINDS
+from upweight.recipes.prepare import load_policy
+from upweight.recipes.reference import reference_model
+from upweight.recipes.rewarding import Scorer, make_scorer
+from upweight.recipes.start import rollout_sizes, trained
+from upweight.recipes.state import State, Values, Work
+from upweight.training.loop import Record
+from upweight.training.objectives import Surrogate, of_round, pair, policy_gradient
+from upweight.training.rollout import (
+    Credit,
+    Frozen,
+    Rollouts,
+    Round,
+    by_response,
+    credited,
+    draw_answers,
+    largest_gap,
+    ranked,
+)
+from upweight.training.rundir import replacing
+from upweight.types import Forest, Tree
+
+TRIES = 8
+"""Rounds in a row without a preference, after which online DPO stops: the reward tells no answers
+apart."""
+
+Asked = Callable[[int], Sequence[Tree]]
+
+
+def values_of(run: Run, lm: LanguageModel, stop_ids: Sequence[int]) -> Values | None:
+    """The value model of a PPO run, None for other objectives.
+
+    A trunk of its own starts as the reward model where there is one, else as the policy with a
+    head of zeros; a shared one is the policy's, with such a head.
+    """
+    if run.objective != "ppo":
+        return None
+    if run.policy.value == "shared":
+        width = scored_width(lm)
+        head = nn.Linear(width, 1, bias=False, device=lm.device)
+        nn.init.zeros_(head.weight)
+        return Values(None, head)
+    spec = run.rollout.reward
+    if spec is not None and is_reward_model(spec):
+        critic = load_reward_model(
+            spec, device=str(lm.device), dtype=str(lm.compute_dtype).removeprefix("torch.")
+        )
+        return Values(critic, critic.model)
+    critic = with_scalar_head(
+        trained(run.model_copy(update={"seed": run.seed + 1}), load_policy(run), stop_ids),
+        stop_ids,
+        run.seed,
+    )
+    nn.init.zeros_(score_head(critic.model).weight)
+    return Values(critic, critic.model)
+
+
+def scored_width(lm: LanguageModel) -> int:
+    head = lm.causal.get_output_embeddings()
+    assert head is not None
+    return next(head.parameters()).shape[1]
+
+
+def online(state: State) -> Work:
+    """The work of a run that learns from its own answers."""
+    run, lm = state.run, state.lm
+    if run.rollout.reward is None:
+        raise ConfigError(
+            f"objective {run.objective} needs rollout.reward: number, contains, vader, "
+            "FILE.py:FUNCTION, an http:// address, or the folder of a reward model."
+        )
+    start = Reference.of(state)
+    score = make_scorer(run.rollout.reward, run, lm)
+    rollouts = Rollouts(
+        prompts=state.begun.prepared.trees["train"],
+        sizes=rollout_sizes(run),
+        folder=state.rundir.file("rollouts"),
+        make=functools.partial(_round, state, score, start),
+        beta=run.loss.beta,
+        kl_target=run.policy.kl_target,
+        kl_stop=run.policy.kl_stop,
+    )
+    if run.objective == "online_dpo":
+        loss = functools.partial(
+            PAIR_LOSSES["dpo"], beta=run.loss.beta, label_smoothing=run.loss.label_smoothing
+        )
+        objective = pair(
+            lambda forest: rollouts.now.experience(forest).reference_logps, loss, run.loss.beta
+        )
+    else:
+        objective = policy_gradient(
+            lambda forest: rollouts.now.experience(forest),
+            _surrogate(run),
+            functools.partial(_read, state),
+            lambda: rollouts.beta,
+        )
+    objective = of_round(objective, lambda: rollouts.now.means)
+    return Work(objective, rollouts.trees, Session(rollouts, start))
+
+
+def _surrogate(run: Run) -> Surrogate:
+    kind, options = KINDS[run.objective], run.policy
+    estimator = options.kl_estimator or kind.kl
+    shared = run.objective == "ppo" and options.value == "shared"
+    return Surrogate(
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        aggregation=options.aggregation or kind.aggregation,
+        max_tokens=run.rollout.max_tokens,
+        kl=None if run.objective == "ppo" or estimator == "k1" else estimator,
+        value_clip=options.value_clip,
+        value_coefficient=options.value_coefficient if shared else 1.0,
+    )
+
+
+def _credit(run: Run) -> Credit:
+    kind, options = KINDS[run.objective], run.policy
+    estimator = options.kl_estimator or kind.kl
+    in_loss = run.objective != "ppo" and estimator != "k1"
+    return Credit(
+        group=options.advantages or kind.group,
+        kl=None if in_loss else estimator,
+        discount=options.discount,
+        trace=options.trace,
+        whiten=options.whiten,
+        stop_penalty=run.rollout.stop_penalty,
+    )
+
+
+def _read(state: State, lm: LanguageModel, forest: Forest) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of the forest's tokens, and their values where there is a value model."""
+    values = state.values
+    if values is None:
+        return token_logps(lm, forest), None
+    if values.critic is not None:
+        return token_logps(lm, forest), state_values(values.critic, forest)
+    hidden = scored_hidden(lm, forest)
+    logps = (
+        token_logps(lm, forest)
+        if lm.plan.native_head
+        else head_logps(lm, hidden, forest.token_ids[forest.scored])
+    )
+    assert isinstance(values.module, nn.Linear)
+    return logps, hidden.float() @ values.module.weight[0].float()
+
+
+def _round(
+    state: State, score: Scorer, start: Reference, asked: Asked, number: int, beta: float
+) -> Round:
+    """A round with something to learn from: one without a preference is followed by the next."""
+    for at in range(number, number + TRIES):
+        made = _draw(state, score, start, asked(at), at, beta)
+        if made.trees:
+            return made
+        state.screen.note(f"round {at}: every answer to a prompt scores the same; drawing anew")
+    raise DataError(
+        f"rollout.reward {state.run.rollout.reward} told no two answers to a prompt apart in "
+        f"{TRIES} rounds: there is nothing to learn from it. Look at {state.rundir.path}/rollouts, "
+        "and raise rollout.responses or take another reward."
+    )
+
+
+def _draw(
+    state: State,
+    score: Scorer,
+    start: Reference,
+    prompts: Sequence[Tree],
+    number: int,
+    beta: float,
+) -> Round:
+    """One round: answers, rewards, log-probs then and of the reference, values, advantages."""
+    run, lm, capacity = state.run, state.lm, state.tokens_per_bin
+    stop_ids = sorted(state.begun.prepared.renderer.stop_ids)
+    trees, said = draw_answers(lm, prompts, number, rollout_sizes(run), stop_ids)
+    scores = {
+        i: value
+        for tree, values in zip(trees, score(trees), strict=True)
+        for i, value in zip(tree.ids, values, strict=True)
+    }
+    with evaluation_mode(lm):
+        logps = by_response(functools.partial(token_logps, lm), trees, capacity)
+        values = None
+        if state.values is not None:
+            values = by_response(functools.partial(_values, state), trees, capacity)
+    _require_same_policy(lm, largest_gap(logps, said))
+    with start.in_round(lm, number) as reference:
+        known = by_response(functools.partial(token_logps, reference), trees, capacity)
+    made = Round(
+        number=number,
+        beta=beta,
+        trees=tuple(trees),
+        num_stopped=sum(sum(tree.stopped) for tree in trees),
+        scores=scores,
+        logps=logps,
+        reference_logps=known,
+        advantages={i: torch.zeros_like(x) for i, x in logps.items()},
+        values=values,
+    )
+    return ranked(made) if run.objective == "online_dpo" else credited(made, _credit(run))
+
+
+def _values(state: State, forest: Forest) -> Tensor:
+    found = _read(state, state.lm, forest.to(state.lm.device))[1]
+    assert found is not None
+    return found
+
+
+def _require_same_policy(lm: LanguageModel, gap: float) -> None:
+    """What drew the answers must be what is trained: raises Refusal UW101 otherwise."""
+    tolerance = TOLERANCE_NATS[lm.compute_dtype]
+    if not gap <= tolerance:
+        raise Refusal(
+            "UW101",
+            f"the sampler is not the policy: the log-probs it drew tokens with differ by {gap:.3g} "
+            f"nats a token from the trainer's (rounding: {tolerance}).",
+        )
+
+
+@dataclass
+class Reference:
+    """What a run of rounds is measured against: the policy's start or a named model, and after
+    `renewed` the policy as it was then."""
+
+    fixed: LanguageModel | None
+    frozen: Frozen
+    folder: Path
+    every: int | None
+    renewed: int = 0
+
+    @staticmethod
+    def of(state: State) -> Reference:
+        """To be called before a checkpoint is restored: the policy is at its start."""
+        run, lm = state.run, state.lm
+        fixed = None
+        if run.reference is not None:
+            with reference_model(run, lm, state.against.plan) as named:
+                fixed = named
+        folder = state.rundir.file("rollouts")
+        return Reference(fixed, Frozen.of(lm), folder, run.rollout.renew_reference)
+
+    @contextlib.contextmanager
+    def in_round(self, lm: LanguageModel, number: int) -> Generator[LanguageModel]:
+        due = self.every is not None and number > 1 and (number - 1) % self.every == 0
+        if due and self.renewed < number:
+            self.frozen, self.fixed, self.renewed = Frozen.of(lm), None, number
+            self.folder.mkdir(exist_ok=True)
+            with replacing(self._file(number), self.frozen.num_bytes) as temporary:
+                save_file(self.frozen.weights, temporary)
+        if self.fixed is not None:
+            yield self.fixed
+            return
+        with self.frozen.in_place(lm):
+            yield lm
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"reference-{number:06d}.safetensors"
+
+    def go_back(self, renewed: int) -> None:
+        if not renewed:
+            return
+        file = self._file(renewed)
+        if not file.is_file():
+            raise OutputError(f"{file} is gone: the reference since round {renewed}. Put it back.")
+        self.frozen, self.fixed, self.renewed = Frozen(load_file(file)), None, renewed
+
+    def tidy(self, kept: Collection[int]) -> None:
+        """Removes what no checkpoint goes back to."""
+        wanted = {self._file(number).name for number in (*kept, self.renewed)}
+        for file in self.folder.glob("reference-*.safetensors"):
+            if file.name not in wanted:
+                file.unlink()
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a checkpoint has to know of rounds and reference."""
+
+    rollouts: Rollouts
+    reference: Reference
+
+    def after(self, record: Record) -> None:
+        self.rollouts.after(record)
+
+    def position(self) -> dict[str, Any]:
+        return {**self.rollouts.position(), "renewed": self.reference.renewed}
+
+    def go_back(self, where: Mapping[str, Any]) -> None:
+        self.rollouts.go_back(where)
+        self.reference.go_back(where["renewed"])
+
+    def tidy(self, kept: Sequence[Mapping[str, Any]]) -> None:
+        self.reference.tidy([where["renewed"] for where in kept])

@@ -1,0 +1,76 @@
+"""What scores answers: a function of the table, one of the user's, an address, a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from upweight.config import Run
+from upweight.data.formats import prompt_of
+from upweight.data.read import read_rows
+from upweight.errors import DataError
+from upweight.models.load import LanguageModel
+from upweight.models.scalar import load_reward_model, tree_scores
+from upweight.recipes.prepare import tokens_read_at_once
+from upweight.training.rewards import Sampled, open_reward
+from upweight.training.rollout import texts_of
+from upweight.types import Example, RowId, Text, Tree
+
+Scorer = Callable[[Sequence[Tree]], list[list[float]]]
+"""Trees -> the reward of each of their responses."""
+
+
+def make_scorer(spec: str, run: Run, lm: LanguageModel) -> Scorer:
+    """Raises ModelError for a reward model that cannot be used, ConfigError for an unknown name.
+
+    A reward model reads the policy's own token ids, so it must have the policy's tokenizer.
+    """
+    if not Path(spec).is_dir():
+        return _by_text(spec, lm)
+    judge = load_reward_model(
+        spec,
+        device=str(lm.device),
+        dtype=str(lm.compute_dtype).removeprefix("torch."),
+        path=run.compute.attention,
+        sharing=run.compute.sharing,
+        trust_remote_code=run.compute.trust_remote_code,
+    )
+    if judge.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+        raise DataError(
+            f"the reward model {spec} has another vocabulary than {lm.name}: it would read other "
+            "texts than were written. Use a reward model with the same tokenizer."
+        )
+
+    def score(trees: Sequence[Tree]) -> list[list[float]]:
+        return tree_scores(judge, trees, tokens_read_at_once(run, judge))
+
+    return score
+
+
+def _by_text(spec: str, lm: LanguageModel) -> Scorer:
+    reward = open_reward(spec)
+    rows: dict[RowId, tuple[str, Mapping[str, Any]]] = {}
+
+    def score(trees: Sequence[Tree]) -> list[list[float]]:
+        missing = {t.ids[0].row.source for t in trees if t.ids[0].row not in rows}
+        for row_id, row in read_rows(sorted(missing)):
+            asked = prompt_of(row, row_id)
+            if isinstance(asked, Example):
+                rows[row_id] = _as_text(asked.prompt), row
+        items: list[Sampled] = []
+        for tree in trees:
+            where = tree.ids[0].row
+            prompt, row = rows[where]
+            items += [Sampled(prompt, text, row, where) for text in texts_of(lm, tree)]
+        flat = iter(reward(items))
+        return [[next(flat) for _ in tree.responses] for tree in trees]
+
+    return score
+
+
+def _as_text(prompt: Text) -> str:
+    """A conversation as its last turn: what is answered."""
+    if isinstance(prompt, str):
+        return prompt
+    return str(prompt[-1].get("content", "")) if prompt else ""

@@ -1,0 +1,155 @@
+"""Every objective on the one engine, on a tiny model, through the commands that a user types."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from runs import furnish, rows_of, train, write_rows
+from upweight.cli import main
+from upweight.models.load import load
+from upweight.models.scalar import load_reward_model, one_response_at_a_time, tree_scores
+from upweight.training.checkpoint import load as load_checkpoint
+from upweight.types import ResponseId, RowId, Tree
+
+LETTERS = "def score(prompt, response, row):\n    return sum(map(str.islower, response)) / 8\n"
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    furnish(tmp_path, monkeypatch)
+    Path("count.py").write_text(LETTERS)
+    write_rows("prompts.jsonl", [{"prompt": f"question {i}"} for i in range(12)])
+
+
+def records(run: str, kind: str) -> list[dict]:
+    return [r for r in rows_of(f"{run}/metrics.jsonl") if r["kind"] == kind]
+
+
+def online(out: str, objective: str, *more: str) -> int:
+    words = (
+        f"train --model model --data prompts.jsonl --objective {objective} --out {out} --dtype "
+        "float32 --learning-rate 3e-3 --reward count.py:score --prompts_per_round 4 --max_tokens 8 "
+        "--fraction 0.2 --samples 2 --max_new_tokens 8 --steps 4 --beta 0.05"
+    )
+    return main([*words.split(), *more])
+
+
+def test_sft_learns_the_chosen_responses_and_says_how_likely_they_are():
+    assert train("run", "--objective", "sft") == 0
+    evals = records("run", "eval")
+    assert evals[-1]["loss"] < evals[0]["loss"]
+    step = records("run", "train")[0]
+    assert step["num_scored"] > 0 and "rewards/margins" not in step
+    account = json.loads(Path("run/account.json").read_text())["sets"]["train"]
+    assert account["left_out"]["not_chosen"] == account["used"]
+    assert AutoModelForCausalLM.from_pretrained("run/model")
+
+
+def test_sft_takes_every_turn_of_a_conversation_when_told_to():
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    write_rows("pairs.jsonl", [{"messages": [*messages[:-1], {"role": "assistant", "content": c}]}
+                               for c in "abcdefgh"])  # fmt: skip
+    assert train("last", "--objective", "sft", "--fraction", "0") == 0
+    assert train("all", "--objective", "sft", "--fraction", "0", "--turns", "all") == 0
+    last, every = (
+        json.loads(Path(f"{run}/account.json").read_text())["sets"]["train"]
+        for run in ("last", "all")
+    )
+    assert (last["used"], every["used"], every["earlier_turns"]) == (8, 16, 8)
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora", "true", "--learning-rate", "3e-2")])
+def test_a_reward_model_learns_to_rank_and_plain_transformers_reads_its_scores(lora):
+    assert train("run", "--objective", "reward", "--epochs", "3", *lora) == 0
+    evals = records("run", "eval")
+    assert evals[-1]["rewards/accuracies"] == 1.0 > evals[0]["rewards/accuracies"] - 1e-9
+    judge = load_reward_model("run/model", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained("run/model")
+    ids = [tuple(tokenizer(text)["input_ids"]) for text in ("question 3", "fine ", "bad thing")]
+    where = tuple(ResponseId(RowId("x", 1), k) for k in range(2))
+    tree = Tree(ids[0], (ids[1], ids[2]), (), where, (False, False))
+    plain = AutoModelForSequenceClassification.from_pretrained("run/model").eval()
+    assert plain.config.pad_token_id is not None
+    assert tree_scores(judge, [tree])[0] == pytest.approx(one_response_at_a_time(plain, tree))
+    # In a padded batch too: the score is read at the last token that is not padding.
+    rows = [[*ids[0], *ids[1]], [*ids[0], *ids[2]]]
+    width = max(map(len, rows))
+    padded = torch.tensor([r + [plain.config.pad_token_id] * (width - len(r)) for r in rows])
+    with torch.no_grad():
+        batch = plain(padded, attention_mask=(padded != plain.config.pad_token_id).long())
+    assert batch.logits[:, 0].tolist() == pytest.approx(tree_scores(judge, [tree])[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["ppo", "grpo", "rloo", "online_dpo"])
+def test_a_policy_that_is_rewarded_for_small_letters_learns_to_write_them(objective):
+    more = ["--steps", "24", "--prompts_per_round", "8", "--responses", "4"]
+    assert online("run", objective, *more) == 0
+    steps = records("run", "train")
+    first, last = (sum(r["reward"] for r in part) / 4 for part in (steps[:4], steps[-4:]))
+    assert last > first + 0.02
+    evals = records("run", "eval")
+    assert {"reward", "reward_low", "reference_reward", "kl", "length"} <= evals[-1].keys()
+    assert AutoModelForCausalLM.from_pretrained("run/model")
+    assert "<html" in Path("run/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("objective", "more"),
+    [
+        ("ppo", ["--passes", "2", "--minibatches", "2"]),
+        ("ppo", ["--value", "shared", "--kl_target", "1", "--steps", "6"]),
+        ("grpo", ["--renew_reference", "1", "--responses", "4"]),
+        ("online_dpo", ["--lora", "true"]),
+    ],
+)
+def test_a_run_of_rounds_that_is_resumed_ends_bit_identically(objective, more):
+    often = ["--checkpoint.every", "1", "--keep", "9", *more]
+    assert online("whole", objective, *often) == 0
+    assert online("cut", objective, *often) == 0
+    for folder in sorted(Path("cut/checkpoints").iterdir())[2:]:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    assert main(["train", "cut/run.yaml", "resume=true"]) == 0
+    ends = [sorted(Path(run, "checkpoints").iterdir())[-1] for run in ("whole", "cut")]
+    whole, cut = map(load_checkpoint, ends)
+    assert whole.weights.keys() == cut.weights.keys()
+    assert all(torch.equal(w, cut.weights[name]) for name, w in whole.weights.items())
+    assert [r["loss"] for r in records("whole", "train")] == [
+        r["loss"] for r in records("cut", "train")
+    ]
+
+
+def test_a_policy_without_a_reward_is_told_what_to_give(capsys: pytest.CaptureFixture[str]):
+    words = "train --model model --data prompts.jsonl --objective grpo --out run"
+    assert main(words.split()) == 2
+    assert "needs rollout.reward: number, contains, vader" in capsys.readouterr().err
+
+
+def test_a_reward_that_tells_nothing_apart_ends_online_dpo(capsys: pytest.CaptureFixture[str]):
+    Path("count.py").write_text("def score(prompt, response, row):\n    return 1.0\n")
+    assert online("run", "online_dpo") == 2
+    assert "told no two answers to a prompt apart in 8 rounds" in capsys.readouterr().err
+
+
+def test_a_value_model_may_start_from_the_reward_model():
+    assert train("judge", "--objective", "reward") == 0
+    assert online("run", "ppo", "--reward", "judge/model") == 0
+    assert records("run", "train")[-1]["value_loss"] >= 0
+
+
+def test_the_sampler_says_the_log_probs_of_the_trainer():
+    from upweight.models.logprobs import token_logps
+    from upweight.training.rollout import Sizes, by_response, draw_answers, largest_gap
+
+    lm = load("model", dtype="float32")
+    prompt = Tree(tuple(range(40, 60)), (), (), (ResponseId(RowId("x", 1), 0),), ())
+    trees, said = draw_answers(lm, [prompt, prompt], 1, Sizes(2, 3, 9, 1, 1, 0), [2])
+    found = by_response(lambda forest: token_logps(lm, forest), trees, 64)
+    assert len(found) == 6 and largest_gap(found, said) < 1e-5
