@@ -29,9 +29,7 @@ def f64(*values):
 
 
 def noise(num, seed=0):
-    return torch.randn(
-        num, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-    )
+    return torch.randn(num, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def responses(sizes=SIZES):

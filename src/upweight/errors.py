@@ -5,7 +5,7 @@ UpweightError                 a user's mistake or a refusal; printed without a t
 ├── DataError                 a file or row that cannot be read as what it is said to be
 ├── ModelError                a model folder, tokenizer, template or adapter that cannot be used
 ├── OutputError               a folder in use, no space, a file that cannot be written
-├── RewardError               a reward function or endpoint that is missing, fails or gives no number
+├── RewardError               a reward that is missing, fails or gives no finite number
 └── Refusal                   training would be silently wrong; carries a diagnosis code (UW101 ...)
 
 Our own bugs are assertions and keep their traceback.

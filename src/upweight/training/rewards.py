@@ -29,6 +29,8 @@ from upweight.types import RowId
 
 Row = Mapping[str, Any]
 Reward = Callable[[str, str, Row], float]
+Unchecked = Callable[[str, str, Row], object]
+"""A user's function: what it returns is not known to be a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,11 @@ def open_reward(spec: str, *, timeout_seconds: float = 60.0, batch_size: int = 6
     )
 
 
-def _score_each(spec: str, reward: Reward, items: Sequence[Sampled]) -> list[float]:
+def _score_each(spec: str, reward: Unchecked, items: Sequence[Sampled]) -> list[float]:
     return [_number_of(spec, _call(spec, reward, item), item) for item in items]
 
 
-def _call(spec: str, reward: Reward, item: Sampled) -> object:
+def _call(spec: str, reward: Unchecked, item: Sampled) -> object:
     try:
         return reward(item.prompt, item.response, item.row)
     except RewardError as error:
@@ -109,7 +111,7 @@ def _shown(value: object, longest: int = 80) -> str:
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
-def _own_function(spec: str, file: Path, name: str) -> Reward:
+def _own_function(spec: str, file: Path, name: str) -> Unchecked:
     """The function that the user named; their file is run to get it."""
     if not file.is_file():
         raise RewardError(f'the reward "{spec}" is in {file}, which is not a file.')
@@ -126,7 +128,11 @@ def _own_function(spec: str, file: Path, name: str) -> Reward:
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        there = [n for n, value in vars(module).items() if inspect.isfunction(value)]
+        there = [
+            found
+            for found, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__
+        ]
         raise RewardError(
             f'the reward "{spec}": {file} has no function {name} (it has: '
             f"{', '.join(there) or 'none'}).{nearest(name, there)}"
@@ -259,14 +265,10 @@ def final_number(text: str) -> Fraction | None:
     Thousands may have commas, a currency sign and a final dot do not matter, and a/b is a
     fraction. "#### Step 2" is a heading and no answer. More than 1000 digits are no number.
     """
-    last = None
-    for last in _MARKED.finditer(text):
-        pass
-    if last is None:
-        for last in _ANYWHERE.finditer(text):
-            pass
-    if last is None or last.end() - last.start() > _MOST_DIGITS:
+    found = list(_MARKED.finditer(text)) or list(_ANYWHERE.finditer(text))
+    if not found or found[-1].end() - found[-1].start() > _MOST_DIGITS:
         return None
+    last = found[-1]
     size = Fraction(last["size"].replace(",", "")) / int(last["below"] or 1)
     return -size if last["minus"] else size
 
