@@ -159,8 +159,9 @@ def test_a_row_that_cannot_be_compared_is_named(spec, row, said):
 def test_what_is_no_reward_is_answered_with_what_can_be():
     with pytest.raises(RewardError, match=r"can be: vader, .*Did you mean number\?"):
         open_reward("numbr")
-    with pytest.raises(RewardError, match="names no host"):
-        open_reward("http://")
+    for url in ("http://", "http://[1"):
+        with pytest.raises(RewardError, match="names no host"):
+            open_reward(url)
     for name in REWARDS:
         open_reward(name)
 
@@ -318,6 +319,9 @@ def test_an_endpoint_that_is_not_there_or_hangs_up_is_named():
         pass
     with pytest.raises(RewardError, match=f"{url} cannot be asked for rewards: .*refused"):
         score_responses(url, [sampled("a")])
+    for no_url in ("http://a..b/", "http://127.0.0.1:port/"):
+        with pytest.raises(RewardError, match="cannot be asked for rewards"):
+            score_responses(no_url, [sampled("a")])
 
 
 def test_an_endpoint_that_does_not_answer_in_time_is_named():

@@ -62,7 +62,11 @@ def open_reward(spec: str, *, timeout_seconds: float = 60.0, batch_size: int = 6
     if spec in REWARDS:
         return partial(_score_each, spec, REWARDS[spec])
     if spec.startswith(("http://", "https://")):
-        if not urlsplit(spec).hostname:
+        try:
+            host = urlsplit(spec).hostname
+        except ValueError:
+            host = None
+        if not host:
             raise RewardError(f'the reward "{spec}" names no host. Write http://host:port/path.')
         return partial(_score_remotely, spec, timeout_seconds, batch_size)
     file, colon, function = spec.rpartition(":")
@@ -184,7 +188,8 @@ def _posted(url: str, timeout_seconds: float, batch: Sequence[Sampled]) -> list[
         raise RewardError(
             f"{url} gave no answer to {len(batch)} responses within {timeout_seconds:g} seconds."
         ) from None
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        # ValueError: a host name or port that is none.
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise RewardError(f"{url} cannot be asked for rewards: {_shown(reason, 200)}.") from None
     try:
