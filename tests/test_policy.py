@@ -79,12 +79,12 @@ def test_the_clipped_tokens_are_those_without_a_gradient(options):
 
 
 def test_a_ratio_beyond_every_float_is_clipped_without_nan():
-    logps = f64(800.0, 800.0, -800.0).requires_grad_()
-    advantages = f64(1.0, -1.0, -1.0)
+    logps = f64(800.0, 800.0, -800.0, 800.0).requires_grad_()
+    advantages = f64(1.0, -1.0, -1.0, 0.0)
     loss = clipped_surrogate(logps, torch.zeros_like(logps), advantages, dual_clip=3.0)
-    torch.testing.assert_close(loss, f64(-1.2, 3.0, 0.8))
+    torch.testing.assert_close(loss, f64(-1.2, 3.0, 0.8, 0.0))
     (slope,) = torch.autograd.grad(loss.sum(), logps)
-    assert slope.tolist() == [0, 0, 0]
+    assert slope.tolist() == [0, 0, 0, 0]
 
 
 # The value loss
