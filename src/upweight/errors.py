@@ -5,6 +5,7 @@ UpweightError                 a user's mistake or a refusal; printed without a t
 ├── DataError                 a file or row that cannot be read as what it is said to be
 ├── ModelError                a model folder, tokenizer, template or adapter that cannot be used
 ├── OutputError               a folder in use, no space, a file that cannot be written
+├── RewardError               a reward that is missing, fails or gives no finite number
 └── Refusal                   training would be silently wrong; carries a diagnosis code (UW101 ...)
 
 Our own bugs are assertions and keep their traceback.
@@ -36,6 +37,10 @@ class ModelError(UpweightError):
 
 class OutputError(UpweightError):
     """The output folder cannot be used or written to."""
+
+
+class RewardError(UpweightError):
+    """A reward cannot be computed as asked."""
 
 
 class Refusal(UpweightError):
