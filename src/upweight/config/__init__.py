@@ -7,9 +7,18 @@ key. Nothing here imports torch.
 
 from __future__ import annotations
 
-from upweight.config.commands import READS, require_read
+from upweight.config.commands import OBJECTIVES, READS, require_read, unread
 from upweight.config.keys import Flag, flags, values_from_flags
-from upweight.config.resolve import Resolved, dump, leaf_values, load_run
+from upweight.config.resolve import (
+    FILLED_IN,
+    INHERITED,
+    PROBED,
+    RESOLVED,
+    Resolved,
+    dump,
+    leaf_values,
+    load_run,
+)
 from upweight.config.sections import (
     Batch,
     Checkpoint,
@@ -25,6 +34,7 @@ from upweight.config.sections import (
     Section,
     Watch,
 )
+from upweight.config.written import write
 
 __all__ = [
     "Batch",
@@ -36,9 +46,14 @@ __all__ = [
     "Flag",
     "Lora",
     "Loss",
-    "READS",
+    "FILLED_IN",
+    "INHERITED",
+    "OBJECTIVES",
     "Optimizer",
+    "PROBED",
     "Preflight",
+    "READS",
+    "RESOLVED",
     "Resolved",
     "Run",
     "Section",
@@ -48,5 +63,7 @@ __all__ = [
     "leaf_values",
     "load_run",
     "require_read",
+    "unread",
     "values_from_flags",
+    "write",
 ]

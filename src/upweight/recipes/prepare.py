@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-from upweight.config import Resolved, Run
+from upweight.config import RESOLVED, Resolved, Run, write
 from upweight.data.account import Account, percentiles, require_used
 from upweight.data.render import Renderer, make_renderer
 from upweight.data.stream import grow, load_examples, overlap, split_account, split_by_prompt
-from upweight.errors import Refusal
+from upweight.data.variables import template_variables
+from upweight.errors import ConfigError, Refusal, nearest
 from upweight.models.load import LanguageModel, fingerprint, load
 from upweight.models.reference import Reference, fill, open_reference, verify
 from upweight.recipes.screen import Screen
@@ -47,15 +49,36 @@ def load_policy(run: Run) -> LanguageModel:
 
 
 def renderer_for(run: Run, lm: LanguageModel) -> Renderer:
-    limits = [n for n in (run.data.max_length, lm.max_length) if n is not None]
-    return make_renderer(
+    """Raises ConfigError for more tokens than the model has positions, Refusal UW109 for template
+    options that nothing reads."""
+    asked = run.data.max_length
+    if asked is not None and lm.max_length is not None and asked > lm.max_length:
+        raise ConfigError(
+            f"data.max_length is {asked:,}, and {lm.name} was made for {lm.max_length:,} positions "
+            f"at most. Use data.max_length={lm.max_length}, or leave it out."
+        )
+    renderer = make_renderer(
         lm.tokenizer,
         template=run.data.template,
         stop_token_ids=lm.stop_token_ids,
-        max_length=min(limits, default=None),
+        max_length=lm.max_length if asked is None else asked,
         truncation=run.data.truncation,
         template_options=run.data.template_options,
     )
+    _require_template_reads(run.data.template_options, renderer)
+    return renderer
+
+
+def _require_template_reads(options: Mapping[str, Any], renderer: Renderer) -> None:
+    chat = renderer.template == "chat"
+    read = template_variables(renderer.tokenizer) if chat else frozenset[str]()
+    for name in () if read is None else options.keys() - read:
+        who = "the model's chat template does" if chat else "text without a chat template can"
+        raise Refusal(
+            "UW109",
+            f"data.template_options.{name} is {write(options[name])}, and {who} not read it."
+            f"{nearest(name, read or ())} Leave it out.",
+        )
 
 
 def prepare(run: Run, lm: LanguageModel) -> Prepared:
@@ -76,6 +99,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
 
     train, account = examples(run.data.path, run.data.limit)
     require_used(account, f"data {', '.join(run.data.path)}")
+    loaded = [(train, account)]
     sets: dict[str, tuple[list[Example], Account]] = {}
     train, heldout = split_by_prompt(train, run.evaluation.fraction, run.seed)
     if heldout:
@@ -83,6 +107,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
         sets["heldout"] = (heldout, held_account)
     for name, paths in run.evaluation.sets.items():
         sets[name] = examples(paths, None)
+        loaded.append(sets[name])
         if both := overlap(train, sets[name][0]):
             mine, theirs = both[0]
             raise Refusal(
@@ -91,12 +116,31 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
                 f"too, such as {theirs} and {mine}. Remove them from one side, or use "
                 "evaluation.fraction to split by prompt.",
             )
+    _require_scores(run, loaded)
     trees, accounts = {"train": grow(train, renderer, account)}, {"train": account}
     require_used(account, f"data {', '.join(run.data.path)}")
     for name, (rows, its_account) in sets.items():
         trees[name], accounts[name] = grow(rows, renderer, its_account), its_account
         require_used(its_account, f"the evaluation set {name}")
     return Prepared(trees, accounts, renderer)
+
+
+def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]]) -> None:
+    """Raises Refusal UW109 for a key about scores where no row has any."""
+    asked = {"data.pairing": run.data.pairing, "data.min_score_gap": run.data.min_score_gap}
+    asked = {key: value for key, value in asked.items() if value not in ("all", 0)}
+    if not asked or any(
+        # A row whose scores were too close is not among the examples any more.
+        "no_preference" in account.dropped
+        or any(answer.score is not None for example in rows for answer in example.responses)
+        for rows, account in loaded
+    ):
+        return
+    said = " and ".join(f"{key} is {write(value)}" for key, value in asked.items())
+    raise Refusal(
+        "UW109",
+        f"{said}, and no row has scores: their preferences are stated. Leave it out.",
+    )
 
 
 def account_record(prepared: Prepared) -> dict[str, object]:
@@ -194,4 +238,4 @@ def with_rates(resolved: Resolved) -> Resolved:
     if resolved.run.optimizer.learning_rate is not None:
         return resolved
     rate = 1e-5 if resolved.run.lora is not None else 5e-7
-    return resolved.with_value("optimizer.learning_rate", rate, "resolved")
+    return resolved.with_value("optimizer.learning_rate", rate, RESOLVED)

@@ -28,7 +28,7 @@ from upweight.recipes.prepare import account_record
 from upweight.recipes.reference import Against, ask_reference
 from upweight.recipes.resume import require_same_models, resume_command
 from upweight.recipes.screen import Screen, Silent
-from upweight.recipes.start import Start, examined_sets, start
+from upweight.recipes.start import Start, examined_sets, found_beside, start
 from upweight.recipes.state import State, go_back, log, make_room, save
 from upweight.training import checkpoint
 from upweight.training.loop import Hooks, Progress, fit
@@ -147,7 +147,8 @@ def _with_reference(begun: Start, against: Against, screen: Screen, *, fresh: bo
 def _write_records(state: State) -> None:
     """What is known of a run when it begins."""
     account = json.dumps(account_record(state.begun.prepared), indent=1)
-    settings = dump(state.begun.resolved.with_value("resume", False, "default"))
+    resolved = state.begun.resolved.with_value("resume", False, "default")
+    settings = dump(resolved, found_beside(state.begun))
     write_atomic(state.rundir.file("account.json"), account)
     write_atomic(state.rundir.file("run.yaml"), settings)
     write_environment(state, finished=False)
