@@ -9,7 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from upweight.config import READS, Resolved, flags, load_run, values_from_flags
+from upweight.config import (
+    READS,
+    Resolved,
+    called_elsewhere,
+    flags,
+    load_run,
+    values_from_flags,
+)
 from upweight.errors import UpweightError, nearest
 
 
@@ -39,8 +46,9 @@ def _refuse(unknown: Sequence[str], command: str | None) -> None:
     word = unknown[0].partition("=")[0]
     known = [n for flag in flags() if flag.key in READS.get(str(command), ()) for n in flag.names]
     where = f"upweight {command}" if command else "upweight"
+    guess = called_elsewhere(word.removeprefix("--")) or nearest(word, known)
     raise UpweightError(
-        f"{unknown[0]} is no argument of {where}.{nearest(word, known)} All of them: {where} --help"
+        f"{unknown[0]} is no argument of {where}.{guess} All of them: {where} --help"
     )
 
 
@@ -160,6 +168,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    if _is_model_alone(arguments):
+        return _check_model(arguments)
     if arguments.json:
         return _check_as_json(arguments)
     resolved = _resolve(arguments)
@@ -168,6 +178,31 @@ def _check(arguments: argparse.Namespace) -> int:
 
     with default_screen(stderr=False) as screen:
         check(resolved, screen)
+    return 0
+
+
+def _is_model_alone(arguments: argparse.Namespace) -> bool:
+    given = {key for key, value in vars(arguments).items() if value is not None}
+    return not arguments.config and "model" in given and "data.path" not in given
+
+
+def _check_model(arguments: argparse.Namespace) -> int:
+    """Without data there is a model to check, against the probes that travelled with it."""
+    known = {flag.key for flag in flags()}
+    texts = {key: value for key, value in vars(arguments).items() if key in known}
+    for key, value in texts.items():
+        if value is not None and key != "model" and not key.startswith("compute."):
+            raise UpweightError(
+                f"--{key} has no effect without data: then check compares --model with the "
+                "probes.json that it was exported with. Give --data, or leave it out."
+            )
+    from upweight.models.probes import FILE
+    from upweight.recipes.check import check_model
+    from upweight.terminal import default_screen
+
+    values = {**values_from_flags(texts), "data.path": FILE}
+    with default_screen(stderr=False) as screen:
+        check_model(load_run(None, values=values, origin_of_values="flag").run, screen)
     return 0
 
 

@@ -8,7 +8,7 @@ key. Nothing here imports torch.
 from __future__ import annotations
 
 from upweight.config.commands import OBJECTIVES, READS, require_read, unread
-from upweight.config.keys import Flag, flags, values_from_flags
+from upweight.config.keys import Flag, called_elsewhere, flags, values_from_flags
 from upweight.config.resolve import (
     FILLED_IN,
     INHERITED,
@@ -58,6 +58,7 @@ __all__ = [
     "Run",
     "Section",
     "Watch",
+    "called_elsewhere",
     "dump",
     "flags",
     "leaf_values",

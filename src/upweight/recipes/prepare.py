@@ -21,10 +21,16 @@ from upweight.training.memory import TOKENS_PER_BIN
 from upweight.trust.finding import Finding
 from upweight.types import Example, Tree
 
+RENDERED_AGAIN = 8
+"""Rows that an export renders once more: a template or tokenizer that differs does so in most."""
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """Trees by set ("train" first), the account of each, and what is suspicious about them."""
+    """Trees by set ("train" first), the account of each, and what is suspicious about them.
+
+    `rows` are a few of those trained on, as they were read: what an export is asked to render.
+    """
 
     def __repr__(self) -> str:
         return "\n".join(account_lines(self))
@@ -33,6 +39,7 @@ class Prepared:
     accounts: dict[str, Account]
     renderer: Renderer
     findings: tuple[Finding, ...] = ()
+    rows: tuple[Example, ...] = ()
 
 
 def load_policy(run: Run) -> LanguageModel:
@@ -122,7 +129,8 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     for name, (rows, its_account) in sets.items():
         trees[name], accounts[name] = grow(rows, renderer, its_account), its_account
         require_used(its_account, f"the evaluation set {name}")
-    return Prepared(trees, accounts, renderer)
+    rows = tuple(train[:: max(1, len(train) // RENDERED_AGAIN)][:RENDERED_AGAIN])
+    return Prepared(trees, accounts, renderer, rows=rows)
 
 
 def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]]) -> None:

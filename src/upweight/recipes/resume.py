@@ -48,7 +48,7 @@ def as_begun(resolved: Resolved) -> Resolved:
         return resolved
     then = leaf_values(load_run(file).run)
     # What is said beside an origin is found anew.
-    origins = {s.name: s.origin.partition("; ")[0] for s in read_settings(file)}
+    origins = {s.key: s.origin.partition("; ")[0] for s in read_settings(file)}
     for key, value in then.items():
         if resolved.origins.get(key) == "default" and origins.get(key) in FILLED_IN:
             resolved = resolved.with_value(key, value, origins[key])

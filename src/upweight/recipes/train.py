@@ -22,6 +22,7 @@ from upweight.evidence.report import write_report
 from upweight.evidence.track import Target, Tracking, clients, tracking
 from upweight.losses import PAIR_LOSSES
 from upweight.models.export import export
+from upweight.models.probes import served_otherwise
 from upweight.recipes.environment import write_environment
 from upweight.recipes.evaluation import evaluate_sets
 from upweight.recipes.prepare import account_record
@@ -185,10 +186,19 @@ def _finish(state: State, progress: Progress) -> Result:
     # A server stops by the generation config: at every token that a trained response ends with.
     stop_ids = sorted(state.begun.prepared.renderer.stop_ids)
     state.lm.causal.generation_config.eos_token_id = stop_ids  # pyright: ignore
-    written = export(state.lm, state.rundir.file("model"), merge=state.run.export.merge)
+    prepared = state.begun.prepared
+    written = export(
+        state.lm,
+        state.rundir.file("model"),
+        merge=state.run.export.merge,
+        renderer=prepared.renderer,
+        rows=prepared.rows,
+    )
     write_environment(state, finished=True)
     report = write_report(state.rundir.path)
     state.screen.note(f"model:  {written[0]}")
+    if advice := served_otherwise(prepared.renderer):
+        state.screen.note(f"{written[0].name}: {advice} (upweight explain UW402)")
     state.screen.note(f"report: {report}")
     state.trackers.close(finished=True)
     return Result(state.rundir.path, written[0], report, True, progress.step)
