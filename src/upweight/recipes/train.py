@@ -198,7 +198,7 @@ def _finish(state: State, progress: Progress) -> Result:
     report = write_report(state.rundir.path)
     state.screen.note(f"model:  {written[0]}")
     if advice := served_otherwise(prepared.renderer):
-        state.screen.note(f"{written[0].name}: {advice} (upweight explain UW402)")
+        state.screen.note(f"to serve it: {advice}")
     state.screen.note(f"report: {report}")
     state.trackers.close(finished=True)
     return Result(state.rundir.path, written[0], report, True, progress.step)
