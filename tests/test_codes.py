@@ -20,7 +20,7 @@ from upweight.data import account
 from upweight.errors import UpweightError
 from upweight.evidence.records.ledger import SCHEMA
 from upweight.evidence.report import verdict
-from upweight.models import proof, reference
+from upweight.models import probes, proof, reference
 from upweight.training.rundir import RECORDS
 from upweight.trust.codes import (
     CODES,
@@ -160,6 +160,7 @@ def other_names() -> Iterator[str]:
     yield from ("dpo", "fit", "response_logps", "pair_logps", "upweight.data.stream")
     yield from ("epoch_order(100, seed, 0)", "epoch_order(100, seed, 1)", "model.train()")
     yield from ("UPWEIGHT_CACHE", "eos_token", "eos_token_id", "prompt")
+    yield from (probes.FILE, "messages", "prompt_ids")
 
 
 OTHER_NAMES = set(other_names())

@@ -352,6 +352,10 @@ def test_a_key_that_waits_for_another_is_refused_without_it(said: list[str], why
         assert why in str(caught.value)
 
 
+def test_no_samples_may_be_asked_for_without_an_evaluation() -> None:
+    require_read("train", run_of("samples=0"))
+
+
 def test_a_key_that_the_objective_does_not_read_names_those_that_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -105,9 +105,10 @@ CASES: dict[str, Case] = {
     "evaluation.samples": Case(1, "samples", EVALUATED),
     "evaluation.max_new_tokens": Case(3, "samples", EVALUATED),
     "evaluation.temperature": Case(0.0, "samples", EVALUATED),
-    "checkpoint.every": Case(3, "files", SAVED),
+    "checkpoint.every": Case(2, "files", SAVED),
     "checkpoint.keep": Case(1, "files", SAVED),
-    "checkpoint.best": Case("kl", "files", {**EVALUATED, **SAVED}),
+    # The same at every evaluation: the first one stays the best.
+    "checkpoint.best": Case("reference_length", "files", {**EVALUATED, **SAVED}),
     "export.merge": Case(True, "files", LORA),
     "preflight.cut": Case(0.2, "findings", CUT, refused="preflight.cut"),
     "preflight.swapped": Case(0.99, "findings"),
@@ -178,7 +179,7 @@ def observed(said: str) -> dict[str, Any]:
     layers: list[tuple[int, ...]] = []
 
     def note(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        if type(module).__name__.endswith("DecoderLayer"):
+        if type(module).__name__.endswith("MLP"):  # inside of what is recomputed
             layers.append(tuple(inputs[0].shape))
 
     watching_layers = torch.nn.modules.module.register_module_forward_pre_hook(note)
@@ -190,7 +191,8 @@ def observed(said: str) -> dict[str, Any]:
     finally:
         watching_layers.remove()
         torch.set_num_threads(threads)
-        for name in ("run", "elsewhere"):
+        # What a run finds in the cache is another run's: each computes its own.
+        for name in ("run", "elsewhere", "cache"):
             shutil.rmtree(name, ignore_errors=True)
 
 
@@ -227,7 +229,8 @@ def refuses_or_differs(key: str, case: Case) -> str:
     """Why nothing shows that the key has a say, or ""."""
     before = run_with({**BASE, **case.beside, key: None} | _default(key, case))
     after = run_with({**BASE, **case.beside, key: case.value})
-    if "error" in before and key in before["error"] and key not in after.get("error", ""):
+    name = key.rpartition(".")[2]
+    if "error" in before and name in before["error"] and name not in after.get("error", ""):
         return ""  # it permits what was refused
     if "error" in after:
         if case.refused and case.refused in after["error"]:

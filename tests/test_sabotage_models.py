@@ -221,6 +221,8 @@ def test_a_model_is_checked_against_the_probes_that_came_with_it(
     assert train("run") == 0
     assert main(["check", "--model", "run/model"]) == 0
     said = capsys.readouterr().out
+    assert main(["check", "--model", "run/model", "--json"]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["largest_difference"] < 1e-4
     assert "3 probes have the same tokens" in said and "(rounding of its weights: 0.002)" in said
     _half("run/model", "half")
     assert main(["check", "--model", "half"]) == 0

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upweight.config import (
     READS,
@@ -18,6 +19,9 @@ from upweight.config import (
     values_from_flags,
 )
 from upweight.errors import UpweightError, nearest
+
+if TYPE_CHECKING:
+    from upweight.recipes.screen import Screen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,10 +172,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    if _is_model_alone(arguments):
-        return _check_model(arguments)
     if arguments.json:
         return _check_as_json(arguments)
+    if _is_model_alone(arguments):
+        from upweight.terminal import default_screen
+
+        with default_screen(stderr=False) as screen:
+            _check_model(arguments, screen)
+        return 0
     resolved = _resolve(arguments)
     from upweight.recipes import check
     from upweight.terminal import default_screen
@@ -186,7 +194,7 @@ def _is_model_alone(arguments: argparse.Namespace) -> bool:
     return not arguments.config and "model" in given and "data.path" not in given
 
 
-def _check_model(arguments: argparse.Namespace) -> int:
+def _check_model(arguments: argparse.Namespace, screen: Screen | None = None) -> float:
     """Without data there is a model to check, against the probes that travelled with it."""
     known = {flag.key for flag in flags()}
     texts = {key: value for key, value in vars(arguments).items() if key in known}
@@ -196,24 +204,25 @@ def _check_model(arguments: argparse.Namespace) -> int:
                 f"--{key} has no effect without data: then check compares --model with the "
                 "probes.json that it was exported with. Give --data, or leave it out."
             )
-    from upweight.models.probes import FILE
     from upweight.recipes.check import check_model
-    from upweight.terminal import default_screen
 
-    values = {**values_from_flags(texts), "data.path": FILE}
-    with default_screen(stderr=False) as screen:
-        check_model(load_run(None, values=values, origin_of_values="flag").run, screen)
-    return 0
+    values = {**values_from_flags(texts), "data.path": "probes.json"}
+    return check_model(load_run(None, values=values, origin_of_values="flag").run, screen)
 
 
 def _check_as_json(arguments: argparse.Namespace) -> int:
-    """account.json on standard output, or {"error": {"code", "message"}} and status 2."""
+    """account.json on standard output, of a model the largest difference in nats, or
+    {"error": {"code", "message"}} and status 2."""
     try:
-        resolved = _resolve(arguments)
-        from upweight.recipes import check
-        from upweight.recipes.prepare import account_record
+        if _is_model_alone(arguments):
+            record: dict[str, object] = {"largest_difference": _check_model(arguments)}
+        else:
+            resolved = _resolve(arguments)
+            from upweight.recipes import check
+            from upweight.recipes.prepare import account_record
 
-        print(json.dumps(account_record(check(resolved)), ensure_ascii=False, indent=1))
+            record = account_record(check(resolved))
+        print(json.dumps(record, ensure_ascii=False, indent=1))
     except UpweightError as error:
         print(json.dumps({"error": {"code": error.code, "message": str(error)}}, indent=1))
         return 2

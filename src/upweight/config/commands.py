@@ -67,15 +67,18 @@ def _is_evaluated(run: Run) -> bool:
     return bool(run.evaluation.sets) or run.evaluation.fraction > 0
 
 
+_WITHOUT = "has no effect without an evaluation: give evaluation.sets or evaluation.fraction"
 _TRAINING = ("train", "check")
 _SAMPLED = ("evaluation.max_new_tokens", "evaluation.temperature", "watch.length", "watch.kl")
 
 NEEDS: tuple[Need, ...] = (
+    Need(_TRAINING, ("evaluation.every", *_SAMPLED), _is_evaluated, _WITHOUT),
     Need(
         _TRAINING,
-        ("evaluation.every", "evaluation.samples", *_SAMPLED),
-        _is_evaluated,
-        "has no effect without an evaluation: give evaluation.sets or evaluation.fraction",
+        ("evaluation.samples",),
+        # Who asks for none has none.
+        lambda run: _is_evaluated(run) or run.evaluation.samples == 0,
+        _WITHOUT,
     ),
     Need(
         _TRAINING,

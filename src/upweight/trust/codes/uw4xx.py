@@ -19,7 +19,7 @@ PAGES: tuple[Page, ...] = (
             "are scored one sequence at a time. The export is refused when it cannot be read, or "
             "when a token's log-prob differs from the trained model's by more than 0.002 nats. "
             "The conversations travel with the model, with their ids and log-probs, in "
-            "`model/probes.json`: `upweight check --model FOLDER` compares a copy or a conversion "
+            "`probes.json`: `upweight check --model FOLDER` compares a copy or a conversion "
             "with them, and allows 0.3 nats where the weights are stored in bfloat16."
         ),
         guarded_by=(
@@ -57,7 +57,7 @@ PAGES: tuple[Page, ...] = (
             "Before a folder of the export appears, its tokenizer and template are read back and "
             "render some of the rows that were trained on, and a few conversations; the export is "
             "refused when one token id differs. The conversations travel with the model in "
-            "`model/probes.json`, with the ids that training made of them; `upweight check "
+            "`probes.json`, with the ids that training made of them; `upweight check "
             "--model FOLDER` renders them again with the tokenizer of that folder. What a server "
             "does is not seen: give it `messages` from that file, ask it for the token ids of the "
             "prompt (many servers have a tokenize endpoint), and compare them with `prompt_ids`."
@@ -66,7 +66,7 @@ PAGES: tuple[Page, ...] = (
             "The tokenizer and its chat template are written into `model/`. A prompt is rendered "
             "as serving does, with a generation prompt, and nothing after the stop token is "
             "scored. Where a server must be told something to do the same, the run says so at its "
-            "end. No row of your data is in `model/probes.json`."
+            "end. No row of your data is in `probes.json`."
         ),
         causes=(
             "The server uses a template of its own, or none.",
