@@ -6,14 +6,16 @@ the export is tested where its code is.
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from runs import PAIRS, furnish, train, write_rows
-from tiny import CHATML, byte_tokenizer, save_tiny
+from tiny import CHATML, byte_tokenizer, save_tiny, tiny_model
 from upweight.config.keys import ELSEWHERE, candidates, keys
 
 
@@ -34,9 +36,10 @@ PAINS = {
     ),
     "a rate that rounds to nothing": ("--learning-rate 1e-30", "raise optimizer.learning_rate"),
     "no stop token": ("--model endless", "The tokenizer has no end-of-text token"),
-    "all rows cut": (
-        "--data.max_length 20",
-        "preflight.cut is 20%",
+    "all rows too long": ("--data.max_length 20", "19 x too_long: longer than max_length"),
+    "many responses cut": (
+        "--data.max_length 36 --truncation response",
+        "of rejected responses cut (preflight.cut is 20%)",
     ),
     "longer rows than the model has positions": (
         "--data.max_length 4096",
@@ -124,6 +127,21 @@ def _models() -> None:
     tokenizer.save_pretrained("foreign")
     byte_tokenizer("{{ style }}" + CHATML).save_pretrained("styled")
     Path("plain/chat_template.jinja").unlink()
+    _without_a_stop(Path("endless"))
+    tied = tiny_model("qwen2")
+    tied.config.tie_word_embeddings = True
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    tied.save_pretrained("tied")
+    byte_tokenizer().save_pretrained("tied")
+
+
+def _without_a_stop(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            settings = json.loads((folder / name).read_text())
+            left = {k: v for k, v in settings.items() if k not in ("eos_token_id", "eos_token")}
+            (folder / name).write_text(json.dumps(left))
 
 
 @pytest.mark.parametrize("pain", PAINS)
@@ -132,7 +150,7 @@ def test_a_mistake_gets_its_message(pain: str, capsys: pytest.CaptureFixture[str
     _models()
     if pain in NEEDS_RUN:
         assert train("done", "--steps", "1") == 0
-    if "cuda" in words and __import__("torch").cuda.is_available():
+    if "cuda" in words and torch.cuda.is_available():
         pytest.skip("there is one")
     assert train("run", *shlex.split(words)) == 2
     error = capsys.readouterr().err
