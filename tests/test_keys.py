@@ -6,23 +6,26 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import upweight.recipes.evaluation as run_evaluation
 import upweight.recipes.start as run_start
 from runs import PAIRS, plain_rows, rows_of, sentence, write_rows
 from tiny import CHATML, byte_tokenizer, save_tiny
-from upweight.config import load_run
+from upweight.config import Run, load_run
 from upweight.config.keys import keys
 from upweight.errors import UpweightError
 from upweight.models.load import LanguageModel
+from upweight.models.sample import Sample
 from upweight.recipes import dpo
 from upweight.training import checkpoint
+from upweight.trust.watch import Watch
 
 BASE: Mapping[str, Any] = {
     "model": "model", "data.path": "plain.jsonl", "out": "run", "steps": 2,
@@ -49,11 +52,7 @@ EVALUATED = {"evaluation.fraction": 0.3, "evaluation.samples": 2, "evaluation.ma
 LORA = {"lora": True}
 CUT = {"data.max_length": 60, "data.truncation": "response", "preflight.cut": 0.99}
 SAVED = {"checkpoint.every": 1, "checkpoint.keep": 2, "steps": 4}
-WILD = {
-    **EVALUATED, "optimizer.learning_rate": 1e-2, "loss.beta": 5.0, "steps": 12,
-    "optimizer.warmup": 0.0, "watch.kl": 1e9, "watch.length": 1e9, "watch.displaced": 1e9,
-    "watch.solved": 0.99999,
-}  # fmt: skip
+WILD = {**EVALUATED, "optimizer.learning_rate": 1e-2, "loss.beta": 5.0, "steps": 8, "watch.kl": 1e9}
 
 CASES: dict[str, Case] = {
     "model": Case("other", "records"),
@@ -101,7 +100,7 @@ CASES: dict[str, Case] = {
     "compute.trust_remote_code": Case(True, "records", {"model": "coded"}),
     "evaluation.sets": Case({"held": ["held.jsonl"]}, "evaluations"),
     "evaluation.fraction": Case(0.4, "evaluations", EVALUATED),
-    "evaluation.every": Case(1, "evaluations", {**EVALUATED, "steps": 24, "log_every": 24}),
+    "evaluation.every": Case(3, "evaluations", {**EVALUATED, "steps": 4}),
     "evaluation.samples": Case(1, "samples", EVALUATED),
     "evaluation.max_new_tokens": Case(3, "samples", EVALUATED),
     "evaluation.temperature": Case(0.0, "samples", EVALUATED),
@@ -116,9 +115,9 @@ CASES: dict[str, Case] = {
     "preflight.repeated": Case(0.9, "findings", {"data.path": "twice.jsonl"}),
     "preflight.shortcut": Case(0.99, "findings", {"data.path": "pairs.jsonl"}),
     "watch.moved": Case(0.0, "findings", {"optimizer.learning_rate": 1e-5}),
-    "watch.displaced": Case(0.0, "findings", WILD),
-    "watch.length": Case(1.0, "findings", WILD),
-    "watch.solved": Case(0.0, "findings", WILD),
+    "watch.displaced": Case(9.0, "findings", {"steps": 9}),
+    "watch.length": Case(9.0, "findings", EVALUATED),
+    "watch.solved": Case(0.5, "findings", {"steps": 9}),
     "watch.kl": Case(0.0, "findings", WILD),
 }
 
@@ -171,9 +170,52 @@ def _scored() -> list[dict[str, Any]]:
     ]
 
 
+def _in_half(patched: pytest.MonkeyPatch) -> None:
+    """Weights kept in half precision, which no run does."""
+    made = run_start._trained
+
+    def halved(run: Run, lm: LanguageModel) -> LanguageModel:
+        lm = made(run, lm)
+        lm.model.to(torch.bfloat16)  # pyright: ignore
+        return lm
+
+    patched.setattr(run_start, "_trained", halved)
+
+
+def _learned_by_heart(patched: pytest.MonkeyPatch) -> None:
+    """Training that has told nearly all pairs apart, by making all responses improbable."""
+    means = {"rewards/accuracies": 0.98, "loss": 0.001, "logratios/chosen": -30.0}
+    patched.setattr(Watch, "mean", lambda watch, key: means.get(key, 10.0))
+
+
+def _short_answers(patched: pytest.MonkeyPatch) -> None:
+    """A policy that says one token where its reference says six."""
+    draw = run_evaluation.draw
+
+    def short(*given: Any) -> list[Sample]:
+        return [replace(s, tokens=s.tokens[:1]) for s in draw(*given)]
+
+    patched.setattr(run_evaluation, "draw", short)
+
+
+PLANTED: Mapping[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "watch.moved": _in_half,
+    "watch.displaced": _learned_by_heart,
+    "watch.length": _short_answers,
+    "watch.solved": _learned_by_heart,
+}
+"""What has to go wrong before these keys have a say."""
+
+
 @functools.cache
-def observed(said: str) -> dict[str, Any]:
+def observed(said: str, planted: str = "") -> dict[str, Any]:
     """What a run is, from what it computes and writes; {"error": ...} where it is refused."""
+    with pytest.MonkeyPatch.context() as patched:
+        PLANTED.get(planted, lambda patched: None)(patched)
+        return _observed(said)
+
+
+def _observed(said: str) -> dict[str, Any]:
     values = json.loads(said)
     threads = torch.get_num_threads()
     layers: list[tuple[int, ...]] = []
@@ -221,14 +263,16 @@ def _of_run(out: Path) -> dict[str, Any]:
     }
 
 
-def run_with(values: Mapping[str, Any]) -> dict[str, Any]:
-    return observed(json.dumps({k: v for k, v in values.items() if v is not None}, sort_keys=True))
+def run_with(values: Mapping[str, Any], planted: str = "") -> dict[str, Any]:
+    said = {k: v for k, v in values.items() if v is not None}
+    return observed(json.dumps(said, sort_keys=True), planted)
 
 
 def refuses_or_differs(key: str, case: Case) -> str:
     """Why nothing shows that the key has a say, or ""."""
-    before = run_with({**BASE, **case.beside, key: None} | _default(key, case))
-    after = run_with({**BASE, **case.beside, key: case.value})
+    planted = key if key in PLANTED else ""
+    before = run_with({**BASE, **case.beside}, planted)
+    after = run_with({**BASE, **case.beside, key: case.value}, planted)
     name = key.rpartition(".")[2]
     if "error" in before and name in before["error"] and name not in after.get("error", ""):
         return ""  # it permits what was refused
@@ -241,18 +285,13 @@ def refuses_or_differs(key: str, case: Case) -> str:
     return "" if before[case.seen] != after[case.seen] else f"the same {case.seen}"
 
 
-def _default(key: str, case: Case) -> dict[str, Any]:
-    said = {**BASE, **case.beside}
-    return {key: said[key]} if key in said else {}
-
-
 def test_every_key_has_a_case() -> None:
     assert list(CASES) == list(keys())
 
 
 @pytest.mark.usefixtures("_furnished")
 def test_a_run_is_the_same_run_when_nothing_changes() -> None:
-    for beside in ({}, {**WILD, "data.path": ["plain.jsonl"]}):
+    for beside in ({}, WILD):
         first = run_with(BASE | beside)
         observed.cache_clear()
         assert run_with(BASE | beside) == first and "error" not in first
@@ -260,19 +299,8 @@ def test_a_run_is_the_same_run_when_nothing_changes() -> None:
 
 @pytest.mark.usefixtures("_furnished")
 @pytest.mark.parametrize("key", CASES)
-def test_another_value_is_another_run_or_an_error(
-    key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if key == "watch.moved":
-        # No run keeps weights in half precision: one that did is what the key is about.
-        made = run_start._trained
-        monkeypatch.setattr(run_start, "_trained", lambda run, lm: _in_half(made(run, lm)))
+def test_another_value_is_another_run_or_an_error(key: str) -> None:
     assert refuses_or_differs(key, CASES[key]) == ""
-
-
-def _in_half(lm: LanguageModel) -> LanguageModel:
-    lm.model.to(torch.bfloat16)  # pyright: ignore
-    return lm
 
 
 @pytest.mark.usefixtures("_furnished")
