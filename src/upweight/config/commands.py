@@ -67,43 +67,41 @@ def _is_evaluated(run: Run) -> bool:
     return bool(run.evaluation.sets) or run.evaluation.fraction > 0
 
 
+def _asks_for_no_samples_or_is_evaluated(run: Run) -> bool:
+    return run.evaluation.samples == 0 or _is_evaluated(run)
+
+
+def _is_sampled(run: Run) -> bool:
+    return run.evaluation.samples > 0 or not _is_evaluated(run)
+
+
+def _samples_are_the_policys(run: Run) -> bool:
+    return run.evaluation.temperature == 1
+
+
+def _has_adapter(run: Run) -> bool:
+    return run.lora is not None
+
+
+def _has_reference(run: Run) -> bool:
+    return run.reference is not None
+
+
 _WITHOUT = "has no effect without an evaluation: give evaluation.sets or evaluation.fraction"
+_UNSAMPLED = "has no effect while evaluation.samples is 0"
+_UNLIKE = "has no effect while evaluation.temperature is not 1: samples are then not the policy's"
+_WHOLE = "has no effect without lora: all weights are trained, and there is no adapter to merge"
+_ALONE = "has no effect: score reads it only with a reference"
 _TRAINING = ("train", "check")
 _SAMPLED = ("evaluation.max_new_tokens", "evaluation.temperature", "watch.length", "watch.kl")
 
 NEEDS: tuple[Need, ...] = (
     Need(_TRAINING, ("evaluation.every", *_SAMPLED), _is_evaluated, _WITHOUT),
-    Need(
-        _TRAINING,
-        ("evaluation.samples",),
-        # Who asks for none has none.
-        lambda run: _is_evaluated(run) or run.evaluation.samples == 0,
-        _WITHOUT,
-    ),
-    Need(
-        _TRAINING,
-        _SAMPLED,
-        lambda run: run.evaluation.samples > 0 or not _is_evaluated(run),
-        "has no effect while evaluation.samples is 0",
-    ),
-    Need(
-        _TRAINING,
-        ("watch.kl",),
-        lambda run: run.evaluation.temperature == 1,
-        "has no effect while evaluation.temperature is not 1: samples are then not the policy's",
-    ),
-    Need(
-        _TRAINING,
-        ("export.merge",),
-        lambda run: run.lora is not None,
-        "has no effect without lora: all weights are trained, and there is no adapter to merge",
-    ),
-    Need(
-        ("score",),
-        ("loss.beta",),
-        lambda run: run.reference is not None,
-        "has no effect: score reads it only with a reference",
-    ),
+    Need(_TRAINING, ("evaluation.samples",), _asks_for_no_samples_or_is_evaluated, _WITHOUT),
+    Need(_TRAINING, _SAMPLED, _is_sampled, _UNSAMPLED),
+    Need(_TRAINING, ("watch.kl",), _samples_are_the_policys, _UNLIKE),
+    Need(_TRAINING, ("export.merge",), _has_adapter, _WHOLE),
+    Need(("score",), ("loss.beta",), _has_reference, _ALONE),
 )
 
 
