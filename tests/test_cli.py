@@ -13,7 +13,7 @@ from runs import furnish, train
 from upweight.cli import main
 from upweight.config import READS
 from upweight.config.keys import keys
-from upweight.errors import ConfigError
+from upweight.errors import ConfigError, Refusal
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def test_a_command_refuses_what_it_does_not_read_and_names_those_that_do(
     assert main(f"{SAMPLE} --reference nowhere".split()) == 2
     said = capsys.readouterr().err
     assert "reference is nowhere, and sample does not read it: train, check and score do." in said
-    with pytest.raises(ConfigError, match="lora is true, and score does not read it"):
+    with pytest.raises(Refusal, match="lora is true, and score does not read it"):
         uw.score(model="model", data="pairs.jsonl", lora=True)
 
 

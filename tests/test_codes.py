@@ -20,7 +20,7 @@ from upweight.data import account
 from upweight.errors import UpweightError
 from upweight.evidence.records.ledger import SCHEMA
 from upweight.evidence.report import verdict
-from upweight.models import proof, reference
+from upweight.models import probes, proof, reference
 from upweight.training.rundir import RECORDS
 from upweight.trust.codes import (
     CODES,
@@ -105,6 +105,18 @@ def test_a_page_says_that_a_code_is_detected_exactly_where_the_source_raises_it(
     assert found.detected == bool(raising)
 
 
+def test_what_is_raised_as_a_refusal_has_a_page_that_refuses() -> None:
+    raised = {
+        node.args[0].value
+        for file in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Refusal"
+        if isinstance(node.args[0], ast.Constant)
+    }
+    assert raised >= {"UW101", "UW107", "UW109", "UW303", "UW401", "UW402"}
+    assert {code for code in raised if CODES[code].severity == "warns"} == set()
+
+
 def test_every_code_in_the_source_has_a_page() -> None:
     used = {code for codes in codes_in_functions().values() for code in codes}
     assert used >= {"UW105", "UW107", "UW209", "UW303"}
@@ -160,6 +172,7 @@ def other_names() -> Iterator[str]:
     yield from ("dpo", "fit", "response_logps", "pair_logps", "upweight.data.stream")
     yield from ("epoch_order(100, seed, 0)", "epoch_order(100, seed, 1)", "model.train()")
     yield from ("UPWEIGHT_CACHE", "eos_token", "eos_token_id", "prompt")
+    yield from (probes.FILE, "messages", "prompt_ids")
 
 
 OTHER_NAMES = set(other_names())
@@ -189,6 +202,7 @@ def test_numbers_on_the_pages_are_those_of_the_code() -> None:
     assert f"{num} rows" in CODES["UW107"].found_by
     assert f"{proof.TOLERANCE_NATS[torch.float32]} nats" in CODES["UW301"].guarded_by
     assert f"{proof.TOLERANCE_NATS[torch.float32]} nats" in CODES["UW401"].found_by
+    assert f"{proof.TOLERANCE_NATS[torch.bfloat16]} nats" in CODES["UW401"].found_by
     assert verdict._NOTEWORTHY_FALL_NATS == 0.5 and "half a nat" in CODES["UW304"].guarded_by
     assert f"{verdict._NOTEWORTHY_LENGTH} times" in CODES["UW305"].guarded_by
     assert f"{100 * verdict._NOTEWORTHY_DROPS:.0f} %" in CODES["UW205"].guarded_by

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from upweight.config import (
+    OBJECTIVES,
     READS,
     Data,
     Lora,
@@ -26,12 +27,13 @@ from upweight.config import (
     leaf_values,
     load_run,
     require_read,
+    unread,
     values_from_flags,
 )
 from upweight.config.keys import keys
 from upweight.config.sections import SECTIONS
 from upweight.config.written import parse, parse_value, settle, write
-from upweight.errors import ConfigError
+from upweight.errors import ConfigError, Refusal
 
 NEEDED = {"model": "tiny", "data": "a.jsonl"}
 
@@ -100,7 +102,17 @@ OTHER: dict[str, Any] = {
     "watch.solved": 0.9,
     "watch.kl": 20.0,
 }
-CONTEXT: dict[str, dict[str, Any]] = {"checkpoint.best": {"evaluation.fraction": 0.2}}
+EVALUATED = {"evaluation.fraction": 0.2}
+CONTEXT: dict[str, dict[str, Any]] = {
+    "checkpoint.best": EVALUATED,
+    "evaluation.every": EVALUATED,
+    "evaluation.samples": EVALUATED,
+    "evaluation.max_new_tokens": EVALUATED,
+    "evaluation.temperature": EVALUATED,
+    "watch.length": EVALUATED,
+    "watch.kl": EVALUATED,
+    "export.merge": {"lora": True},
+}
 
 
 def needed_beside(*given: str) -> dict[str, Any]:
@@ -303,22 +315,71 @@ def test_contradictions_between_sections_are_refused(tmp_path: Path) -> None:
 def test_a_command_takes_exactly_the_values_that_it_reads(command: str, key: str) -> None:
     # With a reference beta is read; without one, score says so.
     beside = {"reference": "sft"} if (command, key) == ("score", "loss.beta") else {}
-    run = run_of(**{key: OTHER[key]} | CONTEXT.get(key, {}) | beside)
-    if key in READS[command]:
-        assert CONTEXT.get(key, {}).keys() <= READS[command]
+    reads = key in READS[command]
+    context = {k: v for k, v in CONTEXT.get(key, {}).items() if not reads or k in READS[command]}
+    run = run_of(**{key: OTHER[key]} | context | beside)
+    if reads:
         require_read(command, run)
         return
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(Refusal, match="UW109") as caught:
         require_read(command, run)
     readers = [name for name in READS if key in READS[name]]
-    first = str(caught.value).splitlines()[-2]
+    shown = "lora is true" if key.startswith("lora") else f"{key} is "
+    (first,) = (line for line in str(caught.value).splitlines() if line.startswith(shown))
     assert all(name in first for name in readers) and f"{command} does not read it" in first
-    assert first.startswith("lora is true" if key.startswith("lora") else f"{key} is ")
 
 
 def test_score_reads_beta_only_with_a_reference() -> None:
-    with pytest.raises(ConfigError, match="score reads it only with a reference"):
+    with pytest.raises(Refusal, match="score reads it only with a reference"):
         require_read("score", run_of("beta=0.2"))
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (["samples=2"], "evaluation.samples is 2, and it has no effect without an evaluation"),
+        (["evaluation.every=2"], "evaluation.every is 2, and it has no effect without an eval"),
+        (["watch.kl=2"], "watch.kl is 2.0, and it has no effect without an evaluation"),
+        (["fraction=.2", "samples=0", "temperature=.5"], "while evaluation.samples is 0"),
+        (["fraction=.2", "temperature=0", "watch.kl=9"], "while evaluation.temperature is not 1"),
+        (["merge=true"], "export.merge is true, and it has no effect without lora"),
+    ],
+)
+def test_a_key_that_waits_for_another_is_refused_without_it(said: list[str], why: str) -> None:
+    for command in ("train", "check"):
+        with pytest.raises(Refusal, match="UW109") as caught:
+            require_read(command, run_of(*said))
+        assert why in str(caught.value)
+
+
+def test_no_samples_may_be_asked_for_without_an_evaluation() -> None:
+    require_read("train", run_of("samples=0"))
+
+
+def test_a_key_that_the_objective_does_not_read_names_those_that_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(OBJECTIVES, "other", ("preflight.swapped",))
+    monkeypatch.setitem(OBJECTIVES, "third", ("loss.beta",))
+    run = run_of("beta=0.2", "label_smoothing=0.1", "reference=sft", "cut=0.3")
+    require_read("train", run)
+    for command in ("train", "check"):
+        with pytest.raises(Refusal) as caught:
+            require_read(command, run.model_copy(update={"objective": "other"}))
+        assert str(caught.value).splitlines()[:-1] == [
+            "reference is sft, and objective other does not read it: dpo does.",
+            "loss.beta is 0.2, and objective other does not read it: dpo and third do.",
+            "loss.label_smoothing is 0.1, and objective other does not read it: dpo does.",
+        ]
+    assert unread("other") == ["reference", "loss.beta", "loss.label_smoothing"]
+    assert unread("dpo") == ["preflight.swapped"]
+
+
+def test_the_table_of_objectives_has_each_of_them_and_names_keys_or_sections() -> None:
+    assert list(OBJECTIVES) == list(keys()["objective"].choices)
+    named = {name for own in OBJECTIVES.values() for name in own}
+    assert named <= {*keys(), *SECTIONS}
+    assert unread("dpo") == []
 
 
 def test_one_key_under_two_names_in_one_place_is_refused(tmp_path: Path) -> None:
@@ -568,6 +629,9 @@ def test_dump_gives_every_leaf_with_its_origin() -> None:
     assert text.count("  # ") == len(resolved.origins)
     assert "\nlora: null  # default\n" in text
     assert max(map(len, text.splitlines())) < 80
+    beside = dump(resolved, {"compute.device": "here cpu", "stop tokens": "end\nof text"})
+    assert "  device: auto  # default; here cpu\n" in beside
+    assert beside.endswith("\n\n# stop tokens: end?of text\n")
     odd = Resolved(resolved.run, dict(resolved.origins) | {"seed": "file a\nb"})
     assert "seed: 0  # file a?b\n" in dump(odd)
 

@@ -192,7 +192,9 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_in_smaller_bins(tmp_path,
         capacity[0] = 15
         return True
 
-    records = plain_fit(got, replace(objective, step=limited), lambda step: packed(capacity[0]), make_room)
+    records = plain_fit(
+        got, replace(objective, step=limited), lambda step: packed(capacity[0]), make_room
+    )
     for one, other in zip(known, records, strict=True):
         for key in one.keys() - {"seconds", "tokens_per_second"}:
             assert one[key] == other[key], key

@@ -8,9 +8,20 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from upweight.config import READS, Resolved, flags, load_run, values_from_flags
+from upweight.config import (
+    READS,
+    Resolved,
+    called_elsewhere,
+    flags,
+    load_run,
+    values_from_flags,
+)
 from upweight.errors import UpweightError, nearest
+
+if TYPE_CHECKING:
+    from upweight.recipes.screen import Screen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,8 +50,9 @@ def _refuse(unknown: Sequence[str], command: str | None) -> None:
     word = unknown[0].partition("=")[0]
     known = [n for flag in flags() if flag.key in READS.get(str(command), ()) for n in flag.names]
     where = f"upweight {command}" if command else "upweight"
+    guess = called_elsewhere(word.removeprefix("--")) or nearest(word, known)
     raise UpweightError(
-        f"{unknown[0]} is no argument of {where}.{nearest(word, known)} All of them: {where} --help"
+        f"{unknown[0]} is no argument of {where}.{guess} All of them: {where} --help"
     )
 
 
@@ -162,6 +174,12 @@ def _train(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         return _check_as_json(arguments)
+    if _is_model_alone(arguments):
+        from upweight.terminal import default_screen
+
+        with default_screen(stderr=False) as screen:
+            _check_model(arguments, screen)
+        return 0
     resolved = _resolve(arguments)
     from upweight.recipes import check
     from upweight.terminal import default_screen
@@ -171,14 +189,40 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_as_json(arguments: argparse.Namespace) -> int:
-    """account.json on standard output, or {"error": {"code", "message"}} and status 2."""
-    try:
-        resolved = _resolve(arguments)
-        from upweight.recipes import check
-        from upweight.recipes.prepare import account_record
+def _is_model_alone(arguments: argparse.Namespace) -> bool:
+    given = {key for key, value in vars(arguments).items() if value is not None}
+    return not arguments.config and "model" in given and "data.path" not in given
 
-        print(json.dumps(account_record(check(resolved)), ensure_ascii=False, indent=1))
+
+def _check_model(arguments: argparse.Namespace, screen: Screen | None = None) -> float:
+    """Without data there is a model to check, against the probes that travelled with it."""
+    known = {flag.key for flag in flags()}
+    texts = {key: value for key, value in vars(arguments).items() if key in known}
+    for key, value in texts.items():
+        if value is not None and key != "model" and not key.startswith("compute."):
+            raise UpweightError(
+                f"--{key} has no effect without data: then check compares --model with the "
+                "probes.json that it was exported with. Give --data, or leave it out."
+            )
+    from upweight.recipes.check import check_model
+
+    values = {**values_from_flags(texts), "data.path": "probes.json"}
+    return check_model(load_run(None, values=values, origin_of_values="flag").run, screen)
+
+
+def _check_as_json(arguments: argparse.Namespace) -> int:
+    """account.json on standard output, of a model the largest difference in nats, or
+    {"error": {"code", "message"}} and status 2."""
+    try:
+        if _is_model_alone(arguments):
+            record: dict[str, object] = {"largest_difference": _check_model(arguments)}
+        else:
+            resolved = _resolve(arguments)
+            from upweight.recipes import check
+            from upweight.recipes.prepare import account_record
+
+            record = account_record(check(resolved))
+        print(json.dumps(record, ensure_ascii=False, indent=1))
     except UpweightError as error:
         print(json.dumps({"error": {"code": error.code, "message": str(error)}}, indent=1))
         return 2

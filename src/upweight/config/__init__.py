@@ -7,9 +7,18 @@ key. Nothing here imports torch.
 
 from __future__ import annotations
 
-from upweight.config.commands import READS, require_read
-from upweight.config.keys import Flag, flags, values_from_flags
-from upweight.config.resolve import Resolved, dump, leaf_values, load_run
+from upweight.config.commands import OBJECTIVES, READS, require_read, unread
+from upweight.config.keys import Flag, called_elsewhere, flags, values_from_flags
+from upweight.config.resolve import (
+    FILLED_IN,
+    INHERITED,
+    PROBED,
+    RESOLVED,
+    Resolved,
+    dump,
+    leaf_values,
+    load_run,
+)
 from upweight.config.sections import (
     Batch,
     Checkpoint,
@@ -27,6 +36,7 @@ from upweight.config.sections import (
     Section,
     Watch,
 )
+from upweight.config.written import write
 
 __all__ = [
     "Batch",
@@ -38,19 +48,27 @@ __all__ = [
     "Flag",
     "Lora",
     "Loss",
-    "READS",
+    "FILLED_IN",
+    "INHERITED",
+    "OBJECTIVES",
     "Optimizer",
     "Policy",
     "Rollout",
+    "PROBED",
     "Preflight",
+    "READS",
+    "RESOLVED",
     "Resolved",
     "Run",
     "Section",
     "Watch",
+    "called_elsewhere",
     "dump",
     "flags",
     "leaf_values",
     "load_run",
     "require_read",
+    "unread",
     "values_from_flags",
+    "write",
 ]

@@ -1,12 +1,18 @@
-"""Which keys a command reads. A key that it does not read is refused: it would change nothing."""
+"""Who reads a key: a command, an objective, or nobody while another key is as it is.
+
+A value that nobody reads is refused: it would change nothing (UW109).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from upweight.config.keys import keys
 from upweight.config.resolve import leaf_values
 from upweight.config.sections import Data, Run
 from upweight.config.written import write
-from upweight.errors import ConfigError
+from upweight.errors import Refusal
 
 _MODEL = ("model", "out", "batch.tokens_per_bin") + tuple(
     f"compute.{name}"
@@ -27,24 +33,136 @@ READS: dict[str, frozenset[str]] = {
 }
 """The full names of the keys that each command reads."""
 
+_ROWS_LEARNED = (
+    *(f"data.{name}" for name in ("format", "truncation", "pairing", "min_score_gap")),
+    "batch.pairs_per_step",
+    "preflight",
+)
+_ROUNDS = ("reference", "rollout", "loss.beta", "watch.length", "watch.kl")
+_SURROGATE = tuple(
+    f"policy.{name}" for name in ("clip_low", "clip_high", "kl_estimator", "kl_target", "kl_stop")
+)
+_GROUP = ("policy.advantages", "policy.aggregation")
+_VALUES = ("policy.aggregation",) + tuple(
+    f"policy.{name}"
+    for name in (
+        *("value", "value_coefficient", "value_clip", "value_learning_rate"),
+        *("discount", "trace", "whiten"),
+    )
+)
+
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "dpo": (
+        *("reference", "loss.beta", "loss.label_smoothing", *_ROWS_LEARNED),
+        *("watch.displaced", "watch.solved", "watch.length", "watch.kl"),
+    ),
+    "sft": ("reference", "data.turns", *_ROWS_LEARNED, "watch.length", "watch.kl"),
+    "reward": (
+        *("loss.label_smoothing", "loss.margin", "loss.centering", *_ROWS_LEARNED),
+        "watch.solved",
+    ),
+    "online_dpo": (*_ROUNDS, "loss.label_smoothing", "watch.displaced", "watch.solved"),
+    "ppo": (*_ROUNDS, *_SURROGATE, *_VALUES),
+    "grpo": (*_ROUNDS, *_SURROGATE, *_GROUP),
+    "rloo": (*_ROUNDS, *_SURROGATE, *_GROUP),
+}
+"""The keys, or whole sections, that not every objective reads, beside each objective that does.
+
+A key that no line names is read by every objective, in `train` and `check`.
+"""
+
+
+def objectives_reading(key: str) -> list[str]:
+    """The objectives that read the key with this full name."""
+    names = {key, keys()[key].section}
+    own = [objective for objective, said in OBJECTIVES.items() if names.intersection(said)]
+    return own or list(OBJECTIVES)
+
+
+def unread(objective: str) -> list[str]:
+    """The keys that this objective does not read."""
+    return [key for key in keys() if objective not in objectives_reading(key)]
+
+
+class Need(NamedTuple):
+    """Keys that have a say in `commands` only where a run is so, and what to say where not."""
+
+    commands: tuple[str, ...]
+    keys: tuple[str, ...]
+    met: Callable[[Run], bool]
+    said: str
+
+
+def _is_evaluated(run: Run) -> bool:
+    return bool(run.evaluation.sets) or run.evaluation.fraction > 0
+
+
+def _asks_for_no_samples_or_is_evaluated(run: Run) -> bool:
+    return run.evaluation.samples == 0 or _is_evaluated(run)
+
+
+def _is_sampled(run: Run) -> bool:
+    return run.evaluation.samples > 0 or not _is_evaluated(run)
+
+
+def _samples_are_the_policys(run: Run) -> bool:
+    return run.evaluation.temperature == 1
+
+
+def _has_adapter(run: Run) -> bool:
+    return run.lora is not None
+
+
+def _has_reference(run: Run) -> bool:
+    return run.reference is not None
+
+
+_WITHOUT = "has no effect without an evaluation: give evaluation.sets or evaluation.fraction"
+_UNSAMPLED = "has no effect while evaluation.samples is 0"
+_UNLIKE = "has no effect while evaluation.temperature is not 1: samples are then not the policy's"
+_WHOLE = "has no effect without lora: all weights are trained, and there is no adapter to merge"
+_ALONE = "has no effect: score reads it only with a reference"
+_TRAINING = ("train", "check")
+_SAMPLED = ("evaluation.max_new_tokens", "evaluation.temperature", "watch.length", "watch.kl")
+
+NEEDS: tuple[Need, ...] = (
+    Need(_TRAINING, ("evaluation.every", *_SAMPLED), _is_evaluated, _WITHOUT),
+    Need(_TRAINING, ("evaluation.samples",), _asks_for_no_samples_or_is_evaluated, _WITHOUT),
+    Need(_TRAINING, _SAMPLED, _is_sampled, _UNSAMPLED),
+    Need(_TRAINING, ("watch.kl",), _samples_are_the_policys, _UNLIKE),
+    Need(_TRAINING, ("export.merge",), _has_adapter, _WHOLE),
+    Need(("score",), ("loss.beta",), _has_reference, _ALONE),
+)
+
 
 def require_read(command: str, run: Run) -> None:
-    """Raises ConfigError with a line for each value that `command` does not read, if it is not
-    the default."""
+    """Raises Refusal UW109 with a line for each value that is not the default and that nobody
+    reads: not `command`, not the run's objective, or not while another key is as it is."""
     defaults = leaf_values(Run(model=run.model, data=Data(path=run.data.path)))
     # Any key of the section switches LoRA on, and none of them has a say without it.
     values = leaf_values(run.model_copy(update={"lora": None}))
     values["lora"] = None if run.lora is None else True
-    lines: list[str] = []
-    for key, value in values.items():
-        if key in READS[command] or value == defaults[key]:
-            continue
-        *others, last = (name for name, read in READS.items() if key in read)
-        readers = f"{', '.join(others)} and {last}"
-        lines.append(f"{key} is {write(value)}, and {command} does not read it: {readers} do.")
-    if command == "score" and run.reference is None and run.loss.beta != defaults["loss.beta"]:
-        lines.append(
-            f"loss.beta is {write(run.loss.beta)}, and score reads it only with a reference."
-        )
+    lines = [
+        f"{key} is {write(value)}, and {why}."
+        for key, value in values.items()
+        if value != defaults[key] and (why := _unread(command, run, key))
+    ]
     if lines:
-        raise ConfigError("\n".join([*lines, "Leave out what is not read."]))
+        raise Refusal("UW109", "\n".join([*lines, "Leave out what is not read."]))
+
+
+def _unread(command: str, run: Run, key: str) -> str | None:
+    if key not in READS[command]:
+        readers = [name for name, read in READS.items() if key in read]
+        return f"{command} does not read it: {_do(readers)}"
+    if command in _TRAINING and key in unread(run.objective):
+        return f"objective {run.objective} does not read it: {_do(objectives_reading(key))}"
+    for need in NEEDS:
+        if command in need.commands and key in need.keys and not need.met(run):
+            return f"it {need.said}"
+    return None
+
+
+def _do(readers: Iterable[str]) -> str:
+    *others, last = readers
+    return f"{', '.join(others)} and {last} do" if others else f"{last} does"

@@ -146,12 +146,65 @@ def candidates(typed: str) -> list[str]:
     return [key.full for key in keys().values() if key.name == typed]
 
 
+ELSEWHERE = {
+    "model": ("model_name_or_path",),
+    "reference": ("ref_model", "ref_model_name_or_path", "reference_model"),
+    "out": ("output_dir",),
+    "objective": ("loss_type",),
+    "epochs": ("num_train_epochs", "num_epochs"),
+    "steps": ("max_steps",),
+    "resume": ("resume_from_checkpoint",),
+    "track": ("report_to",),
+    "log_every": ("logging_steps",),
+    "data.path": ("dataset", "dataset_name", "datasets", "train_file"),
+    "data.template": ("chat_template",),
+    "data.template_options": ("chat_template_kwargs",),
+    "data.max_length": ("max_prompt_length", "max_completion_length", "max_seq_length",
+                        "cutoff_len", "sequence_len"),
+    "data.truncation": ("truncation_mode",),
+    "data.limit": ("max_samples", "max_train_samples"),
+    "batch.pairs_per_step": ("per_device_train_batch_size", "train_batch_size", "batch_size",
+                             "gradient_accumulation_steps", "micro_batch_size"),
+    "batch.tokens_per_bin": ("per_device_eval_batch_size", "packing", "padding_free"),
+    "optimizer.max_grad_norm": ("gradient_clipping",),
+    "optimizer.warmup": ("warmup_ratio", "warmup_steps"),
+    "optimizer.schedule": ("lr_scheduler_type", "lr_scheduler"),
+    "optimizer.learning_rate": ("lr",),
+    "optimizer.beta1": ("adam_beta1",),
+    "optimizer.beta2": ("adam_beta2",),
+    "optimizer.epsilon": ("adam_epsilon",),
+    "lora": ("use_peft", "finetuning_type"),
+    "lora.rank": ("lora_r", "lora_rank"),
+    "lora.alpha": ("lora_alpha",),
+    "lora.dropout": ("lora_dropout",),
+    "lora.targets": ("lora_target", "lora_target_modules", "target_modules"),
+    "compute.dtype": ("bf16", "fp16", "torch_dtype", "precision"),
+    "compute.attention": ("attn_implementation", "flash_attention", "flash_attn"),
+    "compute.checkpointing": ("gradient_checkpointing",),
+    "evaluation.sets": ("eval_dataset", "eval_file", "test_datasets"),
+    "evaluation.fraction": ("val_size", "val_set_size"),
+    "evaluation.every": ("eval_steps",),
+    "checkpoint.every": ("save_steps",),
+    "checkpoint.keep": ("save_total_limit",),
+    "checkpoint.best": ("metric_for_best_model", "load_best_model_at_end"),
+}  # fmt: skip
+"""What the keys are called in other programs."""
+
+
+def called_elsewhere(typed: str) -> str:
+    """A trailing ' Here that is X: ...' for a name that other programs have, or ''."""
+    name = typed.rpartition(".")[2].replace("-", "_")
+    found = next((key for key, names in ELSEWHERE.items() if name in names), None)
+    return f" Here that is {found}: {keys()[found].description}" if found else ""
+
+
 def unknown_key(typed: str, objective: str) -> str:
     """What is wrong with a key that is none, and what may have been meant."""
     section, _, name = typed.rpartition(".")
     if section not in SECTIONS:
         words = [*keys(), *SECTIONS, *(key.name for key in keys().values())]
-        guess = nearest(typed, words) or f" The keys are: {', '.join([*_top_level(), *SECTIONS])}."
+        guess = called_elsewhere(typed) or nearest(typed, words)
+        guess = guess or f" The keys are: {', '.join([*_top_level(), *SECTIONS])}."
         return f"{typed} is not a key of a run.{guess}"
     own = [key.name for key in keys().values() if key.section == section and key.full != section]
     thing = f'an option of "{objective}"' if section == "loss" else f"a key of {section}"

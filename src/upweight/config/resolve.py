@@ -33,6 +33,11 @@ EITHER = {"steps": "epochs", "epochs": "steps"}
 """Two ways to say one thing: in one breath they contradict, otherwise the later one replaces."""
 
 DEFAULT = "default"
+RESOLVED = "resolved"
+INHERITED = "inherited from the model"
+PROBED = "found by a probe"
+FILLED_IN = frozenset({RESOLVED, INHERITED, PROBED})
+"""Origins of values that were left open, and became what they are when the run began."""
 
 
 @dataclass(frozen=True)
@@ -228,13 +233,18 @@ def leaf_values(run: Run) -> dict[str, Any]:
     return values
 
 
-def dump(resolved: Resolved) -> str:
-    """The text of a run.yaml that loads back to the same Run, each value with its origin."""
+def dump(resolved: Resolved, found: Mapping[str, str] | None = None) -> str:
+    """The text of a run.yaml that loads back to the same Run, each value with its origin.
+
+    `found` is what is said beside a key, where a value such as auto stands for another one here;
+    under other names, at the end, what no key stands for.
+    """
+    found = dict(found or {})
     lines = ["# Every value of this run, and where it came from."]
     section = ""
     for name, value in leaf_values(resolved.run).items():
         key = keys()[name]
-        origin = "".join(c if c.isprintable() else "?" for c in resolved.origins[name])
+        origin = resolved.origins[name] + (f"{BESIDE}{found.pop(name)}" if name in found else "")
         if key.section != section:
             section = key.section
             title = f"# {section}: {(SECTIONS[section].__doc__ or '').strip()}"
@@ -244,5 +254,13 @@ def dump(resolved: Resolved) -> str:
             lines.append("# epochs has no say: steps does")
             continue
         indent = "  " if key.full != key.name else ""
-        lines.append(f"{indent}{key.name}: {write(value)}  # {origin}")
+        lines.append(f"{indent}{key.name}: {write(value)}  # {_printable(origin)}")
+    lines += [""] * bool(found) + [f"# {name}: {_printable(said)}" for name, said in found.items()]
     return "\n".join(lines) + "\n"
+
+
+BESIDE = "; "
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -14,16 +14,27 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from upweight.data.pack import collate
+from upweight.data.render import Renderer
 from upweight.errors import ModelError, OutputError, Refusal
-from upweight.models import attention
+from upweight.models import attention, probes
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.proof import TOLERANCE_NATS, one_at_a_time, probe_forest
 from upweight.models.scalar import one_response_at_a_time, tree_scores
-from upweight.models.weights import load_weights, quiet_peft
-from upweight.types import Forest, Tree
+from upweight.models.weights import load_tokenizer, load_weights, quiet_peft
+from upweight.types import Example, Forest, Tree
+
+KEPT = "Nothing was exported; the run's last checkpoint has the trained weights."
 
 
-def export(lm: LanguageModel, folder: Path, *, merge: bool = False) -> list[Path]:
+def export(
+    lm: LanguageModel,
+    folder: Path,
+    *,
+    merge: bool = False,
+    renderer: Renderer | None = None,
+    rows: Sequence[Example] = (),
+) -> list[Path]:
     """Write the model as a Hugging Face folder; returns the folders written, the model's first.
 
     Full fine-tuning: weights, config, tokenizer, template. LoRA: the adapter, and with `merge` the
@@ -32,15 +43,25 @@ def export(lm: LanguageModel, folder: Path, *, merge: bool = False) -> list[Path
     is written beside it in `base/`.
 
     Each folder appears whole or not at all, and only if it is the trained model when it is read
-    back. Raises Refusal UW401 otherwise, and OutputError when it cannot be written. The caller has
-    made room.
+    back, and with `renderer` writes `rows` and the probes as training did. The probes travel with
+    it in probes.json. Raises Refusal UW401 or UW402 otherwise, and OutputError when it cannot be
+    written. The caller has made room.
     """
-    probe = probe_forest(lm)
+    sent = probes.make_probes(renderer) if renderer else None
+    probe = collate([*probe_forest(lm).trees, *(probes.probe_trees(sent) if sent else ())])
     with evaluation_mode(lm):
         trained = one_at_a_time(lm, probe)
+    if sent:
+        num = sum(len(p.response_ids) for p in sent.probes)
+        sent = probes.with_logps(sent, trained[len(trained) - num :])
 
     def same(written: Path) -> None:
         rescore(lm, written, probe, trained)
+        if renderer and sent:
+            tokenizer = load_tokenizer(str(written), str(written), lm.trust_remote_code)
+            asked = [*rows, *probes.examples(renderer.template)]
+            probes.require_same_rendering("the export", tokenizer, renderer, asked)
+            probes.write_probes(written, sent, tokenizer)
 
     if not lm.has_adapter:
         return [_write(folder, lm, lm.model, same)]
@@ -140,11 +161,10 @@ def rescore(
 
     Raises Refusal UW401 when it cannot be read, or is further than rounding from `trained`.
     """
-    kept = "Nothing was exported; the run's last checkpoint has the trained weights."
     try:
         model = load_weights(str(written), str(written), lm.trust_remote_code)
     except ModelError as error:
-        raise Refusal("UW401", f"the export cannot be read back: {error} {kept}") from error
+        raise Refusal("UW401", f"the export cannot be read back: {error} {KEPT}") from error
     # On the CPU, where a second copy of the model has room.
     again = replace(lm, model=model.eval(), device=torch.device("cpu"))
     worst = (one_at_a_time(again, probe) - trained.cpu()).abs().max().item()
@@ -153,5 +173,5 @@ def rescore(
         raise Refusal(
             "UW401",
             f"the export is not the trained model: read back, it gives a token's log-prob "
-            f"{worst:.3g} nats off (rounding: {tolerance}). {kept}",
+            f"{worst:.3g} nats off (rounding: {tolerance}). {KEPT}",
         )

@@ -37,6 +37,11 @@ def find_plan(lm: LanguageModel, *, path: str = "auto", sharing: bool = True) ->
     truth = one_at_a_time(lm, probe)
     depth = _exact_depth(lm)
     reason = "compute.sharing is off" if not sharing else _known_reason(lm)
+    if sharing and reason is not None and path != "auto":
+        raise ModelError(
+            f"compute.attention={path} computes a prompt once for all its responses, and that is "
+            f"not exact for {lm.name}: {reason}. Use compute.attention=auto."
+        )
     if reason is None:
         candidates = _candidates(lm) if path == "auto" else [path]
         found: list[str] = []

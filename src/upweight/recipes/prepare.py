@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-from upweight.config import Resolved, Run
+from upweight.config import RESOLVED, Resolved, Run, write
 from upweight.data.account import Account, percentiles, require_used
 from upweight.data.render import Renderer, make_renderer
 from upweight.data.stream import (
@@ -19,7 +20,8 @@ from upweight.data.stream import (
     split_by_prompt,
 )
 from upweight.data.supervised import each_turn, plant, preferred
-from upweight.errors import Refusal
+from upweight.data.variables import template_variables
+from upweight.errors import ConfigError, Refusal, nearest
 from upweight.models.load import LanguageModel, fingerprint, load
 from upweight.models.reference import Reference, fill, open_reference, verify
 from upweight.recipes.kinds import KINDS
@@ -28,10 +30,16 @@ from upweight.training.memory import TOKENS_PER_BIN
 from upweight.trust.finding import Finding
 from upweight.types import Example, Tree
 
+RENDERED_AGAIN = 8
+"""Rows that an export renders once more: a template or tokenizer that differs does so in most."""
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """Trees by set ("train" first), the account of each, and what is suspicious about them."""
+    """Trees by set ("train" first), the account of each, and what is suspicious about them.
+
+    `rows` are a few of those trained on, as they were read: what an export is asked to render.
+    """
 
     def __repr__(self) -> str:
         return "\n".join(account_lines(self))
@@ -40,6 +48,7 @@ class Prepared:
     accounts: dict[str, Account]
     renderer: Renderer
     findings: tuple[Finding, ...] = ()
+    rows: tuple[Example, ...] = ()
 
 
 def load_policy(run: Run) -> LanguageModel:
@@ -56,15 +65,36 @@ def load_policy(run: Run) -> LanguageModel:
 
 
 def renderer_for(run: Run, lm: LanguageModel) -> Renderer:
-    limits = [n for n in (run.data.max_length, lm.max_length) if n is not None]
-    return make_renderer(
+    """Raises ConfigError for more tokens than the model has positions, Refusal UW109 for template
+    options that nothing reads."""
+    asked = run.data.max_length
+    if asked is not None and lm.max_length is not None and asked > lm.max_length:
+        raise ConfigError(
+            f"data.max_length is {asked:,}, and {lm.name} was made for {lm.max_length:,} positions "
+            f"at most. Use data.max_length={lm.max_length}, or leave it out."
+        )
+    renderer = make_renderer(
         lm.tokenizer,
         template=run.data.template,
         stop_token_ids=lm.stop_token_ids,
-        max_length=min(limits, default=None),
+        max_length=lm.max_length if asked is None else asked,
         truncation=run.data.truncation,
         template_options=run.data.template_options,
     )
+    _require_template_reads(run.data.template_options, renderer)
+    return renderer
+
+
+def _require_template_reads(options: Mapping[str, Any], renderer: Renderer) -> None:
+    chat = renderer.template == "chat"
+    read = template_variables(renderer.tokenizer) if chat else frozenset[str]()
+    for name in () if read is None else options.keys() - read:
+        who = "the model's chat template does" if chat else "text without a chat template can"
+        raise Refusal(
+            "UW109",
+            f"data.template_options.{name} is {write(options[name])}, and {who} not read it."
+            f"{nearest(name, read or ())} Leave it out.",
+        )
 
 
 def prepare(run: Run, lm: LanguageModel) -> Prepared:
@@ -97,6 +127,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
 
     train, account = examples(run.data.path, run.data.limit)
     require_used(account, f"data {', '.join(run.data.path)}")
+    loaded = [(train, account)]
     sets: dict[str, tuple[list[Example], Account]] = {}
     train, heldout = split_by_prompt(train, run.evaluation.fraction, run.seed)
     if heldout:
@@ -104,6 +135,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
         sets["heldout"] = (heldout, held_account)
     for name, paths in run.evaluation.sets.items():
         sets[name] = examples(paths, None)
+        loaded.append(sets[name])
         if both := overlap(train, sets[name][0]):
             mine, theirs = both[0]
             raise Refusal(
@@ -112,12 +144,33 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
                 f"too, such as {theirs} and {mine}. Remove them from one side, or use "
                 "evaluation.fraction to split by prompt.",
             )
+    if not kind.draws:
+        _require_scores(run, loaded)
     trees, accounts = {"train": grown(train, account)}, {"train": account}
     require_used(account, f"data {', '.join(run.data.path)}")
     for name, (rows, its_account) in sets.items():
         trees[name], accounts[name] = grown(rows, its_account), its_account
         require_used(its_account, f"the evaluation set {name}")
-    return Prepared(trees, accounts, renderer)
+    rows = tuple(train[:: max(1, len(train) // RENDERED_AGAIN)][:RENDERED_AGAIN])
+    return Prepared(trees, accounts, renderer, rows=rows)
+
+
+def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]]) -> None:
+    """Raises Refusal UW109 for a key about scores where no row has any."""
+    asked = {"data.pairing": run.data.pairing, "data.min_score_gap": run.data.min_score_gap}
+    asked = {key: value for key, value in asked.items() if value not in ("all", 0)}
+    if not asked or any(
+        # A row whose scores were too close is not among the examples any more.
+        "no_preference" in account.dropped
+        or any(answer.score is not None for example in rows for answer in example.responses)
+        for rows, account in loaded
+    ):
+        return
+    said = " and ".join(f"{key} is {write(value)}" for key, value in asked.items())
+    raise Refusal(
+        "UW109",
+        f"{said}, and no row has scores: their preferences are stated. Leave it out.",
+    )
 
 
 def account_record(prepared: Prepared) -> dict[str, object]:
@@ -222,4 +275,4 @@ def with_rates(resolved: Resolved) -> Resolved:
         return resolved
     kind = KINDS[resolved.run.objective]
     rate = kind.lora if resolved.run.lora is not None else kind.full
-    return resolved.with_value("optimizer.learning_rate", rate, "resolved")
+    return resolved.with_value("optimizer.learning_rate", rate, RESOLVED)

@@ -6,10 +6,20 @@ import hashlib
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from upweight.config import Preflight, Run, Watch, leaf_values, load_run
+from upweight.config import (
+    FILLED_IN,
+    Preflight,
+    Resolved,
+    Run,
+    Watch,
+    leaf_values,
+    load_run,
+)
 from upweight.errors import ConfigError, DataError
+from upweight.evidence.records.settings import read_settings
 from upweight.recipes.prepare import Prepared
 from upweight.recipes.reference import Against
 from upweight.training.checkpoint import Position
@@ -25,6 +35,29 @@ FREE_TO_CHANGE = {
 
 def resume_command(out: Path) -> str:
     return f"upweight train {shlex.quote(str(out / 'run.yaml'))} resume=true"
+
+
+def as_begun(resolved: Resolved) -> Resolved:
+    """The settings of a resumption, with what the run itself filled in where they leave it open.
+
+    A value that has not changed keeps the origin that it had when the run began.
+    """
+    assert resolved.run.out is not None
+    file = Path(resolved.run.out) / "run.yaml"
+    if not file.is_file():
+        return resolved
+    then = leaf_values(load_run(file).run)
+    # What is said beside an origin is found anew.
+    origins = {s.key: s.origin.partition("; ")[0] for s in read_settings(file)}
+    for key, value in then.items():
+        if resolved.origins.get(key) == "default" and origins.get(key) in FILLED_IN:
+            resolved = resolved.with_value(key, value, origins[key])
+    kept = {
+        key: origins[key]
+        for key, value in leaf_values(resolved.run).items()
+        if key in origins and then.get(key) == value
+    }
+    return replace(resolved, origins={**resolved.origins, **kept})
 
 
 def settings_digest(run: Run) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from upweight.config import Resolved, Run
+import torch
+
+from upweight.config import INHERITED, PROBED, RESOLVED, Resolved, Run, require_read, unread
 from upweight.data.stream import num_steps, plan_epoch
 from upweight.models.adapter import add_lora
 from upweight.models.load import LanguageModel, checkpoint_layers
@@ -25,7 +27,7 @@ from upweight.recipes.prepare import (
     with_rates,
 )
 from upweight.recipes.reference import require_same_tokens
-from upweight.recipes.resume import require_same_settings
+from upweight.recipes.resume import as_begun, require_same_settings
 from upweight.recipes.screen import Screen
 from upweight.training.checkpoint import Position
 from upweight.training.loop import Plan
@@ -57,14 +59,14 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
 
     `saved` is where the run that is resumed was. Raises UpweightError children.
     """
+    require_read("train", resolved.run)
+    if saved is not None:
+        resolved = as_begun(resolved)
     resolved = with_rates(resolved)
     best = best_metric(resolved.run)
     screen.stage("model")
     lm = load_policy(resolved.run)
-    if resolved.run.compute.dtype == "auto":
-        # What the probe found is the run's from here on, also where it is resumed.
-        dtype = str(lm.compute_dtype).removeprefix("torch.")
-        resolved = resolved.with_value("compute.dtype", dtype, "resolved")
+    resolved = _with_model(resolved, lm)
     run = resolved.run
     if run.reference is not None:
         trusted = run.compute.trust_remote_code
@@ -72,6 +74,9 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
         require_same_tokens(run, lm, tokenizer)
     screen.stage("rows")
     prepared = prepare(run, lm)
+    if run.data.template == "auto":
+        resolved = resolved.with_value("data.template", prepared.renderer.template, INHERITED)
+        run = resolved.run
     for line in account_lines(prepared):
         screen.note(line)
     found = tuple(f for examined in examined_sets(run, prepared) for f in examine(examined))
@@ -87,11 +92,53 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     memory = plan_memory(lm, trees, steps, run.batch.tokens_per_bin, forward)
     screen.note(memory.describe())
     if run.batch.tokens_per_bin is None:
-        resolved = resolved.with_value("batch.tokens_per_bin", memory.tokens_per_bin, "resolved")
-        run = resolved.run
-    if run.out is not None:
-        _require_room(run, lm, Path(run.out))
-    return Start(resolved, lm, prepared, _plan(run, prepared), best)
+        resolved = resolved.with_value("batch.tokens_per_bin", memory.tokens_per_bin, RESOLVED)
+    plan = _plan(resolved.run, prepared)
+    resolved = _with_plan(resolved, plan)
+    if resolved.run.out is not None:
+        _require_room(resolved.run, lm, Path(resolved.run.out))
+    return Start(resolved, lm, prepared, plan, best)
+
+
+def _with_model(resolved: Resolved, lm: LanguageModel) -> Resolved:
+    """With what the model and the machine decide where the run left it open. It is the run's from
+    here on, also where it is resumed."""
+    run = resolved.run
+    if run.compute.dtype == "auto":
+        dtype = str(lm.compute_dtype).removeprefix("torch.")
+        resolved = resolved.with_value("compute.dtype", dtype, PROBED)
+    if run.compute.threads is None:
+        resolved = resolved.with_value("compute.threads", torch.get_num_threads(), RESOLVED)
+    if run.data.max_length is None and lm.max_length is not None:
+        resolved = resolved.with_value("data.max_length", lm.max_length, INHERITED)
+    return resolved
+
+
+def _with_plan(resolved: Resolved, plan: Plan) -> Resolved:
+    run = resolved.run
+    if run.evaluation.every is None and plan.evaluate_every is not None:
+        resolved = resolved.with_value("evaluation.every", plan.evaluate_every, RESOLVED)
+    if run.checkpoint.every is None:
+        resolved = resolved.with_value("checkpoint.every", plan.checkpoint_every, RESOLVED)
+    return resolved
+
+
+def found_beside(begun: Start) -> dict[str, str]:
+    """What run.yaml says beside its values: what auto stands for here, what the objective does not
+    read, and what comes with the model and has no key."""
+    run, renderer = begun.run, begun.prepared.renderer
+    stops = sorted(renderer.stop_ids)
+    texts = [repr(renderer.tokenizer.convert_ids_to_tokens(i)) for i in stops]
+    found = {key: f"not read by {run.objective}" for key in unread(run.objective)}
+    if run.compute.device == "auto":
+        found["compute.device"] = f"here {begun.lm.device.type}"
+    if run.compute.attention == "auto":
+        shared = begun.lm.plan.shared
+        found["compute.attention"] = f"here {begun.lm.plan.attention if shared else 'native'}"
+    if run.steps is None:
+        found["steps"] = f"here {begun.plan.total_steps}"
+    pairs = ", ".join(f"{text} ({i})" for i, text in zip(stops, texts, strict=True))
+    return {**found, "stop tokens": f"{pairs}, {INHERITED}"}
 
 
 def examined_sets(run: Run, prepared: Prepared) -> list[Examined]:

@@ -22,6 +22,7 @@ from upweight.evidence.report import write_report
 from upweight.evidence.track import Target, Tracking, clients, tracking
 from upweight.losses import PAIR_LOSSES, bradley_terry
 from upweight.models.export import export, export_reward_model
+from upweight.models.probes import served_otherwise
 from upweight.recipes.environment import write_environment
 from upweight.recipes.evaluation import evaluate_sets
 from upweight.recipes.kinds import KINDS
@@ -31,7 +32,7 @@ from upweight.recipes.reference import Against, ask_reference
 from upweight.recipes.resume import require_same_models, resume_command
 from upweight.recipes.rewarding import Scorer, make_scorer
 from upweight.recipes.screen import Screen, Silent
-from upweight.recipes.start import Start, examined_sets, start
+from upweight.recipes.start import Start, examined_sets, found_beside, start
 from upweight.recipes.state import (
     State,
     Values,
@@ -182,7 +183,8 @@ def _with_reference(begun: Start, against: Against, screen: Screen, *, fresh: bo
 def _write_records(state: State) -> None:
     """What is known of a run when it begins."""
     account = json.dumps(account_record(state.begun.prepared), indent=1)
-    settings = dump(state.begun.resolved.with_value("resume", False, "default"))
+    resolved = state.begun.resolved.with_value("resume", False, "default")
+    settings = dump(resolved, found_beside(state.begun))
     write_atomic(state.rundir.file("account.json"), account)
     write_atomic(state.rundir.file("run.yaml"), settings)
     write_environment(state, finished=False)
@@ -252,17 +254,26 @@ def _finish(state: State, progress: Progress) -> Result:
     state.screen.stage("export")
     weights = sum(p.numel() * p.element_size() for p in state.lm.model.parameters())
     require_space(state.rundir.path, weights)
+    prepared = state.begun.prepared
     if KINDS[state.run.objective].answers:
         # A server stops by the generation config: at every token that a trained response ends with.
-        stop_ids = sorted(state.begun.prepared.renderer.stop_ids)
+        stop_ids = sorted(prepared.renderer.stop_ids)
         state.lm.causal.generation_config.eos_token_id = stop_ids  # pyright: ignore
-        written = export(state.lm, state.rundir.file("model"), merge=state.run.export.merge)
+        written = export(
+            state.lm,
+            state.rundir.file("model"),
+            merge=state.run.export.merge,
+            renderer=prepared.renderer,
+            rows=prepared.rows,
+        )
     else:
-        probes = state.begun.prepared.trees["train"][:PROBES]
+        probes = prepared.trees["train"][:PROBES]
         written = [export_reward_model(state.lm, state.rundir.file("model"), probes)]
     write_environment(state, finished=True)
     report = write_report(state.rundir.path)
     state.screen.note(f"model:  {written[0]}")
+    if advice := served_otherwise(prepared.renderer):
+        state.screen.note(f"to serve it: {advice}")
     state.screen.note(f"report: {report}")
     state.trackers.close(finished=True)
     return Result(state.rundir.path, written[0], report, True, progress.step)

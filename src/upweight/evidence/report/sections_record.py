@@ -151,8 +151,8 @@ def config(records: Records) -> str:
     """run.yaml by origin: what was asked for first, then what was worked out, then defaults."""
     if not records.settings:
         return '<p class="empty">run.yaml is not there: the config is not known.</p>'
-    asked = [s for s in records.settings if _origin(s) not in ("default", "resolved")]
-    resolved = [s for s in records.settings if _origin(s) == "resolved"]
+    asked = [s for s in records.settings if _origin(s) not in ("default", *WORKED_OUT)]
+    resolved = [s for s in records.settings if _origin(s) in WORKED_OUT]
     defaults = [s for s in records.settings if _origin(s) == "default"]
     return (
         _settings("Asked for", asked, "asked")
@@ -169,8 +169,12 @@ def config(records: Records) -> str:
     )
 
 
+WORKED_OUT = ("resolved", "inherited", "found")
+"""The first words of origins that nobody typed: of the recipe, of the model, of a probe."""
+
+
 def _origin(setting: Setting) -> str:
-    return setting.origin.split(maxsplit=1)[0].rstrip(":,") if setting.origin else ""
+    return setting.origin.split(maxsplit=1)[0].rstrip(":,;") if setting.origin else ""
 
 
 def _settings(title: str, settings: Sequence[Setting], kind: str) -> str:

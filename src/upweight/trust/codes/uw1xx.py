@@ -266,24 +266,35 @@ PAGES: tuple[Page, ...] = (
             "credited to a setting that was never in effect."
         ),
         found_by=(
-            "read `run.yaml` in the run directory: it has every value with where it came from. "
-            "To see an option act, run two steps with and without it (`steps=2`) and compare the "
-            "lines of `metrics.jsonl`."
+            "Before anything is computed, each value that is not the default is held against the "
+            "keys that the command and the `objective` read; the message names those that read "
+            "it. Refused as well: keys of an evaluation without `evaluation.sets` or "
+            "`evaluation.fraction`, keys of samples while `evaluation.samples` is 0, "
+            "`export.merge` without `lora`, a variable in `data.template_options` that the chat "
+            "template never looks up, and `data.pairing` or `data.min_score_gap` where no row "
+            "has scores."
         ),
         guarded_by=(
-            "A key that does not exist is refused, with the nearest one that does. Two values for "
-            "one key in the same place are refused, and so are `steps` and `epochs` together. "
-            "`upweight score` and `upweight sample` refuse keys that they do not read, and name "
-            "the commands that do."
+            "A key that does not exist is refused, with the nearest one that does, or with what a "
+            "name of another program is called here. Two values for one key in the same place are "
+            "refused, and so are `steps` and `epochs` together. `run.yaml` in the run directory "
+            "has every value with where it came from; what was left open is there as what it "
+            "became."
         ),
         causes=(
-            "A later layer overrides the value: file, then flag, then key=value. There, `steps` "
-            "replaces `epochs` and the other way round.",
-            "A variable in `data.template_options` that this chat template does not use.",
+            "The option belongs to another objective or command.",
+            "What it acts on is switched off by another key.",
+            "A variable in `data.template_options` is spelled otherwise in this chat template.",
         ),
         do=(
-            "Look the value up in `run.yaml` of the run, with its origin.",
-            "Remove options that you do not rely on.",
+            "Leave the option out, or switch on what it acts on.",
+            "Look a value up in `run.yaml` of the run, with its origin: of file, flag and "
+            "key=value the later one holds.",
+        ),
+        detectors=(
+            "upweight.config.commands:require_read",
+            "upweight.recipes.prepare:_require_template_reads",
+            "upweight.recipes.prepare:_require_scores",
         ),
     ),
 )

@@ -15,9 +15,12 @@ PAGES: tuple[Page, ...] = (
         ),
         found_by=(
             "Before a folder of the export appears, it is read back from disk with plain "
-            "transformers, an adapter on its base, and a few probe rows are scored one sequence at "
-            "a time. The export is refused when it cannot be read, or when a token's log-prob "
-            "differs from the trained model's by more than 0.002 nats."
+            "transformers, an adapter on its base, and random tokens and a few short conversations "
+            "are scored one sequence at a time. The export is refused when it cannot be read, or "
+            "when a token's log-prob differs from the trained model's by more than 0.002 nats. "
+            "The conversations travel with the model, with their ids and log-probs, in "
+            "`probes.json`: `upweight check --model FOLDER` compares a copy or a conversion "
+            "with them, and allows 0.3 nats where the weights are stored in bfloat16."
         ),
         guarded_by=(
             "Each folder of the export appears whole or not at all. An adapter is merged into its "
@@ -36,10 +39,10 @@ PAGES: tuple[Page, ...] = (
             "Set `export.merge=true` to write a whole model, with the adapter beside it.",
             "Put the base back as it was and resume: the last checkpoint has what was trained, and "
             "`resume=true` exports it again.",
-            "Score again after each conversion, before the model is served: `upweight score "
-            "--model RUN/model --data FILE --out scores.jsonl`, with the run's `compute.dtype`.",
+            "After each copy or conversion, before the model is served, run `upweight check "
+            "--model FOLDER` with `probes.json` in that folder (beside a .gguf file).",
         ),
-        detectors=("upweight.models.export:rescore",),
+        detectors=("upweight.models.export:rescore", "upweight.recipes.check:check_model"),
     ),
     Page(
         code="UW402",
@@ -51,14 +54,19 @@ PAGES: tuple[Page, ...] = (
             "and part of what was learned does not show."
         ),
         found_by=(
-            "run `upweight check run.yaml`: it prints the first prompts with their special "
-            "tokens. Give the server the same messages, ask it for the token ids of the prompt "
-            "(many servers have a tokenize endpoint), and compare the text of those ids."
+            "Before a folder of the export appears, its tokenizer and template are read back and "
+            "render some of the rows that were trained on, and a few conversations; the export is "
+            "refused when one token id differs. The conversations travel with the model in "
+            "`probes.json`, with the ids that training made of them; `upweight check "
+            "--model FOLDER` renders them again with the tokenizer of that folder. What a server "
+            "does is not seen: give it `messages` from that file, ask it for the token ids of the "
+            "prompt (many servers have a tokenize endpoint), and compare them with `prompt_ids`."
         ),
         guarded_by=(
             "The tokenizer and its chat template are written into `model/`. A prompt is rendered "
             "as serving does, with a generation prompt, and nothing after the stop token is "
-            "scored."
+            "scored. Where a server must be told something to do the same, the run says so at its "
+            "end. No row of your data is in `probes.json`."
         ),
         causes=(
             "The server uses a template of its own, or none.",
@@ -73,5 +81,6 @@ PAGES: tuple[Page, ...] = (
             "Pass the run's `data.template_options` with each request.",
             "Train with the system message that you serve with.",
         ),
+        detectors=("upweight.models.probes:_renders_otherwise",),
     ),
 )

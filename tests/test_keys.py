@@ -1,0 +1,309 @@
+"""No key without a say: each is changed in a run, and the run is seen to be another one or none."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import upweight.recipes.evaluation as run_evaluation
+import upweight.recipes.start as run_start
+from runs import PAIRS, plain_rows, rows_of, sentence, write_rows
+from tiny import CHATML, byte_tokenizer, save_tiny
+from upweight.config import Run, load_run
+from upweight.config.keys import keys
+from upweight.errors import UpweightError
+from upweight.models.load import LanguageModel
+from upweight.models.sample import Sample
+from upweight.recipes import train_model
+from upweight.training import checkpoint
+from upweight.trust.watch import Watch
+
+BASE: Mapping[str, Any] = {
+    "model": "model", "data.path": "plain.jsonl", "out": "run", "steps": 2,
+    "batch.pairs_per_step": 4, "optimizer.learning_rate": 1e-3, "compute.dtype": "float32",
+    "checkpoint.every": 100,
+}  # fmt: skip
+TIMES = {"seconds", "tokens_per_second"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Another value of a key, what of the run must then be another, and what it needs beside.
+
+    `refused` are words of the error that the value may raise instead.
+    """
+
+    value: Any
+    seen: str
+    beside: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    refused: str = ""
+
+
+EVALUATED = {"evaluation.fraction": 0.3, "evaluation.samples": 2, "evaluation.max_new_tokens": 6}
+LORA = {"lora": True}
+CUT = {"data.max_length": 60, "data.truncation": "response", "preflight.cut": 0.99}
+SAVED = {"checkpoint.every": 1, "checkpoint.keep": 2, "steps": 4}
+WILD = {**EVALUATED, "optimizer.learning_rate": 1e-2, "loss.beta": 5.0, "steps": 8, "watch.kl": 1e9}
+
+CASES: dict[str, Case] = {
+    "model": Case("other", "records"),
+    "reference": Case("other", "records"),
+    "out": Case("elsewhere", "where"),
+    "objective": Case("ddpo", "records", refused="objective must be"),
+    "epochs": Case(2.0, "records", {"steps": None, "data.limit": 8}),
+    "steps": Case(3, "records"),
+    "seed": Case(7, "records"),
+    "resume": Case(True, "records", refused="resume"),
+    "track": Case(["tensorboard"], "files", refused="tensorboard"),
+    "log_every": Case(2, "records"),
+    "data.path": Case(["pairs.jsonl"], "rows"),
+    "data.format": Case("messages", "rows", refused="plain.jsonl:1"),
+    "data.template": Case("none", "rows"),
+    "data.template_options": Case({"style": "curt"}, "rows", {"model": "styled"}),
+    "data.max_length": Case(55, "rows", CUT),
+    "data.truncation": Case("prompt", "rows", CUT),
+    "data.pairing": Case("extremes", "rows", {"data.path": "scored.jsonl"}),
+    "data.min_score_gap": Case(1.5, "rows", {"data.path": "scored.jsonl"}),
+    "data.limit": Case(9, "rows"),
+    "loss.beta": Case(0.5, "weights"),
+    "loss.label_smoothing": Case(0.2, "weights"),
+    "batch.pairs_per_step": Case(6, "records"),
+    "batch.tokens_per_bin": Case(80, "layers"),
+    "optimizer.learning_rate": Case(2e-3, "weights"),
+    "optimizer.weight_decay": Case(0.1, "weights"),
+    "optimizer.beta1": Case(0.5, "weights"),
+    "optimizer.beta2": Case(0.9, "weights"),
+    "optimizer.epsilon": Case(1e-2, "weights"),
+    "optimizer.max_grad_norm": Case(1e-3, "weights"),
+    "optimizer.warmup": Case(0.9, "weights", {"steps": 4}),
+    "optimizer.schedule": Case("cosine", "weights", {"steps": 4}),
+    "lora": Case(True, "files"),
+    "lora.rank": Case(2, "weights", LORA),
+    "lora.alpha": Case(3.0, "weights", LORA),
+    "lora.dropout": Case(0.3, "weights", LORA),
+    "lora.targets": Case(["q_proj"], "weights", LORA),
+    "compute.dtype": Case("bfloat16", "weights"),
+    "compute.device": Case("cuda", "environment", refused="no CUDA device"),
+    "compute.attention": Case("dense", "environment"),
+    "compute.sharing": Case(False, "layers"),
+    "compute.threads": Case(2, "environment"),
+    "compute.checkpointing": Case(True, "layers"),
+    "compute.trust_remote_code": Case(True, "records", {"model": "coded"}),
+    "evaluation.sets": Case({"held": ["held.jsonl"]}, "evaluations"),
+    "evaluation.fraction": Case(0.4, "evaluations", EVALUATED),
+    "evaluation.every": Case(3, "evaluations", {**EVALUATED, "steps": 4}),
+    "evaluation.samples": Case(1, "samples", EVALUATED),
+    "evaluation.max_new_tokens": Case(3, "samples", EVALUATED),
+    "evaluation.temperature": Case(0.0, "samples", EVALUATED),
+    "checkpoint.every": Case(2, "files", SAVED),
+    "checkpoint.keep": Case(1, "files", SAVED),
+    # The same at every evaluation: the first one stays the best.
+    "checkpoint.best": Case("reference_length", "files", {**EVALUATED, **SAVED}),
+    "export.merge": Case(True, "files", LORA),
+    "preflight.cut": Case(0.2, "findings", CUT, refused="preflight.cut"),
+    "preflight.swapped": Case(0.99, "findings"),
+    "preflight.contradictory": Case(0.9, "findings", {"data.path": "twice.jsonl"}),
+    "preflight.repeated": Case(0.9, "findings", {"data.path": "twice.jsonl"}),
+    "preflight.shortcut": Case(0.99, "findings", {"data.path": "pairs.jsonl"}),
+    "watch.moved": Case(0.0, "findings", {"optimizer.learning_rate": 1e-5}),
+    "watch.displaced": Case(9.0, "findings", {"steps": 9}),
+    "watch.length": Case(9.0, "findings", EVALUATED),
+    "watch.solved": Case(0.5, "findings", {"steps": 9}),
+    "watch.kl": Case(0.0, "findings", WILD),
+}
+
+
+@pytest.fixture(scope="module")
+def _furnished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder with models and rows, the current one for the whole module."""
+    with pytest.MonkeyPatch.context() as patched:
+        folder = tmp_path_factory.mktemp("keys")
+        patched.setenv("UPWEIGHT_CACHE", str(folder / "cache"))
+        patched.chdir(folder)
+        for seed, name in enumerate(("model", "other", "styled", "coded")):
+            save_tiny(name, seed=seed)
+        byte_tokenizer("{{ style }}" + CHATML).save_pretrained("styled")
+        _with_code_of_its_own(Path("coded"))
+        write_rows("plain.jsonl", plain_rows(40))
+        write_rows("pairs.jsonl", PAIRS)
+        write_rows("held.jsonl", [r | {"prompt": f"held {r['prompt']}"} for r in plain_rows(9)])
+        write_rows("scored.jsonl", _scored())
+        rows = plain_rows(20)
+        turned = [r | {"chosen": r["rejected"], "rejected": r["chosen"]} for r in rows[:8]]
+        write_rows("twice.jsonl", [*rows, *rows[:8], *turned])
+        observed.cache_clear()
+        yield
+
+
+def _with_code_of_its_own(folder: Path) -> None:
+    """A model whose config names Python code in its folder."""
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    written = config | {"model_type": "own_llama", "auto_map": own}
+    (folder / "config.json").write_text(json.dumps(written))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n\n\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+
+
+def _scored() -> list[dict[str, Any]]:
+    import random
+
+    draw = random.Random(2)
+    return [
+        {
+            "prompt": f"question {i}",
+            "responses": [{"text": sentence(draw, 5), "score": s} for s in (0, 1, 2, 3)],
+        }
+        for i in range(12)
+    ]
+
+
+def _in_half(patched: pytest.MonkeyPatch) -> None:
+    """Weights kept in half precision, which no run does."""
+    made = run_start._trained
+
+    def halved(run: Run, lm: LanguageModel) -> LanguageModel:
+        lm = made(run, lm)
+        lm.model.to(torch.bfloat16)  # pyright: ignore
+        return lm
+
+    patched.setattr(run_start, "_trained", halved)
+
+
+def _learned_by_heart(patched: pytest.MonkeyPatch) -> None:
+    """Training that has told nearly all pairs apart, by making all responses improbable."""
+    means = {"rewards/accuracies": 0.98, "loss": 0.001, "logratios/chosen": -30.0}
+    patched.setattr(Watch, "mean", lambda watch, key: means.get(key, 10.0))
+
+
+def _short_answers(patched: pytest.MonkeyPatch) -> None:
+    """A policy that says one token where its reference says six."""
+    draw = run_evaluation.draw
+
+    def short(*given: Any) -> list[Sample]:
+        return [replace(s, tokens=s.tokens[:1]) for s in draw(*given)]
+
+    patched.setattr(run_evaluation, "draw", short)
+
+
+PLANTED: Mapping[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "watch.moved": _in_half,
+    "watch.displaced": _learned_by_heart,
+    "watch.length": _short_answers,
+    "watch.solved": _learned_by_heart,
+}
+"""What has to go wrong before these keys have a say."""
+
+
+@functools.cache
+def observed(said: str, planted: str = "") -> dict[str, Any]:
+    """What a run is, from what it computes and writes; {"error": ...} where it is refused."""
+    with pytest.MonkeyPatch.context() as patched:
+        PLANTED.get(planted, lambda patched: None)(patched)
+        return _observed(said)
+
+
+def _observed(said: str) -> dict[str, Any]:
+    values = json.loads(said)
+    threads = torch.get_num_threads()
+    layers: list[tuple[int, ...]] = []
+
+    def note(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if type(module).__name__.endswith("MLP"):  # inside of what is recomputed
+            layers.append(tuple(inputs[0].shape))
+
+    watching_layers = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        result = train_model(load_run(None, values=values))
+        return _of_run(result.out) | {"layers": layers, "where": str(result.out)}
+    except UpweightError as error:
+        return {"error": str(error)}
+    finally:
+        watching_layers.remove()
+        torch.set_num_threads(threads)
+        # What a run finds in the cache is another run's: each computes its own.
+        for name in ("run", "elsewhere", "cache"):
+            shutil.rmtree(name, ignore_errors=True)
+
+
+def _of_run(out: Path) -> dict[str, Any]:
+    records = [
+        {k: v for k, v in record.items() if k not in TIMES}
+        for record in rows_of(out / "metrics.jsonl")
+    ]
+    environment = json.loads((out / "environment.json").read_text())
+    newest = checkpoint.latest(out / "checkpoints")
+    assert newest is not None
+    samples = out / "samples.jsonl"
+    weights = [f for f in out.glob("model/*.safetensors")]
+    return {
+        "records": [r for r in records if r["kind"] == "train"],
+        "evaluations": [r for r in records if r["kind"] == "eval"],
+        "findings": [
+            *json.loads((out / "account.json").read_text())["findings"],
+            *(r for r in records if r["kind"] == "warning"),
+        ],
+        "samples": rows_of(samples) if samples.exists() else [],
+        "rows": dict(checkpoint.load(newest).position.data_digests),
+        "weights": [hashlib.sha256(f.read_bytes()).hexdigest() for f in weights],
+        "environment": {k: environment[k] for k in ("cpu", "gpu", "dtype", "attention")},
+        "files": sorted(str(f.relative_to(out)) for f in out.rglob("*")),
+    }
+
+
+def run_with(values: Mapping[str, Any], planted: str = "") -> dict[str, Any]:
+    said = {k: v for k, v in values.items() if v is not None}
+    return observed(json.dumps(said, sort_keys=True), planted)
+
+
+def refuses_or_differs(key: str, case: Case) -> str:
+    """Why nothing shows that the key has a say, or ""."""
+    planted = key if key in PLANTED else ""
+    before = run_with({**BASE, **case.beside}, planted)
+    after = run_with({**BASE, **case.beside, key: case.value}, planted)
+    name = key.rpartition(".")[2]
+    if "error" in before and name in before["error"] and name not in after.get("error", ""):
+        return ""  # it permits what was refused
+    if "error" in after:
+        if case.refused and case.refused in after["error"]:
+            return ""
+        return f"refused in other words: {after['error']}"
+    if "error" in before:
+        return f"the run without it fails: {before['error']}"
+    return "" if before[case.seen] != after[case.seen] else f"the same {case.seen}"
+
+
+def test_every_key_has_a_case() -> None:
+    assert list(CASES) == list(keys())
+
+
+@pytest.mark.usefixtures("_furnished")
+def test_a_run_is_the_same_run_when_nothing_changes() -> None:
+    for beside in ({}, WILD):
+        first = run_with(BASE | beside)
+        observed.cache_clear()
+        assert run_with(BASE | beside) == first and "error" not in first
+
+
+@pytest.mark.usefixtures("_furnished")
+@pytest.mark.parametrize("key", CASES)
+def test_another_value_is_another_run_or_an_error(key: str) -> None:
+    assert refuses_or_differs(key, CASES[key]) == ""
+
+
+@pytest.mark.usefixtures("_furnished")
+def test_a_key_that_changes_nothing_is_found() -> None:
+    idle = Case(100, "weights")
+    assert refuses_or_differs("checkpoint.keep", idle) == "the same weights"

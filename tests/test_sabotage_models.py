@@ -1,0 +1,280 @@
+"""Each failure of reference and export is planted in a run, and answered by its code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerFast as Tokenizer
+
+import upweight.training.objectives as objectives
+from runs import furnish, train
+from tiny import CHATML, byte_tokenizer, save_tiny, tiny_model
+from upweight.cli import main
+from upweight.config import load_run
+from upweight.errors import Refusal
+from upweight.models.reference import SCHEMA
+from upweight.recipes import train_model
+from upweight.recipes.screen import Silent
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    furnish(tmp_path, monkeypatch)
+
+
+def test_log_probs_summed_in_half_precision_end_the_run(monkeypatch: pytest.MonkeyPatch):
+    real = objectives.token_logps
+    monkeypatch.setattr(objectives, "token_logps", lambda lm, forest: real(lm, forest).bfloat16())
+    with pytest.raises(AssertionError, match="UW105"):
+        train("run")
+
+
+def shift(values: list[list[float]]) -> list[list[float]]:
+    """Each row's log-probs under its neighbour's key."""
+    same = [i for i, v in enumerate(values) if len(v) == len(values[0])]
+    turned = dict(zip(same, same[1:] + same[:1], strict=True))
+    return [values[turned.get(i, i)] for i in range(len(values))]
+
+
+@pytest.mark.parametrize("spoil", [shift, lambda values: [[x + 0.5 for x in v] for v in values]])
+def test_reference_log_probs_that_are_of_other_rows_are_refused(
+    spoil: Callable[[list[list[float]]], list[list[float]]], capsys: pytest.CaptureFixture[str]
+):
+    assert train("first") == 0
+    for part in Path("cache").rglob("part-*.parquet"):
+        table = pq.read_table(part, schema=SCHEMA)
+        values = spoil(table["logps"].to_pylist())
+        logps = pa.array(values, SCHEMA.field("logps").type)
+        pq.write_table(table.set_column(1, SCHEMA.field("logps"), logps), part)
+    assert train("second") == 2
+    said = capsys.readouterr().err
+    assert "error[UW107]" in said and "pairs.jsonl:" in said and "Delete that folder" in said
+
+
+class Changing(Silent):
+    """Puts another model where the reference lies, as soon as a training record is shown."""
+
+    def record(self, record: Any, total_steps: int) -> None:
+        if record["kind"] == "train":
+            save_tiny("start", seed=5)
+
+
+def test_a_reference_that_changes_on_disk_is_refused_at_the_next_evaluation():
+    save_tiny("start")
+    values = {
+        "model": "model", "reference": "start", "data": "pairs.jsonl", "out": "run",
+        "pairs_per_step": 4, "evaluation.every": 1, "evaluation.fraction": 0.2,
+    }  # fmt: skip
+    with pytest.raises(Refusal, match="the reference start is not what it was") as refused:
+        train_model(load_run(None, values=values), Changing())
+    assert refused.value.code == "UW108"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--merge"], "export.merge is true, and it has no effect without lora"),
+        (
+            ["--fraction", "0", "--evaluation.every", "3"],
+            "evaluation.every is 3, and it has no effect",
+        ),
+        (["--pairing", "extremes"], "data.pairing is extremes, and no row has scores"),
+        (["--min_score_gap", "1"], "data.min_score_gap is 1.0, and no row has scores"),
+        (["--template_options", "{thinking: 1}"], "the model's chat template does not read it"),
+        (
+            ["--model", "plain", "--template_options", "{a: 1}"],
+            "text without a chat template can",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_an_option_that_does_nothing_is_refused(
+    command: str, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+):
+    save_tiny("plain")
+    Path("plain/chat_template.jinja").unlink()
+    assert train("run", *more, command=command) == 2
+    error = capsys.readouterr().err
+    assert "error[UW109]" in error and said in error and not Path("run/model").exists()
+
+
+def with_an_added_token(tied: bool) -> None:
+    """model/ with a token of its own between the turns, at the end of embedding and head."""
+    model = tiny_model("qwen2")
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.lm_head.weight = model.model.embed_tokens.weight
+    tokenizer = byte_tokenizer(CHATML.replace("<|im_start|>", "<|turn|>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    model.resize_token_embeddings(len(tokenizer) + 1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-2:].normal_(0, 0.3)
+    model.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+
+
+def losing(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[..., None]:
+    """save_pretrained that writes something else than the model has."""
+    save = PreTrainedModel.save_pretrained
+
+    def spoiled(self: PreTrainedModel, folder: str, **options: Any) -> None:
+        save(self, folder, **options)
+        file = Path(folder) / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+
+    return spoiled
+
+
+def without_the_added_row(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.embed_tokens.weight"][-2] = 0
+
+
+@pytest.mark.parametrize("more", [(), ("--lora", "true"), ("--lora", "true", "--merge")])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_with_an_added_token_is_exported_whole(
+    tied: bool, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+):
+    with_an_added_token(tied)
+    assert train("run", *more) == 0
+    probes = json.loads(Path("run/model/probes.json").read_text())["probes"]
+    added = AutoTokenizer.from_pretrained("run/model").convert_tokens_to_ids("<|turn|>")
+    assert probes and all(added in probe["prompt_ids"] for probe in probes)
+    assert main(["check", "--model", "run/model"]) == 0
+    if "--merge" in more:
+        assert main(["check", "--model", "run/adapter"]) == 0
+    assert "probes have the same tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_added_token_that_the_export_loses_is_refused_and_resuming_exports_it(
+    tied: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with_an_added_token(tied)
+    with monkeypatch.context() as patched:
+        patched.setattr(PreTrainedModel, "save_pretrained", losing(without_the_added_row))
+        assert train("run") == 2
+    assert "error[UW401]: the export is not the trained model" in capsys.readouterr().err
+    assert not Path("run/model").exists()
+    assert main(["train", "run/run.yaml", "resume=true"]) == 0
+    assert Path("run/model/probes.json").is_file()
+
+
+def other_template(self: Tokenizer, folder: Path, **options: Any) -> None:
+    (Path(folder) / "chat_template.jinja").write_text(CHATML.replace("\n", " \n"))
+
+
+def no_template(self: Tokenizer, folder: Path, **options: Any) -> None:
+    (Path(folder) / "chat_template.jinja").unlink()
+
+
+def other_ids(self: Tokenizer, folder: Path, **options: Any) -> None:
+    file = Path(folder) / "tokenizer.json"
+    written = json.loads(file.read_text())
+    vocab = written["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(written))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (other_template, "token "),
+        (no_template, "the tokenizer has no chat template"),
+        (other_ids, "in training"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--lora", "true", "--merge")])
+def test_an_export_that_writes_other_tokens_is_refused(
+    more: tuple[str, ...],
+    spoil: Callable[..., None],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    save = Tokenizer.save_pretrained
+
+    def spoiled(self: Tokenizer, folder: Path, **options: Any) -> None:
+        save(self, folder, **options)
+        spoil(self, folder, **options)
+
+    monkeypatch.setattr(Tokenizer, "save_pretrained", spoiled)
+    assert train("run", *more) == 2
+    error = capsys.readouterr().err
+    assert "error[UW402]: the export writes other tokens than training did" in error
+    assert said in error and not Path("run/model").exists()
+
+
+def test_a_model_is_checked_against_the_probes_that_came_with_it(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert train("run") == 0
+    assert main(["check", "--model", "run/model"]) == 0
+    said = capsys.readouterr().out
+    assert main(["check", "--model", "run/model", "--json"]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["largest_difference"] < 1e-4
+    assert "3 probes have the same tokens" in said and "(rounding of its weights: 0.002)" in said
+    _half("run/model", "half")
+    assert main(["check", "--model", "half"]) == 0
+    assert "(rounding of its weights: 0.3)" in capsys.readouterr().out
+    file = Path("run/model/model.safetensors")
+    tensors = load_file(file)
+    tensors["lm_head.weight"] *= 1.05
+    save_file(tensors, file, {"format": "pt"})
+    assert main(["check", "--model", "run/model"]) == 2
+    assert "error[UW401]: run/model is not the model that was exp" in capsys.readouterr().err
+    Path("half/chat_template.jinja").write_text("You are a bird. " + CHATML)
+    assert main(["check", "--model", "half"]) == 2
+    error = capsys.readouterr().err
+    assert "error[UW402]: half writes other tokens" in error and "token 1 of probes.json:1" in error
+
+
+def _half(folder: str, to: str) -> None:
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(to)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(to)
+    Path(to, "probes.json").write_bytes(Path(folder, "probes.json").read_bytes())
+
+
+def test_no_row_of_the_data_is_among_the_probes():
+    assert train("run") == 0
+    written = Path("run/model/probes.json").read_text()
+    assert "Name a bird." in written and "question" not in written and "fine" not in written
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--model model", "model/probes.json does not exist: without data, check compares a model"),
+        ("--model spoiled", "spoiled/probes.json is not what an export writes (KeyError"),
+        ("--model model --beta 0.2", "--loss.beta has no effect without data"),
+    ],
+)
+def test_a_model_without_probes_says_what_is_missing(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+):
+    save_tiny("spoiled")
+    Path("spoiled/probes.json").write_text("{}")
+    assert main(["check", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_what_a_server_must_be_told_is_said_at_the_end(capsys: pytest.CaptureFixture[str]):
+    byte_tokenizer("{{ style }}" + CHATML).save_pretrained("model")
+    assert train("run", "--template_options", "{style: curt}") == 0
+    assert 'requests must set chat_template_kwargs to {"style": "curt"}' in capsys.readouterr().err
+    assert train("text", "--template", "none") == 0
+    assert "serve it with completions of text" in capsys.readouterr().err
+    assert train("plain", "--template_options", "{style: ''}") == 0
+    said = capsys.readouterr().err
+    assert "requests must" not in said and "completions of text" not in said
