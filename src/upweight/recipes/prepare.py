@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -22,7 +22,10 @@ from upweight.types import Example, Tree
 
 @dataclass(frozen=True)
 class Prepared:
-    """Trees by set ("train" first), the account of each, and what is suspicious about them."""
+    """Trees by set ("train" first), the account of each, and what is suspicious about them.
+
+    `examples` are the trees' rows as text, for who compares the two.
+    """
 
     def __repr__(self) -> str:
         return "\n".join(account_lines(self))
@@ -31,6 +34,7 @@ class Prepared:
     accounts: dict[str, Account]
     renderer: Renderer
     findings: tuple[Finding, ...] = ()
+    examples: dict[str, list[Example]] = field(default_factory=dict[str, list[Example]])
 
 
 def load_policy(run: Run) -> LanguageModel:
@@ -96,7 +100,8 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     for name, (rows, its_account) in sets.items():
         trees[name], accounts[name] = grow(rows, renderer, its_account), its_account
         require_used(its_account, f"the evaluation set {name}")
-    return Prepared(trees, accounts, renderer)
+    texts = {"train": train, **{name: rows for name, (rows, _) in sets.items()}}
+    return Prepared(trees, accounts, renderer, examples=texts)
 
 
 def account_record(prepared: Prepared) -> dict[str, object]:

@@ -27,6 +27,7 @@ from upweight.training.loop import Plan
 from upweight.training.memory import plan_memory
 from upweight.training.rundir import require_space
 from upweight.trust.preflight import Examined, examine
+from upweight.trust.spans import Texts, examine_texts
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     prepared = prepare(run, lm)
     for line in account_lines(prepared):
         screen.note(line)
-    found = tuple(f for examined in examined_sets(run, prepared) for f in examine(examined))
-    prepared = replace(prepared, findings=found)
+    found = [f for texts in _texts(run, prepared, lm) for f in examine_texts(texts)]
+    found += [f for examined in examined_sets(run, prepared) for f in examine(examined)]
+    # The texts have been read back, and are not needed in memory while the run goes on.
+    prepared = replace(prepared, findings=tuple(found), examples={})
     for finding in found:
         screen.note(str(finding))
     if saved is not None:
@@ -91,6 +94,15 @@ def examined_sets(run: Run, prepared: Prepared) -> list[Examined]:
     return [
         Examined(name, trees, prepared.accounts[name], run.preflight)
         for name, trees in prepared.trees.items()
+    ]
+
+
+def _texts(run: Run, prepared: Prepared, lm: LanguageModel) -> list[Texts]:
+    stops = frozenset(lm.stop_token_ids)
+    accounts, renderer = prepared.accounts, prepared.renderer
+    return [
+        Texts(name, rows, prepared.trees[name], accounts[name], renderer, stops, run.preflight)
+        for name, rows in prepared.examples.items()
     ]
 
 
