@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 import upweight as uw
-from runs import furnish, plain_rows, rows_of, train, write_rows
+from runs import furnish, plain_rows, train, write_rows
 from tiny import CHATML, SPECIALS, byte_tokenizer
 from upweight.cli import main
 from upweight.data import stream, trees
@@ -100,17 +100,18 @@ def test_rows_that_are_rendered_right_raise_nothing():
     assert "UW201" not in findings(turns) and "UW203" not in findings(turns)
 
 
+WITHOUT_THOUGHTS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+
+
 def without_thoughts(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"chosen": "<think>hm, so it is</think>" + row["chosen"]}
 
 
 def test_a_template_that_takes_thoughts_out_of_answers_is_found():
-    byte_tokenizer(
-        CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
-    ).save_pretrained("model")
+    byte_tokenizer(WITHOUT_THOUGHTS).save_pretrained("model")
     said = refused("UW201", some(60, without_thoughts))
     assert "in 60 of 60 rows the chat template leaves out part of a response" in said
-    assert "rows.jsonl:1: '<think>hm, so it is</think>" in said
+    assert "'<think>hm, so it is</think>" in said
     assert "in 3 of 60 rows the chat" in findings(some(3, without_thoughts))["UW201"]
     everything = {"preflight.spans": 0.99}
     assert findings(some(50, without_thoughts), **everything)["UW201"]
@@ -156,7 +157,7 @@ PROMPT = "the prompt's tokens are not those that serving gives"
 @pytest.mark.parametrize(
     ("code", "says", "change"),
     [
-        ("UW201", LAST, lambda t: {"prompt": t.prompt[:-12], **each(t, lambda r: t.prompt[-12:] + r)}),
+        ("UW201", LAST, lambda t: {"prompt": t.prompt[:-9]} | each(t, lambda r: t.prompt[-9:] + r)),
         ("UW201", OTHER, lambda t: each(t, lambda r: r[1:])),
         ("UW201", OTHER, lambda t: each(t, lambda r: r[:-2] + r[-1:])),
         ("UW201", OTHER, lambda t: each(t, lambda r: t.prompt[-4:] + r)),
@@ -181,21 +182,20 @@ def test_tokens_that_are_not_the_rows_stop_the_run(
     words = ["check", "--model", "model", "--data", "rows.jsonl", "--template", template, "--json"]
     assert main(words) == 2
     error = json.loads(capsys.readouterr().out)["error"]
-    # Of two that are certain the first in order is said.
-    assert error["code"] <= code and (error["code"] != code or says in error["message"])
-    if code != "UW203":
-        assert error["code"] == code
-    monkeypatch.undo()
+    assert error["code"] == code and says in error["message"]
 
 
 def test_prompts_and_responses_that_do_not_come_apart_are_refused():
     small_tokenizer(merges=(("(", ")"),)).save_pretrained("model")
-    joined = {"prompt": "f(", "chosen": ")", "rejected": "x)"}
+
+    def joined(row: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": f"{row['prompt']} f(", "chosen": ")", "rejected": "x)"}
+
     plain = {"data.template": "none"}
-    said = refused("UW202", some(20, lambda row: row | joined), **plain)
+    said = refused("UW202", some(20, joined), **plain)
     assert "20 of 60 rows and 0 of" in said and "rows.jsonl:1: the prompt alone ends in" in said
-    assert findings(some(6, lambda row: row | joined), **plain) == {}
-    assert "none of 60 rows can be used" in refused("UW202", some(60, lambda r: joined), **plain)
+    assert findings(some(6, joined), **plain) == {}
+    assert "none of 60 rows can be used" in refused("UW202", some(60, joined), **plain)
 
 
 def test_a_template_whose_prompt_changes_once_it_is_answered_is_refused():
@@ -295,11 +295,7 @@ def test_a_row_that_is_lost_on_its_way_to_tokens_stops_the_run(monkeypatch: pyte
     assert "60 rows were read, 59 became tokens and 0 were dropped" in said
 
 
-def test_many_rows_are_sampled_evenly(monkeypatch: pytest.MonkeyPatch):
+def test_many_rows_are_sampled(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(spans, "NUM_AGAIN", 3)
-    assert [row[0] for row in spans._spread([(i, i) for i in range(9)])] == [0, 4, 8]
-    byte_tokenizer(
-        CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
-    ).save_pretrained("model")
+    byte_tokenizer(WITHOUT_THOUGHTS).save_pretrained("model")
     assert "in about 6 of 60 rows" in findings(some(6, without_thoughts))["UW201"]
-    assert rows_of("rows.jsonl")

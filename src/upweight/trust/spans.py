@@ -94,18 +94,20 @@ class _Wrong:
 
 def examine_texts(texts: Texts) -> list[Finding]:
     """What is suspicious, in the order of the codes. Raises Refusal for what is certain."""
-    found = [wrong for examination in EXAMINATIONS for wrong in examination(texts)]
-    for wrong in found:
-        if wrong.certain:
-            raise Refusal(wrong.finding.code, wrong.finding.sentence)
-    return [wrong.finding for wrong in found]
+    found: list[Finding] = []
+    for examination in EXAMINATIONS:
+        for wrong in examination(texts):
+            if wrong.certain:
+                raise Refusal(wrong.finding.code, wrong.finding.sentence)
+            found.append(wrong.finding)
+    return sorted(found, key=lambda finding: finding.code)
 
 
 def scored(texts: Texts) -> list[_Wrong]:
     """The scored tokens are the response's, all of them, and of nothing else."""
     found: list[_Wrong] = []
     for odd in _of(texts, "span")[:1]:
-        found.append(_wrong("UW201", texts.said(f"{odd.row}: {odd.detail}"), [odd]))
+        found.append(_wrong("UW201", texts.said(odd.detail), [odd]))
     total, limit = len(texts.rows), texts.limits.spans
     for kind, what in _TEXT_LOST.items():
         odds, num_unlike = _of(texts, kind), texts.plain.count(False)
@@ -133,7 +135,7 @@ def boundary(texts: Texts) -> list[_Wrong]:
     """The prompt's tokens are serving's, and how prompt and response together begin."""
     odds = _of(texts, "prompt")
     if odds:
-        return [_wrong("UW202", texts.said(f"{odds[0].row}: {odds[0].detail}"), odds)]
+        return [_wrong("UW202", texts.said(odds[0].detail), odds)]
     return _dropped(texts, "boundary", "UW202", "whose prompt and response do not come apart")
 
 
@@ -213,9 +215,10 @@ def accounted(texts: Texts) -> list[_Wrong]:
 
 
 EXAMINATIONS: tuple[Callable[[Texts], list[_Wrong]], ...] = (
-    scored,
-    boundary,
+    # First what says most about its cause: a stop too many is another scored token too.
     stops,
+    boundary,
+    scored,
     beginnings,
     identical,
     accounted,
@@ -272,12 +275,12 @@ def _again(example: Example, tree: Tree, renderer: Renderer) -> _Odd | None:
         if whole[: len(base)] != base:
             return _Odd(example.row, *_OTHER_PROMPT)
         rest = whole[len(base) :]
-        # A stop that was appended is not in what the template writes, and the text before it may
-        # end in white space that the template joins with its own.
+        # Where the template writes no stop one was appended, and the text before it may end in
+        # white space that the template joins with its own.
         same = rest[: len(ids)] == ids
-        if stopped and not same and rest[len(ids) - 1 : len(ids)] != ids[-1:]:
-            text, body = _decode([rest, ids[:-1]], renderer)
-            same = text.startswith(body.rstrip())
+        if stopped and renderer.stop_ids.isdisjoint(rest):
+            text, body = (t.strip() for t in _decode([rest, ids[:-1]], renderer))
+            same = text.removesuffix((renderer.after or "").strip()).rstrip() == body
         if not same:
             return _Odd(example.row, "span", f"response {of.index} is scored on {_OTHER_TOKENS}")
         odd = _text_lost(example, response, ids, renderer) if stopped else None
@@ -318,14 +321,14 @@ def _text_lost(example: Example, response: Response, ids: Ids, renderer: Rendere
         letters = _letters(content)
         if letters in span:
             continue
-        near = f"{example.row}: {ascii(content[:60])}"
+        near = ascii(content[:60])
         if letters not in _letters(_written(example, response, renderer)):
             return _Odd(example.row, "rewritten", near)
         encoded = renderer.tokenizer(content, add_special_tokens=False)["input_ids"]
         (back,) = map(_letters, _decode([tuple(cast("list[int]", encoded))], renderer))
         if letters not in back:
             return _Odd(example.row, "unwritten", near)
-        return _Odd(example.row, "span", f"the scored tokens do not say the response {near}.")
+        return _Odd(example.row, "span", f"the scored tokens do not say {near}.")
     return None
 
 

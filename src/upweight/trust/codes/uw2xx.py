@@ -99,8 +99,8 @@ PAGES: tuple[Page, ...] = (
             "A response is cut after the first stop token behind its content, and gets one where "
             "the template writes none. One that has a special token inside, as text or once it is "
             "tokenized, is left out as `stop_in_response`. Only `data.truncation` response makes "
-            "responses without a stop; `truncated` counts them. Padding is never recognized by its id, so it does "
-            "no harm if the padding token is the stop token."
+            "responses without a stop; `truncated` counts them. Padding is never recognized by its "
+            "id, so it does no harm if the padding token is the stop token."
         ),
         causes=(
             "`eos_token` in tokenizer_config.json is the base model's, and the chat template ends "
