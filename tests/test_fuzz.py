@@ -76,18 +76,21 @@ answers = contents | st.fixed_dictionaries(
     {"text": texts}, optional={"score": numbers, "weight": numbers}
 )
 common = {"tools": values, "template_options": values, "weight": numbers, "more": values}
-likely_rows = (
-    st.fixed_dictionaries({"chosen": contents, "rejected": contents}, optional=common | {"prompt": contents})
-    | st.fixed_dictionaries(
-        {"prompt": contents, "responses": st.lists(answers, max_size=4)},
-        optional={
-            "scores": st.lists(numbers, max_size=4),
-            "preferences": st.lists(st.lists(st.integers(0, 4) | numbers, max_size=3), max_size=3),
-            **common,
-        },
-    )
-    | st.fixed_dictionaries({"messages": st.lists(messages, max_size=4) | values}, optional=common)
-)  # fmt: skip
+pairs = st.fixed_dictionaries(
+    {"chosen": contents, "rejected": contents}, optional=common | {"prompt": contents}
+)
+groups = st.fixed_dictionaries(
+    {"prompt": contents, "responses": st.lists(answers, max_size=4)},
+    optional=common
+    | {
+        "scores": st.lists(numbers, max_size=4),
+        "preferences": st.lists(st.lists(st.integers(0, 4) | numbers, max_size=3), max_size=3),
+    },
+)
+alone = st.fixed_dictionaries(
+    {"messages": st.lists(messages, max_size=4) | values}, optional=common
+)
+likely_rows = pairs | groups | alone
 any_rows = likely_rows | st.dictionaries(names | texts, values, max_size=6)
 
 

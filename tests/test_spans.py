@@ -275,6 +275,28 @@ def test_nothing_is_said_of_a_template_that_takes_no_blank_conversation():
     assert findings(ROWS) == {}
 
 
+def test_repairs_are_exact_and_counted():
+    tokenizer = small_tokenizer(template=None, merges=(("Ġ", "a"),))
+    tokenizer.save_pretrained("model")
+    rows = [
+        row | {"prompt": f"{row['prompt']}: ", "chosen": f"a {row['chosen']}"} if i < 5 else row
+        for i, row in enumerate(ROWS)
+    ]
+    rows[9] = rows[9] | {"prompt": "long " * 30 + "?"}
+    write_rows("rows.jsonl", rows)
+    limits = {"data.max_length": 120, "data.truncation": "prompt"}
+    found = uw.check(**{"model": "model", "data": "rows.jsonl", **limits})
+    account = found.accounts["train"]
+    assert (account.boundary_repaired, account.appended_stop) == (5, 120)
+    assert account.truncated == {"prompt": 1, "response": 0, "chosen": 0, "rejected": 0}
+    for row, one in zip(rows, found.trees["train"], strict=True):
+        for side, ids in zip(("chosen", "rejected"), one.responses, strict=True):
+            whole = tuple(tokenizer(row["prompt"] + row[side])["input_ids"])
+            assert ids[-1] == tokenizer.eos_token_id
+            assert whole[-len(one.prompt + ids) + 1 :] == one.prompt + ids[:-1]
+    assert len(found.trees["train"][9].prompt + found.trees["train"][9].responses[0]) <= 120
+
+
 def test_many_rows_with_the_same_text_twice_are_reported():
     def same(row: dict[str, Any]) -> dict[str, Any]:
         return row | {"chosen": row["rejected"]}

@@ -179,7 +179,8 @@ def beginnings(texts: Texts) -> list[_Wrong]:
         num = tree.prompt.count(bos) + longest.count(bos)
         if num > (tree.prompt[0] == bos):
             response = example.responses[tree.ids[tree.responses.index(longest)].index]
-            if num > _written_by_template(example, response, renderer, own):
+            plain = renderer.template == "none"
+            if plain or num > _written_by_template(example, response, renderer, own):
                 rows.append(example.row)
     if not rows:
         return []
@@ -374,8 +375,6 @@ def _written_by_template(
     example: Example, response: Response, renderer: Renderer, known: dict[str, int]
 ) -> int:
     """How often the template itself writes beginning-of-text into such a conversation."""
-    if renderer.template == "none":
-        return 1
 
     def blank(turns: Iterable[Message]) -> tuple[Message, ...]:
         return tuple({"role": turn["role"], "content": "x"} for turn in turns)
