@@ -276,7 +276,7 @@ def test_nothing_is_said_of_a_template_that_takes_no_blank_conversation():
 
 
 def test_repairs_are_exact_and_counted():
-    tokenizer = small_tokenizer(template=None, merges=(("Ġ", "a"),))
+    tokenizer = small_tokenizer(merges=(("Ġ", "a"),))
     tokenizer.save_pretrained("model")
     rows = [
         row | {"prompt": f"{row['prompt']}: ", "chosen": f"a {row['chosen']}"} if i < 5 else row
@@ -284,7 +284,7 @@ def test_repairs_are_exact_and_counted():
     ]
     rows[9] = rows[9] | {"prompt": "long " * 30 + "?"}
     write_rows("rows.jsonl", rows)
-    limits = {"data.max_length": 120, "data.truncation": "prompt"}
+    limits = {"data.max_length": 120, "data.truncation": "prompt", "data.template": "none"}
     found = uw.check(**{"model": "model", "data": "rows.jsonl", **limits})
     account = found.accounts["train"]
     assert (account.boundary_repaired, account.appended_stop) == (5, 120)

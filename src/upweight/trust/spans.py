@@ -8,11 +8,10 @@ again as serving does it: by the tokenizer's own chat template, whole and in one
 from __future__ import annotations
 
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import cast
 
 import jinja2
 
@@ -21,6 +20,7 @@ from upweight.data.account import Account
 from upweight.data.render import Renderer
 from upweight.errors import Refusal
 from upweight.trust.finding import Finding
+from upweight.trust.reread import Kind, Odd, again, decode, plainly_says, served, turns_of
 from upweight.types import Example, Message, Response, RowId, Tree
 
 NUM_AGAIN = 100
@@ -30,9 +30,6 @@ the others. Spread evenly over the set."""
 _ECHO = 20
 """Letters of a prompt that a response may begin with by chance."""
 _ROWS_NAMED = 5
-
-Ids = tuple[int, ...]
-Kind = Literal["span", "prompt", "rewritten", "unwritten"]
 
 
 @dataclass(frozen=True)
@@ -55,15 +52,15 @@ class Texts:
     @cached_property
     def plain(self) -> list[bool]:
         """Of each row, whether its scored tokens plainly say its responses."""
-        spans = iter(_decode([ids for tree in self.trees for ids in tree.responses], self.renderer))
+        spans = iter(decode([ids for tree in self.trees for ids in tree.responses], self.renderer))
         return [
             # A list, so that each response takes its span.
-            all([_says(next(spans), e.responses[of.index], self.renderer) for of in t.ids])
+            all([plainly_says(next(spans), e.responses[of.index], self.renderer) for of in t.ids])
             for e, t in self.rows
         ]
 
     @cached_property
-    def again(self) -> list[_Odd]:
+    def odd(self) -> list[Odd]:
         """What tokenizing again showed, for the rows of which that was asked."""
         asked = [
             row
@@ -72,18 +69,11 @@ class Texts:
                 [r for r, p in zip(self.rows, self.plain, strict=True) if p == wanted]
             )
         ]
-        found = [_again(*row, self.renderer) for row in asked]
+        found = [again(*row, self.renderer) for row in asked]
         return [one for one in found if one is not None]
 
     def said(self, text: str) -> str:
         return f"{self.name}: {text}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Odd:
-    row: RowId
-    kind: Kind
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -146,7 +136,7 @@ def stops(texts: Texts) -> list[_Wrong]:
     for example, tree in texts.rows:
         for ids, stopped, of in zip(tree.responses, tree.stopped, tree.ids, strict=True):
             places = [k for k, i in enumerate(ids) if i in renderer.stop_ids]
-            turns = _turns(example.responses[of.index].content, "assistant")
+            turns = turns_of(example.responses[of.index].content, "assistant")
             # Turns before the last have stops of their own.
             inner = places[:-1] if stopped else places
             if (stopped and places[-1:] != [len(ids) - 1]) or (inner and len(turns) == 1):
@@ -226,12 +216,12 @@ EXAMINATIONS: tuple[Callable[[Texts], list[_Wrong]], ...] = (
 )
 
 
-def _wrong(code: str, said: str, odds: Sequence[_Odd], certain: bool = True) -> _Wrong:
+def _wrong(code: str, said: str, odds: Sequence[Odd], certain: bool = True) -> _Wrong:
     return _Wrong(Finding(code, said, tuple(str(o.row) for o in odds[:_ROWS_NAMED])), certain)
 
 
-def _of(texts: Texts, kind: Kind) -> list[_Odd]:
-    return [odd for odd in texts.again if odd.kind == kind]
+def _of(texts: Texts, kind: Kind) -> list[Odd]:
+    return [odd for odd in texts.odd if odd.kind == kind]
 
 
 def _dropped(texts: Texts, reason: str, code: str, what: str) -> list[_Wrong]:
@@ -246,129 +236,10 @@ def _dropped(texts: Texts, reason: str, code: str, what: str) -> list[_Wrong]:
     return [_Wrong(Finding(code, texts.said(f"{said} (preflight.spans is {limit:.0%}).")))]
 
 
-def _says(span: str, response: Response, renderer: Renderer) -> bool:
-    """Whether the span is the response's text and no more than header and stop beside it."""
-    content = response.content
-    if not isinstance(content, str):
-        content = str(content[0].get("content", "")) if len(content) == 1 else ""
-    body = renderer.stops.sub("", span).strip().removeprefix(renderer.header.strip())
-    if body.strip() == content.strip():
-        return content != ""
-    return _letters(content) != "" and _letters(content) == _letters(body)
-
-
 def _spread(rows: Sequence[tuple[Example, Tree]]) -> list[tuple[Example, Tree]]:
     if len(rows) <= NUM_AGAIN:
         return list(rows)
     return [rows[k * (len(rows) - 1) // (NUM_AGAIN - 1)] for k in range(NUM_AGAIN)]
-
-
-def _again(example: Example, tree: Tree, renderer: Renderer) -> _Odd | None:
-    """Tokenizes one row as serving does, and says what is not as in the tree."""
-    served = _served(example, None, renderer)
-    base = _base(served, tree.prompt, renderer)
-    if base is None:
-        first = served[: len(tree.prompt)] == tree.prompt
-        return _Odd(example.row, *(_SCORED_PROMPT if first else _OTHER_PROMPT))
-    for ids, stopped, of in zip(tree.responses, tree.stopped, tree.ids, strict=True):
-        response = example.responses[of.index]
-        whole = _served(example, response, renderer)
-        if whole[: len(base)] != base:
-            return _Odd(example.row, *_OTHER_PROMPT)
-        rest = whole[len(base) :]
-        # Where the template writes no stop one was appended, and the text before it may end in
-        # white space that the template joins with its own.
-        same = rest[: len(ids)] == ids
-        if stopped and renderer.stop_ids.isdisjoint(rest):
-            text, body = (t.strip() for t in _decode([rest, ids[:-1]], renderer))
-            same = text.removesuffix((renderer.after or "").strip()).rstrip() == body
-        if not same:
-            return _Odd(example.row, "span", f"response {of.index} is scored on {_OTHER_TOKENS}")
-        odd = _text_lost(example, response, ids, renderer) if stopped else None
-        if odd is not None:
-            return odd
-    return None
-
-
-_SCORED_PROMPT: tuple[Kind, str] = ("span", "the prompt's last tokens are scored as a response.")
-_OTHER_TOKENS = "other tokens than those that prompt and response have as one text."
-_OTHER_PROMPT: tuple[Kind, str] = (
-    "prompt",
-    "the prompt's tokens are not those that serving gives the model, alone or with a response.",
-)
-
-
-def _base(served: Ids, prompt: Ids, renderer: Renderer) -> Ids | None:
-    """Serving's prompt up to where the tree's ends: all of it, or all but white space. None if the
-    tree's is another one. One that was cut has lost its beginning."""
-    cut = renderer.truncation == "prompt" and len(prompt) < len(served)
-    body = prompt[1:] if cut and prompt[:1] == (renderer.bos,) else prompt
-    for end in range(len(served), -1, -1):
-        kept = served[:end]
-        if kept == prompt or (cut and body and kept[-len(body) :] == body):
-            return kept
-        (rest,) = _decode([served[max(0, end - 1) :]], renderer)
-        if rest.strip():
-            break
-    # Where all of the prompt is white space, beginning-of-text stands for it.
-    (text,) = _decode([served], renderer)
-    return () if prompt == (renderer.bos,) and not text.strip() else None
-
-
-def _text_lost(example: Example, response: Response, ids: Ids, renderer: Renderer) -> _Odd | None:
-    (span,) = map(_letters, _decode([ids], renderer))
-    for turn in _turns(response.content, "assistant"):
-        content = str(turn.get("content", ""))
-        letters = _letters(content)
-        if letters in span:
-            continue
-        near = ascii(content[:60])
-        if letters not in _letters(_written(example, response, renderer)):
-            return _Odd(example.row, "rewritten", near)
-        encoded = renderer.tokenizer(content, add_special_tokens=False)["input_ids"]
-        (back,) = map(_letters, _decode([tuple(cast("list[int]", encoded))], renderer))
-        if letters not in back:
-            return _Odd(example.row, "unwritten", near)
-        return _Odd(example.row, "span", f"the scored tokens do not say {near}.")
-    return None
-
-
-def _served(example: Example, response: Response | None, renderer: Renderer) -> Ids:
-    """The ids that serving makes of the prompt, or of the prompt with its response."""
-    tokenizer, bos = renderer.tokenizer, renderer.bos
-    if renderer.template == "chat":
-        return tuple(cast("list[int]", _apply(example, response, renderer, tokenize=True)))
-    text = str(example.prompt) + (str(response.content) if response else "")
-    ids = tuple(cast("list[int]", tokenizer(text)["input_ids"]))
-    if (
-        response is None
-        and ids[-1:] == (tokenizer.eos_token_id,)
-        and not text.endswith(str(tokenizer.eos_token))
-    ):
-        ids = ids[:-1]
-    if bos is not None and ids[:2] == (bos, bos):
-        return ids[1:]
-    return (bos, *ids) if not example.prompt and bos is not None and ids[:1] != (bos,) else ids
-
-
-def _written(example: Example, response: Response, renderer: Renderer) -> str:
-    if renderer.template == "none":
-        return str(response.content)
-    return str(_apply(example, response, renderer, tokenize=False))
-
-
-def _apply(example: Example, response: Response | None, renderer: Renderer, tokenize: bool) -> Any:
-    turns = _turns(example.prompt, "user")
-    if response is not None:
-        turns = (*turns, *_turns(response.content, "assistant"))
-    return renderer.tokenizer.apply_chat_template(
-        [dict(turn) for turn in turns],
-        tools=[dict(tool) for tool in example.tools] or None,
-        add_generation_prompt=response is None,
-        tokenize=tokenize,
-        **({"return_dict": False} if tokenize else {}),
-        **{**renderer.template_options, **(example.template_options or {})},
-    )
 
 
 def _written_by_template(
@@ -379,14 +250,14 @@ def _written_by_template(
     def blank(turns: Iterable[Message]) -> tuple[Message, ...]:
         return tuple({"role": turn["role"], "content": "x"} for turn in turns)
 
-    prompt = blank(_turns(example.prompt, "user"))
-    answer = blank(_turns(response.content, "assistant"))
+    prompt = blank(turns_of(example.prompt, "user"))
+    answer = blank(turns_of(response.content, "assistant"))
     key = str([prompt, answer, example.tools, example.template_options])
     if key not in known:
         blanked = Example(prompt, (Response(answer),), (), example.row, example.tools,
                           example.template_options)  # fmt: skip
         try:
-            ids = _served(blanked, blanked.responses[0], renderer)
+            ids = served(blanked, blanked.responses[0], renderer)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
             # Nothing is known of the template, so nothing is said against it.
             return sys.maxsize
@@ -400,24 +271,6 @@ def _echoes(example: Example) -> bool:
         prompt if isinstance(prompt, str) else str(prompt[-1].get("content", "")) if prompt else ""
     )
     said = said.strip()
-    answers = [_turns(r.content, "assistant")[:1] for r in example.responses]
+    answers = [turns_of(r.content, "assistant")[:1] for r in example.responses]
     texts = [str(turn.get("content", "")).strip() for turns in answers for turn in turns]
     return len(said) >= _ECHO and all(t.startswith(said) and t != said for t in texts)
-
-
-def _turns(content: str | tuple[Message, ...], role: str) -> tuple[Message, ...]:
-    return ({"role": role, "content": content},) if isinstance(content, str) else content
-
-
-def _decode(spans: Sequence[Ids], renderer: Renderer) -> list[str]:
-    listed = [list(ids) for ids in spans]
-    return renderer.tokenizer.batch_decode(
-        listed, skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-
-
-def _letters(text: str) -> str:
-    """Letters and digits alone, in one form: what a tokenizer's normalization leaves."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    return "".join(filter(str.isalnum, text.casefold()))
