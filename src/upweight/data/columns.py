@@ -271,7 +271,7 @@ def shown(value: Any) -> str:
     except RecursionError:
         text = "nested very deeply"
     except (ValueError, TypeError):
-        text = ascii(value)
+        text = "that cannot be written as JSON"
     kind = _KINDS.get(type(value), f"of type {type(value).__name__}")
     return kind if value is None else f"{kind} ({text if len(text) <= 60 else text[:57] + '...'})"
 
