@@ -42,9 +42,7 @@ NASTY = [
 ]  # fmt: skip
 texts = st.text(max_size=8) | st.sampled_from(NASTY) | st.text(st.characters(), max_size=4)
 numbers = (
-    st.integers()
-    | st.floats()
-    | st.sampled_from([10**400, 10**5000, -(10**30), 1e-320, 1e300, True, 0])
+    st.integers() | st.floats() | st.sampled_from([10**400, -(10**30), 1e-320, 1e300, True, 0])
 )
 names = st.sampled_from(
     sorted(
