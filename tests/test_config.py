@@ -95,6 +95,7 @@ OTHER: dict[str, Any] = {
     "preflight.swapped": 0.1,
     "preflight.contradictory": 0.1,
     "preflight.repeated": 0.2,
+    "preflight.spans": 0.3,
     "preflight.shortcut": 0.9,
     "watch.moved": 0.2,
     "watch.displaced": 2.0,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upweight.data.columns import COLUMNS, detect
+from upweight.data.columns import COLUMNS, detect, shown
 from upweight.data.formats import FORMATS, example_of, pair, prompt_of, responses
 from upweight.data.preferences import left_out, preferences_from_scores, unusable
 from upweight.errors import DataError
@@ -466,3 +466,13 @@ def test_an_empty_list_of_preferences_says_that_there_are_none_whatever_the_scor
         example = example_of(row | {"preferences": said}, row_id, "responses")
         assert isinstance(example, Example)
         assert len(example.preferences) == num
+
+
+def test_a_value_that_cannot_be_shown_is_named_all_the_same():
+    deep: list[object] = []
+    for _ in range(2000):
+        deep = [deep]
+    assert shown(deep) == "a list (nested very deeply)"
+    assert shown(10**5000) == "a number (that cannot be written as JSON)"
+    with pytest.raises(DataError, match=r"train.jsonl:7: prompt is a number \(that cannot be"):
+        pair({"prompt": 10**5000, "chosen": "a", "rejected": "b"}, ROW)

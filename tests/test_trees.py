@@ -5,203 +5,33 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from families import (
+    FAMILIES,
+    IM,
+    NO_STOP,
+    PHI3,
+    ROW,
+    assistant,
+    grown,
+    pair_of,
+    reason,
+    texts,
+    tokenizer,
+    user,
+)
 from tiny import CHATML, byte_tokenizer, warm_tokenizer
-from upweight.data.account import REASONS
 from upweight.data.formats import example_of
 from upweight.data.read import read_rows
 from upweight.data.render import make_renderer
 from upweight.data.stream import grow, load_examples
 from upweight.data.trees import prompt_ids, show, text_after, tree, trees
 from upweight.errors import ConfigError, DataError, ModelError
-from upweight.types import Dropped, Example, Preference, Response, RowId
+from upweight.types import Dropped, Example, Preference, Response
 
-ROW = RowId("train.jsonl", 7)
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def tokenizer(specials=(), merges=(), template=None, eos=None, bos=None, lead=(), plain=()):
-    """Bytes, with the merges given; `lead` are the tokens that it puts before every text, `plain`
-    added tokens that are not special."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {s: i for i, s in enumerate((*specials, *plain, *alphabet))}
-    for a, b in merges:
-        vocab.setdefault(a + b, len(vocab))
-    bpe = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens(list(specials))
-    bpe.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
-    if lead:
-        bpe.post_processor = processors.TemplateProcessing(
-            single=" ".join([*lead, "$A"]), special_tokens=[(t, vocab[t]) for t in lead]
-        )
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token=bos)
-    fast.chat_template = template
-    return fast
-
-
-def pair_of(prompt="Why?", chosen="Because.", rejected="No.", **more):
-    example = example_of(
-        {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}, ROW, "pair"
-    )
-    assert isinstance(example, Example)
-    return example
-
-
-def grown(example, tok, **options):
-    found = tree(example, make_renderer(tok, **options))
-    assert not isinstance(found, Dropped), found
-    return found
-
-
-def reason(example, tok, **options):
-    found = tree(example, make_renderer(tok, **options))
-    assert isinstance(found, Dropped) and found.row == ROW, found
-    assert found.reason in REASONS and found.detail
-    found.detail.encode()
-    return found.reason
-
-
-def texts(found, tok):
-    """Prompt and responses decoded, special tokens included."""
-    return [tok.decode(list(ids)) for ids in (found.prompt, *found.responses)]
-
-
-# Each in the manner of a model family: template, tokenizer, the model's stop ids by name, then what
-# is expected of {user: "Why?", assistant: "Because."}: prompt, response.
-LLAMA3 = (
-    "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + "
-    "'<|end_header_id|>\n\n' + m.content|trim + '<|eot_id|>' }}{% endfor %}{% if "
-    "add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-QWEN3 = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last and m.role == "
-    "'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-GEMMA = (
-    "<bos>{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else "
-    "m.role) + '\n' + m.content|trim + '<end_of_turn>\n' }}{% endfor %}{% if "
-    "add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-MISTRAL = (
-    "<s>{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
-)
-PHI3 = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
-HARMONY = (
-    "{% for m in messages %}{{ '<|start|>' + m.role }}{% if m.role == 'assistant' %}"
-    "{{ '<|channel|>final' }}{% endif %}{{ '<|message|>' + m.content + ('<|return|>' if loop.last "
-    "and m.role == 'assistant' else '<|end|>') }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
-)
-NO_HEADER = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-)
-NO_STOP = (
-    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
-IM = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-L3 = tuple(
-    f"<|{name}|>"
-    for name in ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id")
-)
-FAMILIES = {
-    "chatml": (
-        tokenizer(IM, template=CHATML, eos="<|im_end|>"), (),
-        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", "Because.<|im_end|>",
-    ),
-    "chatml whose stop is not its eos": (
-        tokenizer(IM, template=CHATML, eos="<|endoftext|>"), (),
-        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", "Because.<|im_end|>",
-    ),
-    "llama 3": (
-        tokenizer(L3, template=LLAMA3, eos="<|end_of_text|>", bos=L3[0], lead=L3[:1]), (),
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n", "Because.<|eot_id|>",
-    ),
-    "qwen 3": (
-        tokenizer(IM, template=QWEN3, eos="<|im_end|>", plain=("<think>", "</think>")), (),
-        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
-        "<think>\n\n</think>\n\nBecause.<|im_end|>",
-    ),
-    "gemma": (
-        tokenizer(("<bos>", "<eos>", "<start_of_turn>"), template=GEMMA, eos="<eos>", bos="<bos>",
-                  lead=("<bos>",), plain=("<end_of_turn>",)), ("<eos>", "<end_of_turn>"),
-        "<bos><start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n",
-        "Because.<end_of_turn>",
-    ),
-    "mistral": (
-        tokenizer(("<s>", "</s>"), template=MISTRAL, eos="</s>", bos="<s>", lead=("<s>",)), (),
-        "<s>[INST] Why? [/INST]", " Because.</s>",
-    ),
-    "phi 3, which writes two stops": (
-        tokenizer(("<|end|>", "<|user|>", "<|assistant|>", "<|endoftext|>"), template=PHI3,
-                  eos="<|endoftext|>"), (),
-        "<|user|>\nWhy?<|end|>\n<|assistant|>\n", "Because.<|end|>",
-    ),
-    "harmony": (
-        tokenizer(("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
-                  template=HARMONY, eos="<|return|>"), (),
-        "<|start|>user<|message|>Why?<|end|><|start|>assistant",
-        "<|channel|>final<|message|>Because.<|return|>",
-    ),
-    "no generation prompt": (
-        tokenizer(IM, template=NO_HEADER, eos="<|im_end|>"), (),
-        "<|im_start|>user\nWhy?<|im_end|>\n", "<|im_start|>assistant\nBecause.<|im_end|>",
-    ),
-    "no stop token": (
-        tokenizer(IM, template=NO_STOP, eos="<|endoftext|>"), (),
-        "user: Why?\nassistant:", " Because.<|endoftext|>",
-    ),
-}  # fmt: skip
-
-
-@pytest.fixture(params=FAMILIES, ids=lambda name: name.replace(" ", "-"))
-def family(request):
-    tok, stops, prompt, response = FAMILIES[request.param]
-    return tok, tok.convert_tokens_to_ids(list(stops)), prompt, response
-
-
-def test_the_scored_span_is_what_the_template_writes_up_to_one_stop(family):
-    tok, stops, prompt, response = family
-    found, notes = grown(pair_of(), tok, stop_token_ids=stops)
-    assert texts(found, tok) == [prompt, response, response.replace("Because", "No")]
-    assert found.stopped == (True, True)
-    assert found.preferences == (Preference(0, 1),)
-    assert notes.num_appended == (2 if ": " in prompt else 0)
-    assert not notes.repaired and not notes.num_rewritten and not notes.left_out
-
-
-def test_the_prompt_is_what_serving_renders(family):
-    tok, stops, _, _ = family
-    found, _ = grown(pair_of(), tok, stop_token_ids=stops)
-    served = tok.apply_chat_template([user("Why?")], add_generation_prompt=True, return_dict=False)
-    assert list(found.prompt) == served
-
-
-def test_a_prompt_alone_is_what_serving_renders(family):
-    tok, stops, _, _ = family
-    served = tok.apply_chat_template([user("Why?")], add_generation_prompt=True, return_dict=False)
-    alone = Example("Why?", (), (), ROW)
-    assert list(prompt_ids(alone, make_renderer(tok, stop_token_ids=stops))) == served
-    empty = prompt_ids(Example("", (), (), ROW), make_renderer(tok, stop_token_ids=stops))
-    assert isinstance(empty, Dropped) and empty.reason == "empty_prompt"
 
 
 def test_a_plain_prompt_alone_is_the_trees():
@@ -211,43 +41,8 @@ def test_a_plain_prompt_alone_is_the_trees():
         assert ids == grown(pair_of(prompt), tok)[0].prompt
 
 
-def test_each_span_ends_in_its_only_stop_and_beginning_of_text_is_at_most_once(family):
-    tok, stops, _, _ = family
-    renderer = make_renderer(tok, stop_token_ids=stops)
-    found, _ = grown(pair_of(), tok, stop_token_ids=stops)
-    for response in found.responses:
-        assert [i for i in response if i in renderer.stop_ids] == [response[-1]]
-        assert tok.bos_token_id not in response
-    assert tok.bos_token_id not in found.prompt[1:]
-    assert (tok.bos_token_id is None) or found.prompt[0] == tok.bos_token_id
-
-
-def test_a_conversation_is_the_same_as_its_texts(family):
-    tok, stops, _, _ = family
-    turns = pair_of([user("Why?")], [assistant("Because.")], assistant("No."))
-    assert grown(turns, tok, stop_token_ids=stops) == grown(pair_of(), tok, stop_token_ids=stops)
-
-
-@pytest.mark.parametrize(
-    "content", ["im", "assistant", "a", "\nx", "x\n", "think", "end", "s", "|>", "Heron."]
-)
-def test_no_content_is_mistaken_for_what_the_template_writes(family, content):
-    tok, stops, _, response = family
-    found, _ = grown(pair_of(chosen=content, rejected="zzz"), tok, stop_token_ids=stops)
-    trims = "trim" in tok.chat_template
-    expected = response.replace("Because.", content.strip() if trims else content)
-    assert texts(found, tok)[1] == expected
-
-
-def test_a_response_that_holds_a_special_token_is_dropped(family):
-    tok, stops, _, _ = family
-    for stop in tok.all_special_tokens:
-        example = pair_of(chosen=f"a {stop} b")
-        assert reason(example, tok, stop_token_ids=stops) == "stop_in_response"
-
-
 def test_a_response_of_several_turns_is_scored_to_its_last_stop():
-    tok = FAMILIES["chatml"][0]
+    tok = FAMILIES["chatml"].tokenizer
     chosen = [assistant("a"), user("b"), assistant("im")]
     found, _ = grown(pair_of([user("p")], chosen, [assistant("a")]), tok)
     assert texts(found, tok)[1:] == [
@@ -395,13 +190,6 @@ def test_plain_text_gets_one_end_of_text():
     assert notes.num_appended == 1
     assert reason(pair_of(chosen="a<|endoftext|>b"), tok) == "stop_in_response"
     assert reason(pair_of(chosen="<|endoftext|>"), tok) == "empty_response"
-
-
-def test_a_pad_token_that_is_the_stop_changes_nothing():
-    tok = byte_tokenizer()
-    before = grown(pair_of(), tok)
-    tok.pad_token = tok.eos_token
-    assert grown(pair_of(), tok) == before
 
 
 @pytest.mark.parametrize("prompt", ["Why?", "<s>Why?"])

@@ -22,13 +22,16 @@ Text = str | tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class RowId:
-    """Where a row came from: the file as the user named it, and its line or row, from 1."""
+    """Where a row came from: the file as the user named it, and its line or row, from 1. `turn` is
+    the number of the message that answers, where it is not a conversation's last."""
 
     source: str
     line: int
+    turn: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.line}"
+        where = f"{self.source}:{self.line}"
+        return where if self.turn is None else f"{where} (message {self.turn})"
 
 
 @dataclass(frozen=True, slots=True)

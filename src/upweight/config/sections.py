@@ -238,8 +238,8 @@ class Policy(Section):
     )
     kl_estimator: Literal["k1", "k2", "k3"] | None = Field(
         default=None,
-        description="Estimator of the KL to the reference, which loss.beta weighs; null: k1, taken "
-        "from the reward, and k2 in the loss for grpo.",
+        description="Estimator of the KL to the reference, which loss.beta weighs; null: k1. k1 is "
+        "taken from the reward, the others stand in the loss (for ppo in the reward too).",
     )
     advantages: Literal["grpo", "dr_grpo", "rloo"] | None = Field(
         default=None, description="Baseline within a prompt's group; null: the objective's own."
@@ -306,7 +306,14 @@ class Preflight(Section):
         default=0.01, description="Preferences that contradict each other, as a share (UW210)."
     )
     repeated: Share = Field(
-        default=0.05, description="Rows that repeat an earlier one, as a share (UW210)."
+        default=0.05,
+        description="Rows that repeat an earlier one (UW210), or have the same text as chosen "
+        "and as rejected (UW206), as a share.",
+    )
+    spans: Share = Field(
+        default=0.2,
+        description="Rows whose tokens do not come apart into prompt, response and one stop, as a "
+        "share: more is refused (UW201 to UW204).",
     )
     shortcut: Share = Field(
         default=0.8, description="Accuracy of length alone, or of words alone, as a share (UW211)."

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from upweight.data.trees import TreeNotes
-from upweight.errors import DataError
+from upweight.errors import DataError, Refusal
 from upweight.types import Dropped, Tree
 
 REASONS: dict[str, str] = {
@@ -140,7 +140,10 @@ def percentiles(values: Sequence[int]) -> Mapping[str, int]:
 
 
 def require_used(account: Account, what: str) -> None:
-    """Raises DataError, with what became of the rows, where none is left to use."""
+    """Raises DataError, with what became of the rows, where none is left to use.
+
+    Where template or tokenizer are what most rows fail at, it is a Refusal, UW202 or UW203.
+    """
     if account.used:
         return
     lines = [
@@ -148,4 +151,7 @@ def require_used(account: Account, what: str) -> None:
         for reason, num in sorted(account.dropped.items(), key=lambda x: -x[1])
         for row, detail in account.examples[reason][:1]
     ]
-    raise DataError("\n".join([f"{what}: none of {account.read} rows can be used.", *lines]))
+    said = "\n".join([f"{what}: none of {account.read} rows can be used.", *lines])
+    most = max(account.dropped, key=lambda reason: account.dropped[reason], default="")
+    code = {"boundary": "UW202", "stop_in_response": "UW203"}.get(most)
+    raise Refusal(code, said) if code else DataError(said)

@@ -27,12 +27,16 @@ class Columns:
         return self.required + self.optional
 
 
+_MOST_LEVELS = 100
 _TEMPLATE = ("tools", "template_options", "chat_template_kwargs")
 COLUMNS: dict[str, Columns] = {
     "pair": Columns(("chosen", "rejected"), ("prompt", "weight", *_TEMPLATE)),
     "responses": Columns(("prompt", "responses"), ("scores", "preferences", *_TEMPLATE)),
     "messages": Columns(("messages",), _TEMPLATE),
 }
+
+READ = frozenset(name for columns in COLUMNS.values() for name in columns.all)
+"""The columns that some layout reads."""
 
 
 def detect(row: Row, row_id: RowId) -> str:
@@ -50,6 +54,21 @@ def detect(row: Row, row_id: RowId) -> str:
     raise DataError(
         f"{row_id} is of no known layout (it has: {listed(row)}). Allowed: {needs}."
         f"{_misspelt(row, required)}"
+    )
+
+
+def require_shallow(values: Iterable[Any], row_id: RowId) -> None:
+    """Raises DataError for values inside values so deep that Python, or a chat template, would end
+    in a RecursionError. What a row says is some ten levels deep, tool definitions included."""
+    inner = list(values)
+    for _ in range(_MOST_LEVELS):
+        holders = [v for v in inner if isinstance(v, Mapping | list | tuple)]
+        if not holders:
+            return
+        inner = [v for h in holders for v in (h.values() if isinstance(h, Mapping) else h)]
+    raise DataError(
+        f"{row_id} has values nested more than {_MOST_LEVELS} levels deep, in a column that is "
+        "read. Make them shallower, or remove them."
     )
 
 
@@ -228,9 +247,11 @@ def json_value(text: str, where: str) -> Any:
 
 def _from_json(value: str, where: str, row_id: RowId, allowed: str) -> Any:
     try:
-        return json_value(value, f"{row_id}: {where}")
+        found = json_value(value, f"{row_id}: {where}")
     except (ValueError, RecursionError):
         raise _wrong_type(value, where, row_id, allowed) from None
+    require_shallow([found], row_id)
+    return found
 
 
 def _wrong_type(value: Any, where: str, row_id: RowId, allowed: str) -> DataError:
@@ -247,8 +268,10 @@ def shown(value: Any) -> str:
     """What a value is and its beginning, in ASCII: it may hold what a terminal cannot print."""
     try:
         text = json.dumps(value, default=str)
-    except (ValueError, TypeError, RecursionError):
-        text = repr(value)
+    except RecursionError:
+        text = "nested very deeply"
+    except (ValueError, TypeError):
+        text = "that cannot be written as JSON"
     kind = _KINDS.get(type(value), f"of type {type(value).__name__}")
     return kind if value is None else f"{kind} ({text if len(text) <= 60 else text[:57] + '...'})"
 
@@ -259,16 +282,18 @@ def _words(names: Iterable[str]) -> str:
 
 
 def listed(row: Mapping[Any, Any]) -> str:
-    names = ", ".join(map(str, row)) or "nothing"
-    # A name may hold half of a surrogate pair, which no terminal prints.
-    return names.encode("utf-8", "backslashreplace").decode()
+    return ", ".join(map(printable, row)) or "nothing"
+
+
+def printable(name: Any) -> str:
+    """A name as it can be printed and written: it may hold half of a surrogate pair."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def _misspelt(row: Row, required: Iterable[str]) -> str:
     missing = [name for name in required if name not in row]
-    known = {name for columns in COLUMNS.values() for name in columns.all}
     for name in row:
-        match = [] if name in known else difflib.get_close_matches(str(name), missing, n=1)
+        match = [] if name in READ else difflib.get_close_matches(str(name), missing, n=1)
         if match:
-            return f' Is "{name}" meant to be "{match[0]}"?'
+            return f' Is "{printable(name)}" meant to be "{match[0]}"?'
     return ""

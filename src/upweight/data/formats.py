@@ -17,13 +17,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from upweight.data.columns import (
+    READ,
     Row,
     conversation,
     list_of,
     listed,
     message,
     number,
+    printable,
     require,
+    require_shallow,
     shown,
     template_options,
     text_or_messages,
@@ -97,10 +100,12 @@ def messages(row: Row, row_id: RowId) -> Example | Dropped:
     require(row, "messages", row_id)
     turns = conversation(row["messages"], "messages", row_id)
     if not turns or turns[-1]["role"] != "assistant":
-        last = f"ends with a {turns[-1]['role']} message" if turns else "is empty"
+        last = f"ends with a {printable(turns[-1]['role'])} message" if turns else "is empty"
         return Dropped(row_id, "not_assistant", f"the conversation {last}, not with an answer")
     return _example(row, row_id, turns[:-1], (Response(turns[-1:]),), ())
 
+
+_LEAST_WEIGHT = 1e-12
 
 FORMATS: dict[str, Callable[[Row, RowId], Example | Dropped]] = {
     "pair": pair,
@@ -116,14 +121,27 @@ def example_of(
 
     `layout` is a key of FORMATS. Raises DataError where the row is not of that layout.
     """
+    require_shallow((row[name] for name in READ.intersection(row)), row_id)
     example = FORMATS[layout](row, row_id)
     if isinstance(example, Dropped):
         return example
-    return _bad_unicode(example) or with_preferences(example, pairing, min_gap)
+    return _bad_unicode(example) or _weighed(with_preferences(example, pairing, min_gap))
+
+
+def _weighed(example: Example) -> Example:
+    """Raises DataError for a weight that is no number above 0 in the arithmetic of training."""
+    for preference in example.preferences:
+        if not _LEAST_WEIGHT <= preference.weight <= 1 / _LEAST_WEIGHT:
+            raise DataError(
+                f"{example.row}: the weights of a preference and its two responses make "
+                f"{preference.weight:g}; allowed: {_LEAST_WEIGHT:g} to {1 / _LEAST_WEIGHT:g}."
+            )
+    return example
 
 
 def prompt_of(row: Row, row_id: RowId) -> Example | Dropped:
     """An example of no responses, from a row of any layout or one that is only a prompt."""
+    require_shallow((row[name] for name in READ.intersection(row)), row_id)
     if row.get("prompt") is not None:
         prompt = text_or_messages(row["prompt"], "prompt", row_id)
     elif "messages" in row:

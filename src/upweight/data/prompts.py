@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from upweight.data.columns import printable
 from upweight.types import Dropped, Message, RowId, Text
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -70,9 +71,9 @@ def _not_an_answer(turns: tuple[Message, ...], name: str) -> tuple[str, str] | N
     if not turns:
         return "empty_response", f"{name} is no message"
     if turns[0]["role"] != "assistant":
-        return "prompt_mismatch", f"{name} goes on with a {turns[0]['role']} message"
+        return "prompt_mismatch", f"{name} goes on with a {printable(turns[0]['role'])} message"
     if turns[-1]["role"] != "assistant":
-        return "not_assistant", f"{name} ends with a {turns[-1]['role']} message"
+        return "not_assistant", f"{name} ends with a {printable(turns[-1]['role'])} message"
     return None
 
 

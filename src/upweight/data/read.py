@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from upweight.data.columns import COLUMNS, Row, json_value
+from upweight.data.columns import COLUMNS, READ, Row, json_value, shown
 from upweight.errors import DataError, nearest
 from upweight.types import RowId
 
@@ -161,9 +161,8 @@ def _parsed(text: str, path: str, line: int) -> Any:
 
 def _row(value: Any, path: str, line: int) -> Row:
     if not isinstance(value, Mapping):
-        near = ascii(json.dumps(value)[:40])
         raise DataError(
-            f"{path}:{line} is no object but {near}. A row is an object, such as "
+            f"{path}:{line} is no object but {shown(value)}. A row is an object, such as "
             '{"prompt": ..., "chosen": ..., "rejected": ...}.'
         )
     return cast(Row, value)
@@ -235,7 +234,6 @@ def _parquet(path: str) -> Lines:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    known = {name for columns in COLUMNS.values() for name in columns.all}
     try:
         if Path(path).stat().st_size == 0:
             return
@@ -244,7 +242,7 @@ def _parquet(path: str) -> Lines:
             twice = next((n for n in names if names.count(n) > 1), None)
             if twice is not None:
                 raise DataError(f"{path} names the column {twice!r} twice. Rename or remove one.")
-            read = [n for n in names if n in known]
+            read = [n for n in names if n in READ]
             line = 0
             for batch in file.iter_batches(batch_size=1024, columns=read):
                 for row in _values(batch, path, line, read):

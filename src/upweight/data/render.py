@@ -79,10 +79,12 @@ class Problem:
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What follows the prompt. `stopped`: it ends in its stop token, else one is to be appended.
-    `rewritten`: the template changed the content by more than white space at its ends."""
+    `num_stops`: how many the text holds. `rewritten`: the template changed the content by more than
+    white space at its ends."""
 
     text: str
     stopped: bool
+    num_stops: int
     rewritten: bool = False
 
 
@@ -230,7 +232,9 @@ def _answer(
     inner = rest[: stop.start() if stop else end]
     if not inner.removeprefix(renderer.header).strip():
         return Problem("empty_response", f"the template leaves nothing of {clipped(content)}")
-    return Answer(rest[: stop.end()] if stop else inner, stop is not None, content not in inner)
+    text = rest[: stop.end()] if stop else inner
+    num_stops = len(renderer.stops.findall(text))
+    return Answer(text, stop is not None, num_stops, content not in inner)
 
 
 def _content_end(rest: str, content: str, num_turns: int, after: str | None) -> int | None:
@@ -260,7 +264,7 @@ def _render_text(
         if problem or not body.strip():
             problems[i] = problem or Problem("empty_response", clipped(content))
         else:
-            answers[i] = Answer(text if last else content, last is not None)
+            answers[i] = Answer(text if last else content, last is not None, int(last is not None))
     if prompt == "" and renderer.bos is None:
         return Dropped(
             example.row,

@@ -15,7 +15,7 @@ from itertools import count, islice
 from typing import Any
 
 from upweight.data.account import Account
-from upweight.data.columns import COLUMNS, detect
+from upweight.data.columns import COLUMNS, detect, printable
 from upweight.data.formats import FORMATS, example_of, prompt_of
 from upweight.data.preferences import Pairing, unusable
 from upweight.data.read import read_rows
@@ -52,7 +52,7 @@ def load_examples(
         if row_id.source not in layouts:
             layouts[row_id.source] = detect(row, row_id) if layout == "auto" else layout
         found = layouts[row_id.source]
-        for name in row.keys() - set(COLUMNS[found].all):
+        for name in map(printable, row.keys() - set(COLUMNS[found].all)):
             account.unused_columns[name] = account.unused_columns.get(name, 0) + 1
         example = example_of(row, row_id, found, pairing=pairing, min_gap=min_gap)
         if isinstance(example, Example):

@@ -26,7 +26,13 @@ def each_turn(examples: Sequence[Example], account: Account) -> list[Example]:
         # A conversation that the assistant begins has no prompt there.
         earlier = [i for i, turn in enumerate(turns) if i and turn["role"] == "assistant"]
         found += [
-            replace(example, prompt=turns[:i], responses=(Response((turns[i],)),), preferences=())
+            replace(
+                example,
+                prompt=turns[:i],
+                responses=(Response((turns[i],)),),
+                preferences=(),
+                row=replace(example.row, turn=i + 1),
+            )
             for i in earlier
         ]
         found.append(example)

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from upweight.data.preferences import left_out
-from upweight.data.render import Problem, Renderer, Rendering, Tokenizer, render
+from upweight.data.preferences import clipped, left_out
+from upweight.data.render import Answer, Problem, Renderer, Rendering, Tokenizer, render
 from upweight.types import Dropped, Example, ResponseId, Tree
 
 Ids = tuple[int, ...]
@@ -160,6 +160,8 @@ def _split(
             problems[i] = Problem("boundary", detail)
         elif rendering.answers[i].stopped and full[-1] not in renderer.stop_ids:
             problems[i] = Problem("boundary", "its stop token is not one token")
+        elif said := _stop_inside(full[num_shared:], rendering.answers[i], renderer):
+            problems[i] = Problem("stop_in_response", said)
         else:
             shared[i] = num_shared
     end = min(shared.values(), default=len(prompt))
@@ -168,6 +170,17 @@ def _split(
         i: fulls[i][end:] + (() if rendering.answers[i].stopped else added) for i in shared
     }
     return _Tokens(prompt[:end], responses, problems)
+
+
+def _stop_inside(ids: Ids, answer: Answer, renderer: Renderer) -> str | None:
+    """Text may become a stop token without holding its text: by a tokenizer's normalization, or
+    because an ordinary token is said to be a stop."""
+    places = [k for k, i in enumerate(ids) if i in renderer.stop_ids]
+    if len(places) <= answer.num_stops:
+        return None
+    near = _decode(ids[max(0, places[0] - 8) : places[0] + 1], renderer.tokenizer)
+    token = renderer.tokenizer.convert_ids_to_tokens(ids[places[0]])
+    return f"its tokens hold {token}, at which generation stops: {clipped(near)}"
 
 
 def _boundary_detail(prompt: Ids, full: Ids, num_shared: int, tokenizer: Tokenizer) -> str:

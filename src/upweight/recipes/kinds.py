@@ -35,7 +35,7 @@ KINDS: dict[str, Kind] = {
     "online_dpo": Kind("prompts", 5e-7, 1e-5, num_responses=2),
     "ppo": Kind("prompts", 1e-6, 1e-5, passes=4, kl="k1"),
     "grpo": Kind(
-        "prompts", 1e-6, 1e-5, num_responses=8, kl="k2", group="grpo", aggregation="response"
+        "prompts", 1e-6, 1e-5, num_responses=8, kl="k1", group="grpo", aggregation="response"
     ),
     "rloo": Kind("prompts", 1e-6, 1e-5, num_responses=4, kl="k1", group="rloo"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ RENDERED_AGAIN = 8
 class Prepared:
     """Trees by set ("train" first), the account of each, and what is suspicious about them.
 
-    `rows` are a few of those trained on, as they were read: what an export is asked to render.
+    `examples` are the trees' rows as text, for who compares the two, and `rows` a few of those
+    trained on: what an export is asked to render.
     """
 
     def __repr__(self) -> str:
@@ -49,6 +50,7 @@ class Prepared:
     renderer: Renderer
     findings: tuple[Finding, ...] = ()
     rows: tuple[Example, ...] = ()
+    examples: dict[str, list[Example]] = field(default_factory=dict[str, list[Example]])
 
 
 def load_policy(run: Run) -> LanguageModel:
@@ -152,7 +154,8 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
         trees[name], accounts[name] = grown(rows, its_account), its_account
         require_used(its_account, f"the evaluation set {name}")
     rows = tuple(train[:: max(1, len(train) // RENDERED_AGAIN)][:RENDERED_AGAIN])
-    return Prepared(trees, accounts, renderer, rows=rows)
+    texts = {"train": train, **{name: rows for name, (rows, _) in sets.items()}}
+    return Prepared(trees, accounts, renderer, rows=rows, examples=texts)
 
 
 def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]]) -> None:

@@ -35,6 +35,7 @@ from upweight.training.memory import plan_memory
 from upweight.training.rollout import Sizes
 from upweight.training.rundir import require_space
 from upweight.trust.preflight import Examined, examine
+from upweight.trust.spans import Texts, examine_texts
 from upweight.types import Tree
 
 
@@ -79,8 +80,10 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
         run = resolved.run
     for line in account_lines(prepared):
         screen.note(line)
-    found = tuple(f for examined in examined_sets(run, prepared) for f in examine(examined))
-    prepared = replace(prepared, findings=found)
+    found = [f for texts in _texts(run, prepared, lm) for f in examine_texts(texts)]
+    found += [f for examined in examined_sets(run, prepared) for f in examine(examined)]
+    # The texts have been read back, and are not needed in memory while the run goes on.
+    prepared = replace(prepared, findings=tuple(found), examples={})
     for finding in found:
         screen.note(str(finding))
     if saved is not None:
@@ -145,6 +148,17 @@ def examined_sets(run: Run, prepared: Prepared) -> list[Examined]:
     return [
         Examined(name, trees, prepared.accounts[name], run.preflight)
         for name, trees in prepared.trees.items()
+    ]
+
+
+def _texts(run: Run, prepared: Prepared, lm: LanguageModel) -> list[Texts]:
+    if KINDS[run.objective].draws:
+        return []
+    stops = frozenset(lm.stop_token_ids)
+    accounts, renderer = prepared.accounts, prepared.renderer
+    return [
+        Texts(name, rows, prepared.trees[name], accounts[name], renderer, stops, run.preflight)
+        for name, rows in prepared.examples.items()
     ]
 
 

@@ -15,9 +15,12 @@ PAGES: tuple[Page, ...] = (
             "last token missing, the model is not taught how to begin or when to stop."
         ),
         found_by=(
-            "run `upweight check run.yaml`. It prints the first training rows as they are scored: "
-            "what stands between the bars is the response, and after the last bar comes its stop "
-            "token."
+            "Before step 1, in every set: each scored span is decoded and compared with the row's "
+            "text; up to 100 rows where it is not plainly the same, and up to 100 of the others, "
+            "are tokenized again as one text. One row in which other tokens are scored is refused. "
+            "Rows of which the chat template or the tokenizer leaves out text are reported, and "
+            "refused above `preflight.spans`. So many rows whose responses all begin with the "
+            "whole prompt are reported only: the task may be to repeat it."
         ),
         guarded_by=(
             "Scored tokens are given by where each response lies, not by a mask value. Batches "
@@ -28,13 +31,17 @@ PAGES: tuple[Page, ...] = (
             "Prompt and response come apart elsewhere than you think: the column `prompt` is "
             "missing, and what both responses share was taken as the prompt.",
             "The response repeats the prompt as text.",
+            "The chat template takes thoughts out of an answer, which then are not learned.",
             "A bug in upweight.",
         ),
         do=(
             "Give `prompt` as a column of its own, and responses without it.",
+            "Run `upweight check run.yaml` and read the first rows: what is scored stands between "
+            "the bars.",
             "Compare `tokens_chosen` and `tokens_rejected` in the lines of `upweight score` with "
             "your own count.",
         ),
+        detectors=("upweight.trust.spans:scored",),
     ),
     Page(
         code="UW202",
@@ -47,9 +54,12 @@ PAGES: tuple[Page, ...] = (
             "prompt that serving never shows."
         ),
         found_by=(
-            "look for `boundary` under `dropped` and `left_out` in `account.json`; `examples` has "
-            "the first five rows of each reason, with the tokens. `boundary_repaired` counts the "
-            "rows whose prompt gave white space to the responses."
+            "Before step 1, in every set: the share of rows and of responses that were left out as "
+            "`boundary`. More than `preflight.spans` is refused. Up to 200 rows are also tokenized "
+            "again, by the tokenizer's own chat template: one whose prompt then has other tokens, "
+            "alone or with a response, is refused. `examples` in `account.json` has the first five "
+            "rows of each reason, with the tokens; `boundary_repaired` counts the rows whose "
+            "prompt gave white space to the responses."
         ),
         guarded_by=(
             "Each prompt is tokenized alone and with each of its responses. Where the two differ "
@@ -65,6 +75,7 @@ PAGES: tuple[Page, ...] = (
             "Set the template's own variables in `data.template_options`, such as enable_thinking.",
             "In plain text, end prompts without white space and begin responses with it.",
         ),
+        detectors=("upweight.data.account:require_used", "upweight.trust.spans:boundary"),
     ),
     Page(
         code="UW203",
@@ -76,21 +87,27 @@ PAGES: tuple[Page, ...] = (
             "reward that is about nothing."
         ),
         found_by=(
-            "run `upweight check run.yaml` and read what follows the last bar of each response: "
-            "one stop token, the one that your server stops at. `appended_stop` in "
-            "`account.json` counts the responses to which it was added."
+            "Before step 1, in every set: the stop tokens in each scored span are counted. One "
+            "span in which there is not exactly one, at its end, or none where it was cut, is "
+            "refused; so are rows or responses left out as `stop_in_response` above "
+            "`preflight.spans`. Reported are responses that end in a token at which the model's "
+            "generation does not stop, and a stop that had to be appended because the chat "
+            "template closes answers with a text that is no token. `appended_stop` in "
+            "`account.json` counts all that were appended."
         ),
         guarded_by=(
             "A response is cut after the first stop token behind its content, and gets one where "
-            "the template writes none. One that has the text of a special token inside is left "
-            "out as `stop_in_response`. Only `data.truncation` response makes responses without "
-            "a stop; `truncated` counts them. Padding is never recognized by its id, so it does "
-            "no harm if the padding token is the stop token."
+            "the template writes none. One that has a special token inside, as text or once it is "
+            "tokenized, is left out as `stop_in_response`. Only `data.truncation` response makes "
+            "responses without a stop; `truncated` counts them. Padding is never recognized by its "
+            "id, so it does no harm if the padding token is the stop token."
         ),
         causes=(
             "`eos_token` in tokenizer_config.json is the base model's, and the chat template ends "
             "turns with another token.",
             "The texts of the rows contain special tokens.",
+            "`eos_token_id` in generation_config.json names an ordinary token, such as a line "
+            "break, or not the token that the chat template ends answers with.",
             "`data.truncation` is response, and most responses are longer than `data.max_length`.",
         ),
         do=(
@@ -99,6 +116,7 @@ PAGES: tuple[Page, ...] = (
             "Remove special tokens from the texts of the rows.",
             "Set `data.truncation=drop`, or raise `data.max_length`.",
         ),
+        detectors=("upweight.data.account:require_used", "upweight.trust.spans:stops"),
     ),
     Page(
         code="UW204",
@@ -110,10 +128,11 @@ PAGES: tuple[Page, ...] = (
             "prompts that serving does not send."
         ),
         found_by=(
-            "run `upweight check run.yaml` and read the beginning of each prompt: it is shown "
-            "with its special tokens. Where a chat template is used, `special_in_prompt` in "
-            "`account.json` counts the rows that contain a special token's text before the "
-            "template adds any."
+            "Before step 1, in every set: the beginning-of-text tokens of each row are counted, "
+            "and those subtracted that the chat template writes around an empty conversation of "
+            "the same turns, for some templates begin each turn with one. Rows with more are "
+            "reported, and refused above `preflight.spans`. `special_in_prompt` in `account.json` "
+            "counts the rows that contain any special token's text before the template adds one."
         ),
         guarded_by=(
             "Of two beginning-of-text tokens at the start of a prompt one is removed. A response "
@@ -121,12 +140,13 @@ PAGES: tuple[Page, ...] = (
         ),
         causes=(
             "The rows were rendered with a chat template already, and are rendered again.",
-            "A chat template writes the token into every turn.",
+            "Texts that happen to contain it, such as the HTML tag <s>.",
         ),
         do=(
             "Give the conversation as messages, without special tokens.",
             "For text that is rendered already, set `data.template=none`.",
         ),
+        detectors=("upweight.trust.spans:beginnings",),
     ),
     Page(
         code="UW205",
@@ -169,8 +189,9 @@ PAGES: tuple[Page, ...] = (
             "loss of ln 2 and no gradient, and accuracy counts it as half right."
         ),
         found_by=(
-            "look for `identical_responses` under `dropped` and `left_out` in `account.json`. "
-            "Every such row is counted; a large share says that something is wrong with the data."
+            "Before step 1, in every set: the share of rows dropped as `identical_responses`. More "
+            "than `preflight.repeated` is reported: something is wrong with the data. `left_out` "
+            "in `account.json` counts such responses of rows that keep others."
         ),
         guarded_by=(
             "Responses that are equal as text, or as tokens after cutting, are one response. A "
@@ -186,6 +207,7 @@ PAGES: tuple[Page, ...] = (
             "Sample with a higher temperature, or sample more responses per prompt.",
             "Raise `data.max_length`.",
         ),
+        detectors=("upweight.trust.spans:identical",),
     ),
     Page(
         code="UW207",
@@ -226,24 +248,26 @@ PAGES: tuple[Page, ...] = (
             "not random, such as all long rows, the model learns from a biased rest."
         ),
         found_by=(
-            "compare `read` in `account.json` with the number of rows in your files. `read` is "
-            "`used` plus the sum of `dropped`. `left_out` counts responses of used rows that are "
-            "in no preference, and `unused_columns` columns that nothing reads."
+            "Before step 1, in every set: the rows that were read must be those that became tokens "
+            "and those dropped for a reason, or the run is refused. Compare `read` in "
+            "`account.json` with the number of rows in your files. `left_out` counts responses of "
+            "used rows that are in no preference, and `unused_columns` columns that nothing reads."
         ),
         guarded_by=(
-            "Every row that is read is used or dropped for a reason that is counted, and an "
-            "assertion holds the sum. The first five rows of each reason are kept with a "
-            "sentence."
+            "Every row that is read is used or dropped for a reason that is counted. The first "
+            "five rows of each reason are kept with a sentence."
         ),
         causes=(
             "`data.limit` is set: rows beyond it are not read.",
             "A file is missing from `data.path`.",
             "Rows were lost before, when the file was written.",
+            "A bug in upweight, if it is refused.",
         ),
         do=(
             "Run `upweight check run.yaml` and read its account line.",
             "Remove `data.limit`.",
         ),
+        detectors=("upweight.trust.spans:accounted",),
     ),
     Page(
         code="UW209",

@@ -1,0 +1,162 @@
+"""One row's tokens against its text: decoded, and tokenized again as serving does it."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from upweight.data.render import Renderer
+from upweight.types import Example, Message, Response, RowId, Tree
+
+Ids = tuple[int, ...]
+Kind = Literal["span", "prompt", "rewritten", "unwritten"]
+"""What is not as the row has it: the scored tokens, the prompt's tokens, a response's text because
+of the chat template, or because of the tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Odd:
+    """A row whose tokens are not as it says, and in what."""
+
+    row: RowId
+    kind: Kind
+    detail: str
+
+
+def plainly_says(span: str, response: Response, renderer: Renderer) -> bool:
+    """Whether the span is the response's text and no more than header and stop beside it."""
+    content = response.content
+    if not isinstance(content, str):
+        content = str(content[0].get("content", "")) if len(content) == 1 else ""
+    body = renderer.stops.sub("", span).strip().removeprefix(renderer.header.strip())
+    if body.strip() == content.strip():
+        return content != ""
+    return _letters(content) != "" and _letters(content) == _letters(body)
+
+
+def again(example: Example, tree: Tree, renderer: Renderer) -> Odd | None:
+    """Tokenizes one row as serving does, and says what is not as in the tree."""
+    alone = served(example, None, renderer)
+    base = _base(alone, tree.prompt, renderer)
+    if base is None:
+        first = alone[: len(tree.prompt)] == tree.prompt
+        return Odd(example.row, *(_SCORED_PROMPT if first else _OTHER_PROMPT))
+    for ids, stopped, of in zip(tree.responses, tree.stopped, tree.ids, strict=True):
+        response = example.responses[of.index]
+        whole = served(example, response, renderer)
+        if whole[: len(base)] != base:
+            return Odd(example.row, *_OTHER_PROMPT)
+        rest = whole[len(base) :]
+        # Where the template writes no stop one was appended, and the text before it may end in
+        # white space that the template joins with its own.
+        same = rest[: len(ids)] == ids
+        if stopped and renderer.stop_ids.isdisjoint(rest):
+            text, body = (t.strip() for t in decode([rest, ids[:-1]], renderer))
+            same = text.removesuffix((renderer.after or "").strip()).rstrip() == body
+        if not same:
+            return Odd(example.row, "span", f"response {of.index} is scored on {_OTHER_TOKENS}")
+        odd = _text_lost(example, response, ids, renderer) if stopped else None
+        if odd is not None:
+            return odd
+    return None
+
+
+_SCORED_PROMPT: tuple[Kind, str] = ("span", "the prompt's last tokens are scored as a response.")
+_OTHER_TOKENS = "other tokens than those that prompt and response have as one text."
+_OTHER_PROMPT: tuple[Kind, str] = (
+    "prompt",
+    "the prompt's tokens are not those that serving gives the model, alone or with a response.",
+)
+
+
+def _base(alone: Ids, prompt: Ids, renderer: Renderer) -> Ids | None:
+    """Serving's prompt up to where the tree's ends: all of it, or all but white space. None if the
+    tree's is another one. One that was cut has lost its beginning."""
+    cut = renderer.truncation == "prompt" and len(prompt) < len(alone)
+    body = prompt[1:] if cut and prompt[:1] == (renderer.bos,) else prompt
+    for end in range(len(alone), -1, -1):
+        kept = alone[:end]
+        if kept == prompt or (cut and body and kept[-len(body) :] == body):
+            return kept
+        (rest,) = decode([alone[max(0, end - 1) :]], renderer)
+        if rest.strip():
+            break
+    # Where all of the prompt is white space, beginning-of-text stands for it.
+    (text,) = decode([alone], renderer)
+    return () if prompt == (renderer.bos,) and not text.strip() else None
+
+
+def _text_lost(example: Example, response: Response, ids: Ids, renderer: Renderer) -> Odd | None:
+    (span,) = map(_letters, decode([ids], renderer))
+    for turn in turns_of(response.content, "assistant"):
+        content = str(turn.get("content", ""))
+        letters = _letters(content)
+        if letters in span:
+            continue
+        near = ascii(content[:60])
+        if letters not in _letters(_written(example, response, renderer)):
+            return Odd(example.row, "rewritten", near)
+        encoded = renderer.tokenizer(content, add_special_tokens=False)["input_ids"]
+        (back,) = map(_letters, decode([tuple(cast("list[int]", encoded))], renderer))
+        if letters not in back:
+            return Odd(example.row, "unwritten", near)
+        return Odd(example.row, "span", f"the scored tokens do not say {near}.")
+    return None
+
+
+def served(example: Example, response: Response | None, renderer: Renderer) -> Ids:
+    """The ids that serving makes of the prompt, or of the prompt with its response."""
+    tokenizer, bos = renderer.tokenizer, renderer.bos
+    if renderer.template == "chat":
+        return tuple(cast("list[int]", _apply(example, response, renderer, tokenize=True)))
+    text = str(example.prompt) + (str(response.content) if response else "")
+    ids = tuple(cast("list[int]", tokenizer(text)["input_ids"]))
+    if (
+        response is None
+        and ids[-1:] == (tokenizer.eos_token_id,)
+        and not text.endswith(str(tokenizer.eos_token))
+    ):
+        ids = ids[:-1]
+    if bos is not None and ids[:2] == (bos, bos):
+        return ids[1:]
+    return (bos, *ids) if not example.prompt and bos is not None and ids[:1] != (bos,) else ids
+
+
+def _written(example: Example, response: Response, renderer: Renderer) -> str:
+    if renderer.template == "none":
+        return str(response.content)
+    return str(_apply(example, response, renderer, tokenize=False))
+
+
+def _apply(example: Example, response: Response | None, renderer: Renderer, tokenize: bool) -> Any:
+    turns = turns_of(example.prompt, "user")
+    if response is not None:
+        turns = (*turns, *turns_of(response.content, "assistant"))
+    return renderer.tokenizer.apply_chat_template(
+        [dict(turn) for turn in turns],
+        tools=[dict(tool) for tool in example.tools] or None,
+        add_generation_prompt=response is None,
+        tokenize=tokenize,
+        **({"return_dict": False} if tokenize else {}),
+        **{**renderer.template_options, **(example.template_options or {})},
+    )
+
+
+def turns_of(content: str | tuple[Message, ...], role: str) -> tuple[Message, ...]:
+    return ({"role": role, "content": content},) if isinstance(content, str) else content
+
+
+def decode(spans: Sequence[Ids], renderer: Renderer) -> list[str]:
+    listed = [list(ids) for ids in spans]
+    return renderer.tokenizer.batch_decode(
+        listed, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+
+
+def _letters(text: str) -> str:
+    """Letters and digits alone, in one form: what a tokenizer's normalization leaves."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return "".join(filter(str.isalnum, text.casefold()))

@@ -1,0 +1,276 @@
+"""Whether the scored tokens are what the rows say: read back, and compared with the text.
+
+What made the tokens is not asked. Every scored span is decoded and compared with its response. Of
+the rows where that is not plain, and of a sample of the others, the conversation is tokenized
+again as serving does it: by the tokenizer's own chat template, whole and in one go.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import cast
+
+import jinja2
+
+from upweight.config import Preflight
+from upweight.data.account import Account
+from upweight.data.render import Renderer
+from upweight.errors import Refusal
+from upweight.trust.finding import Finding
+from upweight.trust.reread import Kind, Odd, again, decode, plainly_says, served, turns_of
+from upweight.types import Example, Message, Response, RowId, Tree
+
+NUM_AGAIN = 100
+"""Rows that are tokenized again, of each kind: those whose text is not plainly in their tokens, and
+the others. Spread evenly over the set."""
+
+_ECHO = 20
+"""Letters of a prompt that a response may begin with by chance."""
+_ROWS_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One set as text and as the tokens made of it. Generation ends at `stops`."""
+
+    name: str
+    examples: Sequence[Example]
+    trees: Sequence[Tree]
+    account: Account
+    renderer: Renderer
+    stops: frozenset[int]
+    limits: Preflight
+
+    @cached_property
+    def rows(self) -> list[tuple[Example, Tree]]:
+        by_row = {example.row: example for example in self.examples}
+        return [(by_row[tree.ids[0].row], tree) for tree in self.trees]
+
+    @cached_property
+    def plain(self) -> list[bool]:
+        """Of each row, whether its scored tokens plainly say its responses."""
+        spans = iter(decode([ids for tree in self.trees for ids in tree.responses], self.renderer))
+        return [
+            # A list, so that each response takes its span.
+            all([plainly_says(next(spans), e.responses[of.index], self.renderer) for of in t.ids])
+            for e, t in self.rows
+        ]
+
+    @cached_property
+    def odd(self) -> list[Odd]:
+        """What tokenizing again showed, for the rows of which that was asked."""
+        asked = [
+            row
+            for wanted in (False, True)
+            for row in _spread(
+                [r for r, p in zip(self.rows, self.plain, strict=True) if p == wanted]
+            )
+        ]
+        found = [again(*row, self.renderer) for row in asked]
+        return [one for one in found if one is not None]
+
+    def said(self, text: str) -> str:
+        return f"{self.name}: {text}"
+
+
+@dataclass(frozen=True)
+class _Wrong:
+    finding: Finding
+    certain: bool = field(default=True)
+
+
+def examine_texts(texts: Texts) -> list[Finding]:
+    """What is suspicious, in the order of the codes. Raises Refusal for what is certain."""
+    found: list[Finding] = []
+    for examination in EXAMINATIONS:
+        for wrong in examination(texts):
+            if wrong.certain:
+                raise Refusal(wrong.finding.code, wrong.finding.sentence)
+            found.append(wrong.finding)
+    return sorted(found, key=lambda finding: finding.code)
+
+
+def scored(texts: Texts) -> list[_Wrong]:
+    """The scored tokens are the response's, all of them, and of nothing else."""
+    found: list[_Wrong] = []
+    for odd in _of(texts, "span")[:1]:
+        found.append(_wrong("UW201", texts.said(odd.detail), [odd]))
+    total, limit = len(texts.rows), texts.limits.spans
+    for kind, what in _TEXT_LOST.items():
+        odds, num_unlike = _of(texts, kind), texts.plain.count(False)
+        if odds:
+            num = round(len(odds) * max(1.0, num_unlike / NUM_AGAIN))
+            said = f"in {'' if num == len(odds) else 'about '}{num} of {total} rows {what}, such as"
+            said = texts.said(f"{said} {odds[0].detail} (preflight.spans is {limit:.0%}).")
+            found.append(_wrong("UW201", said, odds, num > limit * total))
+    echoes = [example.row for example, _ in texts.rows if _echoes(example)]
+    if len(echoes) > limit * total:
+        said = f"in {len(echoes)} of {total} rows every response begins with the whole prompt"
+        said = f"{said}, which is then scored (preflight.spans is {limit:.0%})."
+        finding = Finding("UW201", texts.said(said), tuple(map(str, echoes[:_ROWS_NAMED])))
+        found.append(_Wrong(finding, certain=False))
+    return found
+
+
+_TEXT_LOST: dict[Kind, str] = {
+    "rewritten": "the chat template leaves out part of a response, and it is not scored",
+    "unwritten": "the tokenizer has no tokens for part of a response, and it is not scored",
+}
+
+
+def boundary(texts: Texts) -> list[_Wrong]:
+    """The prompt's tokens are serving's, and how prompt and response together begin."""
+    odds = _of(texts, "prompt")
+    if odds:
+        return [_wrong("UW202", texts.said(odds[0].detail), odds)]
+    return _dropped(texts, "boundary", "UW202", "whose prompt and response do not come apart")
+
+
+def stops(texts: Texts) -> list[_Wrong]:
+    """One stop token at the end of each response, none where it was cut, and one that serving
+    knows."""
+    renderer, ends = texts.renderer, set[int]()
+    for example, tree in texts.rows:
+        for ids, stopped, of in zip(tree.responses, tree.stopped, tree.ids, strict=True):
+            places = [k for k, i in enumerate(ids) if i in renderer.stop_ids]
+            turns = turns_of(example.responses[of.index].content, "assistant")
+            # Turns before the last have stops of their own.
+            inner = places[:-1] if stopped else places
+            if (stopped and places[-1:] != [len(ids) - 1]) or (inner and len(turns) == 1):
+                said = f"response {of.index} has {len(places)} stop tokens in {len(ids)}"
+                said = f"{of.row}: {said}; right is {'one, the last' if stopped else 'none'}."
+                return [_Wrong(Finding("UW203", texts.said(said)))]
+            ends.update(ids[-1:] if stopped else ())
+    found = _dropped(texts, "stop_in_response", "UW203", "whose text holds a special token")
+    name = renderer.tokenizer.convert_ids_to_tokens
+    if missing := ends - texts.stops:
+        known = ", ".join(str(name(i)) for i in sorted(texts.stops)) or "nothing"
+        said = f"responses end in {name(min(missing))}, and the model's generation ends at {known}"
+        found.append(_Wrong(Finding("UW203", texts.said(f"{said} alone.")), certain=False))
+    closing = (renderer.after or "").strip()
+    if closing and texts.account.appended_stop and not renderer.stops.search(closing):
+        said = f"the chat template ends a response in {closing!r}, which is no token of this "
+        said += f"tokenizer: {name(renderer.added_stop)} was appended in its place."
+        found.append(_Wrong(Finding("UW203", texts.said(said)), certain=False))
+    return found
+
+
+def beginnings(texts: Texts) -> list[_Wrong]:
+    """Beginning-of-text stands first, and elsewhere only where the chat template writes it."""
+    renderer, rows = texts.renderer, list[RowId]()
+    bos, own = renderer.bos, dict[str, int]()
+    if bos is None or bos in renderer.stop_ids:
+        return []
+    for example, tree in texts.rows:
+        longest = max(tree.responses, key=lambda ids: ids.count(bos))
+        num = tree.prompt.count(bos) + longest.count(bos)
+        if num > (tree.prompt[0] == bos):
+            response = example.responses[tree.ids[tree.responses.index(longest)].index]
+            plain = renderer.template == "none"
+            if plain or num > _written_by_template(example, response, renderer, own):
+                rows.append(example.row)
+    if not rows:
+        return []
+    limit, total = texts.limits.spans, len(texts.rows)
+    said = texts.said(
+        f"{len(rows)} of {total} rows hold {renderer.tokenizer.bos_token} themselves, which makes "
+        f"a second beginning of text (preflight.spans is {limit:.0%})."
+    )
+    named = tuple(map(str, rows[:_ROWS_NAMED]))
+    return [_Wrong(Finding("UW204", said, named), len(rows) > limit * total)]
+
+
+def identical(texts: Texts) -> list[_Wrong]:
+    """Rows whose responses are all the same are dropped; many of them say that data are broken."""
+    account, limit = texts.account, texts.limits.repeated
+    num = account.dropped.get("identical_responses", 0)
+    if num <= limit * account.read:
+        return []
+    said = f"{num} of {account.read} rows have the same text as chosen and as rejected, and were "
+    said = texts.said(f"{said}dropped (preflight.repeated is {limit:.0%}).")
+    rows = tuple(row for row, _ in account.examples["identical_responses"])
+    return [_Wrong(Finding("UW206", said, rows), certain=False)]
+
+
+def accounted(texts: Texts) -> list[_Wrong]:
+    """Every row that was read is a tree, or dropped for a reason."""
+    account, num = texts.account, len(texts.trees)
+    if account.read == num + sum(account.dropped.values()):
+        return []
+    said = f"{account.read} rows were read, {num} became tokens and "
+    said = texts.said(f"{said}{sum(account.dropped.values())} were dropped for a reason.")
+    return [_Wrong(Finding("UW208", said))]
+
+
+EXAMINATIONS: tuple[Callable[[Texts], list[_Wrong]], ...] = (
+    # First what says most about its cause: a stop too many is another scored token too.
+    stops,
+    boundary,
+    scored,
+    beginnings,
+    identical,
+    accounted,
+)
+
+
+def _wrong(code: str, said: str, odds: Sequence[Odd], certain: bool = True) -> _Wrong:
+    return _Wrong(Finding(code, said, tuple(str(o.row) for o in odds[:_ROWS_NAMED])), certain)
+
+
+def _of(texts: Texts, kind: Kind) -> list[Odd]:
+    return [odd for odd in texts.odd if odd.kind == kind]
+
+
+def _dropped(texts: Texts, reason: str, code: str, what: str) -> list[_Wrong]:
+    account, limit = texts.account, texts.limits.spans
+    rows, left = account.dropped.get(reason, 0), account.left_out.get(reason, 0)
+    answers = account.responses + sum(account.left_out.values())
+    if rows <= limit * account.read and left <= limit * answers:
+        return []
+    said = f"{rows} of {account.read} rows and {left} of {answers} responses were left out, {what}"
+    named = account.examples.get(reason, [])
+    said += f", such as {named[0][0]}: {named[0][1]}" if named else ""
+    return [_Wrong(Finding(code, texts.said(f"{said} (preflight.spans is {limit:.0%}).")))]
+
+
+def _spread(rows: Sequence[tuple[Example, Tree]]) -> list[tuple[Example, Tree]]:
+    if len(rows) <= NUM_AGAIN:
+        return list(rows)
+    return [rows[k * (len(rows) - 1) // (NUM_AGAIN - 1)] for k in range(NUM_AGAIN)]
+
+
+def _written_by_template(
+    example: Example, response: Response, renderer: Renderer, known: dict[str, int]
+) -> int:
+    """How often the template itself writes beginning-of-text into such a conversation."""
+
+    def blank(turns: Iterable[Message]) -> tuple[Message, ...]:
+        return tuple({"role": turn["role"], "content": "x"} for turn in turns)
+
+    prompt = blank(turns_of(example.prompt, "user"))
+    answer = blank(turns_of(response.content, "assistant"))
+    key = str([prompt, answer, example.tools, example.template_options])
+    if key not in known:
+        blanked = Example(prompt, (Response(answer),), (), example.row, example.tools,
+                          example.template_options)  # fmt: skip
+        try:
+            ids = served(blanked, blanked.responses[0], renderer)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
+            # Nothing is known of the template, so nothing is said against it.
+            return sys.maxsize
+        known[key] = ids.count(cast(int, renderer.bos))
+    return known[key]
+
+
+def _echoes(example: Example) -> bool:
+    prompt = example.prompt
+    said = (
+        prompt if isinstance(prompt, str) else str(prompt[-1].get("content", "")) if prompt else ""
+    )
+    said = said.strip()
+    answers = [turns_of(r.content, "assistant")[:1] for r in example.responses]
+    texts = [str(turn.get("content", "")).strip() for turns in answers for turn in turns]
+    return len(said) >= _ECHO and all(t.startswith(said) and t != said for t in texts)

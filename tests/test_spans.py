@@ -1,0 +1,323 @@
+"""Rows whose tokens are not what they say: each failure is planted in a run, by its cause where a
+user can bring it about, and else in the code that makes the tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import upweight as uw
+from runs import furnish, plain_rows, train, write_rows
+from tiny import CHATML, SPECIALS, byte_tokenizer
+from upweight.cli import main
+from upweight.data import stream, trees
+from upweight.errors import Refusal
+from upweight.trust import spans
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    furnish(tmp_path, monkeypatch)
+
+
+ROWS = plain_rows()
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def some(num: int, change: Change) -> list[dict[str, Any]]:
+    """The plain rows, `num` of the 60 changed."""
+    return [change(row) if i < num else row for i, row in enumerate(ROWS)]
+
+
+def findings(rows: list[dict[str, Any]], **values: object) -> dict[str, str]:
+    """Code and sentence of what `check` finds in these rows."""
+    write_rows("rows.jsonl", rows)
+    found = uw.check(**{"model": "model", "data": "rows.jsonl", **values})
+    return {f.code: f.sentence for f in found.findings}
+
+
+def refused(code: str, rows: list[dict[str, Any]], **values: object) -> str:
+    with pytest.raises(Refusal) as caught:
+        findings(rows, **values)
+    assert caught.value.code == code, caught.value
+    return str(caught.value)
+
+
+def small_tokenizer(
+    template: str | None = CHATML,
+    merges: tuple[tuple[str, str], ...] = (),
+    without: str = "",
+    bos: str | None = None,
+    normalized: bool = False,
+) -> PreTrainedTokenizerFast:
+    """Bytes of ASCII, so that there is room for merges under the tiny model's 260 ids."""
+    alphabet = [c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if c not in without]
+    plain = [c for c in alphabet if c.isascii() or c in "ĠĊ"]
+    vocab = {s: i for i, s in enumerate((*SPECIALS, *plain, *(a + b for a, b in merges)))}
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    if normalized:
+        bpe.normalizer = normalizers.Lowercase()
+    bpe.add_special_tokens([AddedToken(t, special=True, normalized=normalized) for t in SPECIALS])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", bos_token=bos, pad_token="<|endoftext|>"
+    )
+    fast.chat_template = template
+    return fast
+
+
+def generation_ends_at(*ids: int) -> None:
+    config = Path("model/generation_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": list(ids)}))
+
+
+def test_rows_that_are_rendered_right_raise_nothing():
+    assert findings(ROWS) == {}
+    assert findings(ROWS, **{"data.template": "none"}) == {}
+    cut = {"data.max_length": 75, "preflight.cut": 0.99}
+    assert findings(ROWS, **cut, **{"data.truncation": "response"}) == {}
+    assert findings(ROWS, **cut, **{"data.truncation": "prompt"}) == {}
+    turns = [
+        {
+            "prompt": [{"role": "user", "content": f"question {i}"}],
+            "chosen": [
+                {"role": "assistant", "content": row["chosen"]},
+                {"role": "user", "content": "And?"},
+                {"role": "assistant", "content": f"{i} more"},
+            ],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for i, row in enumerate(ROWS)
+    ]
+    assert "UW201" not in findings(turns) and "UW203" not in findings(turns)
+
+
+WITHOUT_THOUGHTS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+
+
+def without_thoughts(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"chosen": "<think>hm, so it is</think>" + row["chosen"]}
+
+
+def test_a_template_that_takes_thoughts_out_of_answers_is_found():
+    byte_tokenizer(WITHOUT_THOUGHTS).save_pretrained("model")
+    said = refused("UW201", some(60, without_thoughts))
+    assert "in 60 of 60 rows the chat template leaves out part of a response" in said
+    assert "'<think>hm, so it is</think>" in said
+    assert "in 3 of 60 rows the chat" in findings(some(3, without_thoughts))["UW201"]
+    everything = {"preflight.spans": 0.99}
+    assert findings(some(50, without_thoughts), **everything)["UW201"]
+
+
+def test_a_tokenizer_without_tokens_for_the_text_is_found(capsys: pytest.CaptureFixture[str]):
+    small_tokenizer(without="z").save_pretrained("model")
+    said = refused("UW201", some(30, lambda row: row | {"chosen": "zebra " + row["chosen"]}))
+    assert "in 30 of 60 rows the tokenizer has no tokens for part of a response" in said
+    write_rows("pairs.jsonl", some(2, lambda row: row | {"chosen": "zebra " + row["chosen"]}))
+    assert train("run") == 0
+    assert "warning[UW201]: train: in 2 of" in capsys.readouterr().err
+
+
+def test_responses_that_begin_with_their_whole_prompt_are_reported():
+    def echo(row: dict[str, Any]) -> dict[str, Any]:
+        prompt = f"Write down {row['prompt']} and its answer:"
+        both = {side: f"{prompt} {row[side]}" for side in ("chosen", "rejected")}
+        return {"prompt": prompt, **both}
+
+    said = findings(some(60, echo))["UW201"]
+    assert "in 60 of 60 rows every response begins with the whole prompt" in said
+    assert "UW201" not in findings(some(3, echo))
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, change: Callable[[trees._Tokens], Any]) -> None:
+    """From here on what `change` makes of prompt and responses is what is trained on."""
+    right = trees._split
+    monkeypatch.setattr(
+        trees, "_split", lambda *args: replace(right(*args), **change(right(*args)))
+    )
+
+
+def each(tokens: trees._Tokens, change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Any:
+    return {"responses": {i: change(ids) for i, ids in tokens.responses.items()}}
+
+
+LAST = "the prompt's last tokens are scored"
+OTHER = "is scored on other tokens"
+PROMPT = "the prompt's tokens are not those that serving gives"
+
+
+@pytest.mark.parametrize(
+    ("code", "says", "change"),
+    [
+        ("UW201", LAST, lambda t: {"prompt": t.prompt[:-9]} | each(t, lambda r: t.prompt[-9:] + r)),
+        ("UW201", OTHER, lambda t: each(t, lambda r: r[1:])),
+        ("UW201", OTHER, lambda t: each(t, lambda r: r[:-2] + r[-1:])),
+        ("UW201", OTHER, lambda t: each(t, lambda r: t.prompt[-4:] + r)),
+        ("UW202", PROMPT, lambda t: {"prompt": t.prompt[1:]}),
+        ("UW202", PROMPT, lambda t: {"prompt": (*t.prompt, 40)}),
+        ("UW203", "has 2 stop tokens", lambda t: each(t, lambda r: (*r, r[-1]))),
+        ("UW203", "has 0 stop tokens", lambda t: each(t, lambda r: r[:-1])),
+        ("UW203", "right is one, the last", lambda t: each(t, lambda r: (r[-1], *r[:-1]))),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("template", ["chat", "none"])
+def test_tokens_that_are_not_the_rows_stop_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    template: str,
+    code: str,
+    says: str,
+    change: Callable[[trees._Tokens], Any],
+):
+    planted(monkeypatch, change)
+    write_rows("rows.jsonl", [row | {"prompt": f"A rather long {row['prompt']}"} for row in ROWS])
+    words = ["check", "--model", "model", "--data", "rows.jsonl", "--template", template, "--json"]
+    assert main(words) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == code and says in error["message"]
+
+
+def test_prompts_and_responses_that_do_not_come_apart_are_refused():
+    small_tokenizer(merges=(("(", ")"),)).save_pretrained("model")
+
+    def joined(row: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": f"{row['prompt']} f(", "chosen": ")", "rejected": "x)"}
+
+    plain = {"data.template": "none"}
+    said = refused("UW202", some(20, joined), **plain)
+    assert "20 of 60 rows and 0 of" in said and "rows.jsonl:1: the prompt alone ends in" in said
+    assert findings(some(6, joined), **plain) == {}
+    assert "none of 60 rows can be used" in refused("UW202", some(60, joined), **plain)
+
+
+def test_a_template_whose_prompt_changes_once_it_is_answered_is_refused():
+    byte_tokenizer("{{ messages|length }}" + CHATML).save_pretrained("model")
+    assert "none of 60 rows can be used" in refused("UW202", ROWS)
+
+
+def test_texts_that_hold_stop_tokens_are_refused():
+    twice = refused("UW203", some(20, lambda r: r | {"chosen": f"{r['chosen']}<|im_end|>\n"}))
+    assert "20 of 60 rows and 0 of 80 responses were left out, whose text holds" in twice
+    assert "none of" in refused("UW203", some(60, lambda r: r | {"chosen": "a<|im_end|>"}))
+
+
+def test_a_stop_that_is_an_ordinary_token_is_refused():
+    period = byte_tokenizer().convert_tokens_to_ids(".")
+    generation_ends_at(2, period)
+    said = refused("UW203", some(30, lambda row: row | {"chosen": f"Yes. {row['chosen']}"}))
+    assert "its tokens hold ., at which generation stops: 'Yes.'" in said
+
+
+def test_a_stop_that_normalization_makes_is_left_out():
+    small_tokenizer(normalized=True).save_pretrained("model")
+    write_rows("rows.jsonl", some(3, lambda row: row | {"chosen": "fine <|IM_END|> more"}))
+    found = uw.check(model="model", data="rows.jsonl")
+    assert found.accounts["train"].dropped == {"stop_in_response": 3}
+
+
+def test_a_stop_at_which_generation_goes_on_is_reported():
+    byte_tokenizer(eos="<|endoftext|>").save_pretrained("model")
+    generation_ends_at(0)
+    said = findings(ROWS)["UW203"]
+    assert "responses end in <|im_end|>, and the model's generation ends at <|endoftext|>" in said
+    generation_ends_at(0, 2)
+    assert findings(ROWS) == {}
+
+
+def test_a_template_that_closes_answers_with_what_is_no_token_is_reported():
+    byte_tokenizer(CHATML.replace("<|im_end|>", "<|over|>")).save_pretrained("model")
+    said = findings(ROWS)["UW203"]
+    assert "ends a response in '<|over|>', which is no token" in said
+    assert "<|im_end|> was appended in its place" in said
+
+
+BOS = "{{ bos_token }}" + CHATML
+
+
+def begun(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"prompt": f"<|endoftext|>{row['prompt']}"}
+
+
+def test_rows_that_hold_a_beginning_of_text_are_found():
+    small_tokenizer(BOS, bos="<|endoftext|>").save_pretrained("model")
+    assert findings(ROWS) == {}
+    said = refused("UW204", some(20, begun))
+    assert "20 of 60 rows hold <|endoftext|> themselves" in said
+    assert "Rows: rows.jsonl:1." in findings(some(1, begun))["UW204"]
+
+
+def test_a_second_beginning_of_text_in_plain_text_is_found():
+    small_tokenizer(bos="<|endoftext|>").save_pretrained("model")
+    plain = {"data.template": "none"}
+    assert findings(some(60, begun), **plain) == {}
+    inside = [row | {"prompt": f"So: {row['prompt']}"} for row in some(60, begun)]
+    assert "60 of 60 rows hold" in refused("UW204", inside, **plain)
+
+
+def test_a_template_that_begins_each_turn_with_beginning_of_text_raises_nothing():
+    small_tokenizer(bos="<|im_start|>").save_pretrained("model")
+    assert findings(ROWS) == {}
+    said = refused("UW204", some(30, lambda row: row | {"prompt": "<|im_start|>a"}))
+    assert "30 of 60 rows hold <|im_start|>" in said
+
+
+def test_nothing_is_said_of_a_template_that_takes_no_blank_conversation():
+    picky = "{{ raise_exception('short') if messages[0]['content']|length < 3 }}"
+    small_tokenizer(picky + CHATML, bos="<|im_start|>").save_pretrained("model")
+    assert findings(ROWS) == {}
+
+
+def test_repairs_are_exact_and_counted():
+    tokenizer = small_tokenizer(merges=(("Ġ", "a"),))
+    tokenizer.save_pretrained("model")
+    rows = [
+        row | {"prompt": f"{row['prompt']}: ", "chosen": f"a {row['chosen']}"} if i < 5 else row
+        for i, row in enumerate(ROWS)
+    ]
+    rows[9] = rows[9] | {"prompt": "long " * 30 + "?"}
+    write_rows("rows.jsonl", rows)
+    limits = {"data.max_length": 120, "data.truncation": "prompt", "data.template": "none"}
+    found = uw.check(**{"model": "model", "data": "rows.jsonl", **limits})
+    account = found.accounts["train"]
+    assert (account.boundary_repaired, account.appended_stop) == (5, 120)
+    assert account.truncated == {"prompt": 1, "response": 0, "chosen": 0, "rejected": 0}
+    for row, one in zip(rows, found.trees["train"], strict=True):
+        for side, ids in zip(("chosen", "rejected"), one.responses, strict=True):
+            whole = tuple(tokenizer(row["prompt"] + row[side])["input_ids"])
+            assert ids[-1] == tokenizer.eos_token_id
+            assert whole[-len(one.prompt + ids) + 1 :] == one.prompt + ids[:-1]
+    assert len(found.trees["train"][9].prompt + found.trees["train"][9].responses[0]) <= 120
+
+
+def test_many_rows_with_the_same_text_twice_are_reported():
+    def same(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"chosen": row["rejected"]}
+
+    said = findings(some(6, same))["UW206"]
+    assert "6 of 60 rows have the same text as chosen and as rejected" in said
+    assert "Rows: rows.jsonl:1, rows.jsonl:2" in said
+    assert findings(some(2, same)) == {}
+
+
+def test_a_row_that_is_lost_on_its_way_to_tokens_stops_the_run(monkeypatch: pytest.MonkeyPatch):
+    def losing(*args: Any) -> Any:
+        rows = list(trees.trees(*args))
+        return iter(rows[1:])
+
+    monkeypatch.setattr(stream, "trees", losing)
+    said = refused("UW208", ROWS)
+    assert "60 rows were read, 59 became tokens and 0 were dropped" in said
+
+
+def test_many_rows_are_sampled(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(spans, "NUM_AGAIN", 3)
+    byte_tokenizer(WITHOUT_THOUGHTS).save_pretrained("model")
+    assert "in about 6 of 60 rows" in findings(some(6, without_thoughts))["UW201"]
