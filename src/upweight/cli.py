@@ -172,13 +172,12 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _check_as_json(arguments: argparse.Namespace) -> int:
-    """account.json on standard output, or {"error": {"code", "message"}} and status 2."""
+    """What was found on standard output, or {"error": {"code", "message"}} and status 2."""
     try:
         resolved = _resolve(arguments)
         from upweight.recipes import check
-        from upweight.recipes.prepare import account_record
 
-        print(json.dumps(account_record(check(resolved)), ensure_ascii=False, indent=1))
+        print(json.dumps(check(resolved).to_json(), ensure_ascii=False, indent=1))
     except UpweightError as error:
         print(json.dumps({"error": {"code": error.code, "message": str(error)}}, indent=1))
         return 2

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from upweight.data.trees import Shown
     from upweight.demo.run import Outcome
 
 
@@ -38,6 +39,12 @@ class Terminal:
 
     def note(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=self.live is None)
+
+    def row(self, shown: Shown) -> None:
+        if self.live is None:
+            self.console.print(Text(str(shown)), soft_wrap=True)
+        else:
+            self.console.print(_row(shown))
 
     def record(self, record: Mapping[str, object], total_steps: int) -> None:
         if record.get("kind") == "eval":
@@ -69,6 +76,41 @@ class Terminal:
     def _show(self, text: Text) -> None:
         if self.live is not None:
             self.live.update(text)
+
+
+SHOWN_CHARACTERS = 600
+"""Of a text in a terminal; its beginning and end say what is scored."""
+
+
+def _row(shown: Shown) -> Table:
+    """The prompt dimmed, what is scored in its side's colour, the stop token set off from it.
+
+    The marks are there without the colours too: a bar before and behind what is scored.
+    """
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("", Text(shown.row, style="bold"))
+    table.add_row("prompt", Text(_elided(shown.prompt), style="dim"))
+    for response in shown.responses:
+        text = Text("|", style="dim")
+        text.append(_elided(response.scored), style=COLOURS[response.role])
+        text.append("|", style="dim")
+        stop = " cut, no stop " if response.stop is None else response.stop
+        text.append(stop, style="reverse yellow" if response.stop is None else "reverse")
+        text.append(f" {response.tokens} tokens", style="dim")
+        table.add_row(Text(response.role, style=COLOURS[response.role]), text)
+    return table
+
+
+COLOURS = {"chosen": "green", "rejected": "red", "response": "blue"}
+
+
+def _elided(text: str) -> str:
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    half = SHOWN_CHARACTERS // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
 def _left(seconds: float) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -15,14 +15,18 @@ from upweight.errors import Refusal
 from upweight.models.load import LanguageModel, fingerprint, load
 from upweight.models.reference import Reference, fill, open_reference, verify
 from upweight.recipes.screen import Screen
+from upweight.stats import Interval
 from upweight.training.memory import TOKENS_PER_BIN
 from upweight.trust.finding import Finding
-from upweight.types import Example, Tree
+from upweight.trust.near import copies
+from upweight.trust.preflight import FIGURES, Figures
+from upweight.types import Example, RowId, Tree
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Trees by set ("train" first), the account of each, and what is suspicious about them."""
+    """Trees by set ("train" first), the account of each, which rows repeat an earlier one, and what
+    was measured before step 1 and is suspicious."""
 
     def __repr__(self) -> str:
         return "\n".join(account_lines(self))
@@ -30,7 +34,16 @@ class Prepared:
     trees: dict[str, list[Tree]]
     accounts: dict[str, Account]
     renderer: Renderer
+    copies: Mapping[str, Mapping[RowId, RowId]]
     findings: tuple[Finding, ...] = ()
+    figures: Mapping[str, Figures] = field(default_factory=dict[str, Figures])
+
+    def noticed(self, figures: Mapping[str, Figures], findings: Sequence[Finding]) -> Prepared:
+        """With more figures of its sets, and more findings."""
+        merged = {name: {**self.figures.get(name, {}), **more} for name, more in figures.items()}
+        return replace(
+            self, findings=(*self.findings, *findings), figures={**self.figures, **merged}
+        )
 
 
 def load_policy(run: Run) -> LanguageModel:
@@ -92,11 +105,13 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
                 "evaluation.fraction to split by prompt.",
             )
     trees, accounts = {"train": grow(train, renderer, account)}, {"train": account}
+    repeats = {"train": copies(train)}
     require_used(account, f"data {', '.join(run.data.path)}")
     for name, (rows, its_account) in sets.items():
         trees[name], accounts[name] = grow(rows, renderer, its_account), its_account
+        repeats[name] = copies(rows)
         require_used(its_account, f"the evaluation set {name}")
-    return Prepared(trees, accounts, renderer)
+    return Prepared(trees, accounts, renderer, repeats)
 
 
 def account_record(prepared: Prepared) -> dict[str, object]:
@@ -105,6 +120,10 @@ def account_record(prepared: Prepared) -> dict[str, object]:
         "template": prepared.renderer.template,
         "sets": {name: account.to_json() for name, account in prepared.accounts.items()},
         "findings": [asdict(finding) for finding in prepared.findings],
+        "figures": {
+            name: {figure: asdict(value) for figure, value in figures.items()}
+            for name, figures in prepared.figures.items()
+        },
     }
 
 
@@ -152,6 +171,23 @@ def _length_lines(name: str, account: Account) -> list[str]:
     found = {side: percentiles(lengths) for side, lengths in account.lengths.items() if lengths}
     sides = [f"{side} {p['p50']} / {p['p99']} / {p['max']}" for side, p in found.items()]
     return [f"{name}: tokens (median / 99 % / most): {', '.join(sides)}"] if sides else []
+
+
+def figure_lines(figures: Mapping[str, Figures]) -> list[str]:
+    """What was measured of each set, one line per figure."""
+    return [
+        f"{name}: {_figure(figure, value)} {FIGURES[figure]}"
+        for name, found in figures.items()
+        for figure, value in found.items()
+    ]
+
+
+def _figure(name: str, value: Interval) -> str:
+    shown = "{:.2f}" if name.endswith("_nats") else "{:.1%}"
+    said = shown.format(value.value)
+    if value.low < value.high:
+        said += f" [{shown.format(value.low)}, {shown.format(value.high)}]"
+    return said
 
 
 def fill_reference(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from upweight.config import Resolved, Run
 from upweight.data.stream import num_steps, plan_epoch
 from upweight.models.adapter import add_lora
 from upweight.models.load import LanguageModel, checkpoint_layers
+from upweight.models.reference import Reference
 from upweight.models.weights import load_tokenizer
 from upweight.recipes.best import Best, best_metric
 from upweight.recipes.prepare import (
@@ -24,9 +26,17 @@ from upweight.recipes.resume import require_same_settings
 from upweight.recipes.screen import Screen
 from upweight.training.checkpoint import Position
 from upweight.training.loop import Plan
-from upweight.training.memory import plan_memory
+from upweight.training.memory import MemoryPlan, plan_memory
 from upweight.training.rundir import require_space
-from upweight.trust.preflight import Examined, examine
+from upweight.trust.finding import Finding
+from upweight.trust.identity import (
+    computed_together,
+    require_alone,
+    require_quiet,
+    starts_elsewhere,
+)
+from upweight.trust.likely import by_reference
+from upweight.trust.preflight import Examined, Figures, examine
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class Start:
     prepared: Prepared
     plan: Plan
     best: Best | None
+    memory: MemoryPlan
 
     @property
     def run(self) -> Run:
@@ -67,12 +78,12 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     prepared = prepare(run, lm)
     for line in account_lines(prepared):
         screen.note(line)
-    found = tuple(f for examined in examined_sets(run, prepared) for f in examine(examined))
-    prepared = replace(prepared, findings=found)
-    for finding in found:
-        screen.note(str(finding))
+    prepared = _noticed(
+        prepared, {e.name: examine(e) for e in examined_sets(run, prepared)}, screen
+    )
     if saved is not None:
         require_same_settings(saved, run, prepared)
+    require_alone(lm, computed_together(prepared.trees["train"]))
     lm = _trained(run, lm)
     screen.note(f"model: {lm.name}, {describe(lm)}")
     trees = prepared.trees["train"]
@@ -84,14 +95,44 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
         run = resolved.run
     if run.out is not None:
         _require_room(run, lm, Path(run.out))
-    return Start(resolved, lm, prepared, _plan(run, prepared), best)
+    return Start(resolved, lm, prepared, _plan(run, prepared), best, memory)
 
 
 def examined_sets(run: Run, prepared: Prepared) -> list[Examined]:
     return [
-        Examined(name, trees, prepared.accounts[name], run.preflight)
+        Examined(name, trees, prepared.accounts[name], run.preflight, prepared.copies[name])
         for name, trees in prepared.trees.items()
     ]
+
+
+def with_reference(
+    begun: Start, reference: Reference, own: float, screen: Screen, *, fresh: bool
+) -> Start:
+    """With what the reference says against the rows that it was asked about, and, where the policy
+    is still at its start, against it."""
+    run, prepared = begun.run, begun.prepared
+    trees = prepared.trees["train"]
+    unknown = set(map(id, reference.missing(trees)))
+    known = [tree for tree in trees if id(tree) not in unknown]
+    if run.lora is None or not run.lora.dropout:
+        require_quiet(begun.lm, known)
+    found = {e.name: by_reference(e, reference, own) for e in examined_sets(run, prepared)}
+    if fresh:
+        named = run.reference is not None
+        elsewhere = starts_elsewhere(begun.lm, reference, known, named=named)
+        if elsewhere is not None:
+            found["train"][1].append(elsewhere)
+    return replace(begun, prepared=_noticed(prepared, found, screen))
+
+
+def _noticed(
+    prepared: Prepared, found: Mapping[str, tuple[Figures, Sequence[Finding]]], screen: Screen
+) -> Prepared:
+    figures = {name: measured for name, (measured, _) in found.items()}
+    findings = [finding for _, warned in found.values() for finding in warned]
+    for finding in findings:
+        screen.note(str(finding))
+    return prepared.noticed(figures, findings)
 
 
 def _trained(run: Run, lm: LanguageModel) -> LanguageModel:
