@@ -21,9 +21,8 @@ from upweight.cli import main
 from upweight.config import Run
 from upweight.errors import Refusal
 from upweight.models.load import LanguageModel
-from upweight.recipes.check import FIELDS
+from upweight.trust.figures import FIELDS, FIGURES
 from upweight.trust.identity import computed_together, require_alone
-from upweight.trust.preflight import FIGURES
 
 
 @pytest.fixture(autouse=True)

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check", help="everything that can be known before step 1", allow_abbrev=False
     )
-    check.add_argument("--json", action="store_true", help="account and findings for machines")
+    check.add_argument("--json", action="store_true", help="all of it for machines: docs/check.md")
     _add_config(check, "check", overrides=True)
     check.set_defaults(run=_check)
 

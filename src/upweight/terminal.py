@@ -78,8 +78,10 @@ class Terminal:
             self.live.update(text)
 
 
-SHOWN_CHARACTERS = 600
+SHOWN_CHARACTERS = 400
 """Of a text in a terminal; its beginning and end say what is scored."""
+
+SIDES = {"chosen": "green", "rejected": "red", "response": "blue"}
 
 
 def _row(shown: Shown) -> Table:
@@ -91,26 +93,29 @@ def _row(shown: Shown) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("", Text(shown.row, style="bold"))
-    table.add_row("prompt", Text(_elided(shown.prompt), style="dim"))
+    table.add_row("prompt", _elided(shown.prompt, "dim"))
     for response in shown.responses:
-        text = Text("|", style="dim")
-        text.append(_elided(response.scored), style=COLOURS[response.role])
-        text.append("|", style="dim")
-        stop = " cut, no stop " if response.stop is None else response.stop
-        text.append(stop, style="reverse yellow" if response.stop is None else "reverse")
+        side = SIDES[response.role]
+        text = Text("|").append_text(_elided(response.scored, side)).append("|")
+        if response.stop is None:
+            text.append("cut, no stop", style="reverse yellow")
+        else:
+            text.append(response.stop, style=f"reverse {side}")
         text.append(f" {response.tokens} tokens", style="dim")
-        table.add_row(Text(response.role, style=COLOURS[response.role]), text)
+        table.add_row(Text(response.role, style=side), text)
     return table
 
 
-COLOURS = {"chosen": "green", "rejected": "red", "response": "blue"}
-
-
-def _elided(text: str) -> str:
+def _elided(text: str, style: str) -> Text:
+    """The text with its middle left out where it is long; control characters, which could draw
+    over the rest, as their names."""
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     if len(text) <= SHOWN_CHARACTERS:
-        return text
+        return Text(text, style=style)
     half = SHOWN_CHARACTERS // 2
-    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+    shown = Text().append(text[:half], style=style)
+    shown.append(f" ... {len(text) - 2 * half:,} characters ... ", style="italic")
+    return shown.append(text[-half:], style=style)
 
 
 def _left(seconds: float) -> str:

@@ -21,21 +21,6 @@ from upweight.trust.finding import Finding
 from upweight.trust.preflight import Figures
 from upweight.types import Tree
 
-FIELDS: dict[str, str] = {
-    "template": "chat or none: how text is rendered",
-    "sets": "the account of each set, train first: rows read = used + dropped by reason, the first "
-    "rows of each reason, what was cut by side, stop tokens appended, lengths as percentiles",
-    "findings": "what is suspicious: code, said (a sentence), rows",
-    "figures": "what was measured of each set: value, low, high: its 95 % interval",
-    "model": "name and description: parameters, dtype, device, how prompts are shared",
-    "plan": "total_steps, steps_per_epoch, learning_rate and when is evaluated and saved",
-    "memory": "bytes of weights, gradients and moments, the bin, what it needs, what is free",
-    "rows": "the first training rows as they are scored: prompt, and for each response its role, "
-    "scored text, stop token (null where it was cut off) and number of tokens",
-}
-"""What `upweight check --json` prints. With status 2 it is instead an object `error` with `code`
-(null for a mistake that is no diagnosis) and `message`."""
-
 
 @dataclass(frozen=True)
 class Checked:
@@ -65,7 +50,7 @@ class Checked:
         return "\n".join([*lines, *map(str, self.findings), *map(str, self.shown)])
 
     def to_json(self) -> dict[str, Any]:
-        """The object that FIELDS describes."""
+        """What figures.FIELDS describes."""
         lm, memory = self.begun.lm, self.begun.memory
         return {
             **account_record(self.begun.prepared),

@@ -17,9 +17,10 @@ from upweight.models.reference import Reference, fill, open_reference, verify
 from upweight.recipes.screen import Screen
 from upweight.stats import Interval
 from upweight.training.memory import TOKENS_PER_BIN
+from upweight.trust.figures import FIGURES
 from upweight.trust.finding import Finding
 from upweight.trust.near import copies
-from upweight.trust.preflight import FIGURES, Figures
+from upweight.trust.preflight import Figures
 from upweight.types import Example, RowId, Tree
 
 

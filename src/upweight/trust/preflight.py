@@ -28,21 +28,7 @@ FOLDS = 5
 Ids = tuple[int, ...]
 
 Figures = dict[str, Interval]
-"""What was measured, by the names of FIGURES; the bounds of a plain count are the value itself."""
-
-FIGURES: dict[str, str] = {
-    "cut": "responses cut or rows too long, the largest share of them",
-    "identical": "rows dropped because all their responses are the same",
-    "contradictory": "preferences that contradict each other",
-    "repeated": "rows that say the same, or nearly, as an earlier one",
-    "similar": "preferences whose responses are nearly the same",
-    "longer": "preferences in which the longer response is the chosen one",
-    "words": "preferences in which a count of words finds the chosen response",
-    "likelier": "preferences in which the reference finds the chosen response likelier a token",
-    "data_nats": "nats a token of the likelier response of a preference, under the reference",
-    "own_nats": "nats a token of what the reference itself answers",
-}
-"""What is measured of each set before step 1. Shares, and nats where the name says so."""
+"""What was measured, by the names of FIGURES; the bounds of a plain count are its value."""
 
 
 @dataclass(frozen=True)

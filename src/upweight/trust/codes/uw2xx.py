@@ -300,8 +300,8 @@ PAGES: tuple[Page, ...] = (
             "in, left out or exchanged: a short answer that differs in one token never is."
         ),
         guarded_by=(
-            "Rows that repeat an earlier one exactly are counted, and used. Empty and equal responses are "
-            "left out as `empty_response` and `identical_responses`."
+            "Rows that repeat an earlier one exactly are counted, and used. Empty and equal "
+            "responses are left out as `empty_response` and `identical_responses`."
         ),
         causes=(
             "Several annotators who disagree.",
