@@ -95,8 +95,8 @@ def test_rows_that_are_nearly_those_of_an_earlier_row():
 def test_responses_that_differ_in_next_to_nothing():
     rows = plain_rows()
     for row in rows[:10]:
-        row["rejected"] = (row["chosen"] + " and so on and on")[::-1]
-        row["chosen"] = row["rejected"].replace("so", "os")
+        row["chosen"] += " and so on and on"
+        row["rejected"] = row["chosen"].replace(" so ", " yo ")
     write_rows("pairs.jsonl", rows)
     said = check(**{"preflight.edits": 0.1})["UW210"]
     assert "in 10 of 60 preferences the responses differ in at most 10% of their tokens" in said
@@ -214,7 +214,7 @@ def test_check_prints_for_machines_what_its_fields_say(capsys: pytest.CaptureFix
     assert len(said["rows"]) == 3 and first["row"].startswith("pairs.jsonl:")
     assert [r["role"] for r in first["responses"]] == ["chosen", "rejected"]
     assert {r["stop"] for r in first["responses"]} == {"<|im_end|>"}
-    assert main([*words, "--max_length", "30"]) == 2
+    assert main([*words, "--max_length", "75"]) == 2
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "UW205"
     assert main([*words, "--beta", "none"]) == 2
     assert json.loads(capsys.readouterr().out)["error"]["code"] is None

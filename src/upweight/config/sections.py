@@ -228,7 +228,7 @@ class Preflight(Section):
         default=0.8, description="Accuracy of length alone, or of words alone, as a share (UW211)."
     )
     improbable: NotNegative = Field(
-        default=3.0,
+        default=2.0,
         description="Nats a token by which the data may lie below the reference's own answers "
         "(UW212).",
     )

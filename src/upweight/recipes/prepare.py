@@ -152,6 +152,7 @@ def account_lines(prepared: Prepared) -> list[str]:
             parts.append("cut: " + ", ".join(f"{num} {side}" for side, num in cuts.items()))
         for label, num in (
             ("stop tokens appended", account.appended_stop),
+            ("stop tokens cut off", account.truncated["response"]),
             ("boundaries repaired", account.boundary_repaired),
             ("rewritten by the template", account.rewritten),
             ("with special tokens in the prompt", account.special_in_prompt),

@@ -22,6 +22,7 @@ from upweight.models.reference import Reference
 from upweight.models.sample import Sample
 from upweight.recipes.prepare import Prepared, fill_reference
 from upweight.recipes.screen import Screen
+from upweight.stats import Interval
 from upweight.trust.likely import own_nats, spread
 from upweight.types import Tree
 
@@ -41,7 +42,7 @@ class Against:
     logps: Reference
     plan: ForwardPlan
     answers: Mapping[str, Sequence[Sample]]
-    own: float
+    own: Interval
     model_fingerprint: str
 
 
@@ -63,7 +64,7 @@ def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Scree
     return Against(logps, plan, answers, own, start)
 
 
-def probe_reference(run: Run, lm: LanguageModel, prepared: Prepared) -> tuple[Reference, float]:
+def probe_reference(run: Run, lm: LanguageModel, prepared: Prepared) -> tuple[Reference, Interval]:
     """What the reference says of a few rows of each set, kept nowhere, and the mean log-prob per
     token of its own answers."""
     stop_ids = prepared.renderer.stop_ids

@@ -24,6 +24,7 @@ from upweight.recipes.prepare import (
 from upweight.recipes.reference import require_same_tokens
 from upweight.recipes.resume import require_same_settings
 from upweight.recipes.screen import Screen
+from upweight.stats import Interval
 from upweight.training.checkpoint import Position
 from upweight.training.loop import Plan
 from upweight.training.memory import MemoryPlan, plan_memory
@@ -106,7 +107,7 @@ def examined_sets(run: Run, prepared: Prepared) -> list[Examined]:
 
 
 def with_reference(
-    begun: Start, reference: Reference, own: float, screen: Screen, *, fresh: bool
+    begun: Start, reference: Reference, own: Interval, screen: Screen, *, fresh: bool
 ) -> Start:
     """With what the reference says against the rows that it was asked about, and, where the policy
     is still at its start, against it."""

@@ -66,8 +66,10 @@ def require_alone(lm: LanguageModel, trees: Sequence[Tree]) -> float:
         truth = [token_logps(alone, collate([row])).cpu() for row in rows]
         packed = token_logps(exact, forest).cpu().split(forest.tokens_per_response.tolist())
         worst = _worst("packed with others", rows, packed, truth, exact.compute_dtype)
-        if not lm.plan.shared:
-            # Such families are sampled by transformers, padding included.
+        depth = lm.plan.exact_depth
+        if not lm.plan.shared or (depth is not None and int(forest.position.max()) >= depth):
+            # Such families are sampled by transformers, padding included; and where length changes
+            # the position scaling, a batch of samples has its longest row's.
             return worst
         first = [0, *accumulate(len(tree.responses) for tree in trees)][:-1]
         padded = first_logps(exact, [(rows[i].prompt, rows[i].responses[0][0]) for i in first])

@@ -17,23 +17,27 @@ from upweight.trust.preflight import Examined, Figures, Seen, longer, settle
 from upweight.types import Preference, Tree
 
 OWN_ANSWERS = 8
-OWN_TOKENS = 32
-"""Of so many answers, cut there, the mean log-prob of a token is known to about 0.15 nats: one
-token's spreads by some 2 nats, and no limit that is asked about is finer."""
+OWN_TOKENS = 24
+"""Enough for a mean that is known to half a nat: one answer's differs from another's by about a
+nat, and data that are far from a model lie several below it."""
 
 
 def own_nats(
     reference: LanguageModel, trees: Sequence[Tree], stop_ids: Collection[int], seed: int
-) -> float:
-    """What a token costs the model in text of its own: the mean log-prob in nats, over its answers
-    to a few of the prompts at temperature 1."""
+) -> Interval:
+    """What the model gives a token of its own text: the mean log-prob in nats, over its answers to
+    a few of the prompts at temperature 1."""
     prompts = spread(list(dict.fromkeys(tree.prompt for tree in trees)), OWN_ANSWERS)
     drawn = sample(
         reference, prompts, max_new_tokens=OWN_TOKENS, seed=seed, stop_token_ids=stop_ids
     )
-    answers = sample_trees(prompts, drawn)
-    logps = tree_logps(reference, answers)
-    return sum(map(sum, logps)) / sum(len(ids) for tree in answers for ids in tree.responses)
+    logps = tree_logps(reference, sample_trees(prompts, drawn))
+    means = [
+        logp / len(answer.tokens)
+        for answers, of in zip(drawn, logps, strict=True)
+        for answer, logp in zip(answers, of, strict=True)
+    ]
+    return mean_interval(means, num_resamples=500)
 
 
 T = TypeVar("T")
@@ -61,7 +65,7 @@ class Asked:
 
 
 def by_reference(
-    examined: Examined, reference: Reference, own: float
+    examined: Examined, reference: Reference, own: Interval
 ) -> tuple[Figures, list[Finding]]:
     """What the reference says of the preferences that it was asked about, all of them or a few."""
     unknown = set(map(id, reference.missing(examined.trees)))
@@ -120,15 +124,15 @@ def _swapped(examined: Examined, said: str, found: Interval, rows: Sequence[str]
     )
 
 
-def improbable(examined: Examined, asked: Sequence[Asked], own: float) -> Seen:
+def improbable(examined: Examined, asked: Sequence[Asked], own: Interval) -> Seen:
     """Both responses are texts that the reference would not write."""
     if not asked:
         return Seen()
     best = [max(one.chosen, one.rejected) for one in asked]
     found = mean_interval(best, [one.tree.prompt for one in asked], num_resamples=500)
-    figures: Figures = {"data_nats": found, "own_nats": Interval(own, own, own)}
+    figures: Figures = {"data_nats": found, "own_nats": own}
     limit = examined.limits.improbable
-    if not own - found.high > limit:
+    if not own.low - found.high > limit:
         return Seen(figures)
     worst = sorted(asked, key=lambda one: max(one.chosen, one.rejected))
     return Seen(
@@ -137,8 +141,8 @@ def improbable(examined: Examined, asked: Sequence[Asked], own: float) -> Seen:
             "UW212",
             f"{examined.name}: the likelier response of a preference has {found.value:.2f} nats a "
             f"token under the reference [{found.low:.2f}, {found.high:.2f}], and what it writes "
-            f"itself has {own:.2f} (preflight.improbable is {limit}): the data are far from "
-            "anything that this model says.",
+            f"itself has {own.value:.2f} [{own.low:.2f}, {own.high:.2f}] (preflight.improbable is "
+            f"{limit}): the data are far from anything that this model says.",
             tuple(dict.fromkeys(one.row for one in worst))[:5],
         ),
     )

@@ -370,9 +370,9 @@ PAGES: tuple[Page, ...] = (
             "Before step 1, in every set: the reference's mean log-prob per token of the likelier "
             "response of each preference, against that of its own answers to 8 of the training "
             "prompts, sampled at temperature 1. Where the data lie more than "
-            "`preflight.improbable` nats a token below, by their whole interval, it is reported "
+            "`preflight.improbable` nats a token below, by both their intervals, it is reported "
             "with the least probable rows. Texts that people or other models wrote for the same "
-            "purpose lie about 1 nat below; `upweight check` prints both figures for yours, from "
+            "purpose lie up to 1 nat below; `upweight check` prints both figures for yours, from "
             "a few rows."
         ),
         causes=(
