@@ -218,3 +218,14 @@ def test_check_prints_for_machines_what_its_fields_say(capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "UW205"
     assert main([*words, "--beta", "none"]) == 2
     assert json.loads(capsys.readouterr().out)["error"]["code"] is None
+
+
+def test_one_row_has_no_interval_and_is_json_all_the_same(capsys: pytest.CaptureFixture[str]):
+    write_rows("pairs.jsonl", plain_rows(1))
+    assert main(["check", "--model", "model", "--data", "pairs.jsonl", "--json"]) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    said = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert said["figures"]["train"]["own_nats"]["low"] is None

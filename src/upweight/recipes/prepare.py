@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -122,7 +123,11 @@ def account_record(prepared: Prepared) -> dict[str, object]:
         "sets": {name: account.to_json() for name, account in prepared.accounts.items()},
         "findings": [asdict(finding) for finding in prepared.findings],
         "figures": {
-            name: {figure: asdict(value) for figure, value in figures.items()}
+            name: {
+                # Of one prompt there is no interval, and JSON has no nan.
+                figure: {k: None if math.isnan(v) else v for k, v in asdict(value).items()}
+                for figure, value in figures.items()
+            }
             for name, figures in prepared.figures.items()
         },
     }
@@ -185,7 +190,9 @@ def figure_lines(figures: Mapping[str, Figures]) -> list[str]:
 
 
 def _figure(name: str, value: Interval) -> str:
-    shown = "{:.2f}" if name.endswith("_nats") else "{:.1%}"
+    shown = "{:.1%}"
+    if name.endswith("_nats"):
+        shown = "{:.2f}" if abs(value.value) > 0.01 else "{:.0e}"
     said = shown.format(value.value)
     if value.low < value.high:
         said += f" [{shown.format(value.low)}, {shown.format(value.high)}]"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from upweight.stats import Interval
 from upweight.trust.likely import own_nats, spread
 from upweight.types import Tree
 
+FEWEST_ROWS = 4
 PROBE_ROWS = 32
 PROBE_TOKENS = 2048
 """What `check` asks the reference about in each set: minutes of training are seconds here."""
@@ -78,10 +78,9 @@ def probe_reference(run: Run, lm: LanguageModel, prepared: Prepared) -> tuple[Re
 
 
 def _probes(trees: Sequence[Tree]) -> list[Tree]:
-    """Rows spread over the data, until their tokens are PROBE_TOKENS."""
-    probes = spread(trees, PROBE_ROWS)
-    before = accumulate((tree.num_tokens for tree in probes), initial=0)
-    return [tree for tree, n in zip(probes, before, strict=False) if n < PROBE_TOKENS]
+    """As many rows as have about PROBE_TOKENS, spread over the data, at least FEWEST_ROWS."""
+    per_row = sum(tree.num_tokens for tree in trees) / len(trees)
+    return spread(trees, min(PROBE_ROWS, max(FEWEST_ROWS, int(PROBE_TOKENS / per_row))))
 
 
 def _at_start(run: Run, lm: LanguageModel) -> contextlib.AbstractContextManager[LanguageModel]:

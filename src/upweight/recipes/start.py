@@ -31,12 +31,13 @@ from upweight.training.memory import MemoryPlan, plan_memory
 from upweight.training.rundir import require_space
 from upweight.trust.finding import Finding
 from upweight.trust.identity import (
+    PROBES,
     computed_together,
     require_alone,
     require_quiet,
     starts_elsewhere,
 )
-from upweight.trust.likely import by_reference
+from upweight.trust.likely import by_reference, spread
 from upweight.trust.preflight import Examined, Figures, examine
 
 
@@ -84,7 +85,8 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     )
     if saved is not None:
         require_same_settings(saved, run, prepared)
-    require_alone(lm, computed_together(prepared.trees["train"]))
+    off = require_alone(lm, computed_together(prepared.trees["train"]))
+    prepared = prepared.noticed({"train": {"alone_nats": Interval(off, off, off)}}, [])
     lm = _trained(run, lm)
     screen.note(f"model: {lm.name}, {describe(lm)}")
     trees = prepared.trees["train"]
@@ -115,14 +117,17 @@ def with_reference(
     trees = prepared.trees["train"]
     unknown = set(map(id, reference.missing(trees)))
     known = [tree for tree in trees if id(tree) not in unknown]
+    # What is wrong with a start is wrong in every row: short ones are asked.
+    few = sorted(spread(known, 16), key=lambda tree: tree.num_tokens)[:PROBES]
     if run.lora is None or not run.lora.dropout:
-        require_quiet(begun.lm, known)
+        require_quiet(begun.lm, few)
     found = {e.name: by_reference(e, reference, own) for e in examined_sets(run, prepared)}
     if fresh:
         named = run.reference is not None
-        elsewhere = starts_elsewhere(begun.lm, reference, known, named=named)
-        if elsewhere is not None:
-            found["train"][1].append(elsewhere)
+        elsewhere = starts_elsewhere(begun.lm, reference, few, named=named)
+        found["train"][0].update(elsewhere.figures)
+        if elsewhere.finding is not None:
+            found["train"][1].append(elsewhere.finding)
     return replace(begun, prepared=_noticed(prepared, found, screen))
 
 

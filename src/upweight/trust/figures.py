@@ -12,9 +12,11 @@ FIGURES: dict[str, str] = {
     "similar": "preferences whose responses are nearly the same",
     "longer": "preferences in which the longer response is the chosen one",
     "words": "preferences in which a count of words finds the chosen one",
+    "alone_nats": "nats a token, at most, between a row packed or padded and the row alone",
     "likelier": "preferences in which the reference finds the chosen one likelier by the token",
     "data_nats": "nats a token: the likelier response of a preference, under the reference",
     "own_nats": "nats a token: what the reference answers itself",
+    "start_nats": "nats a token, at most, between policy and reference before step 1",
 }
 """What is measured of each set before step 1: shares, and nats where the name says so."""
 
@@ -56,8 +58,9 @@ def as_markdown() -> str:
             "",
             "## Figures",
             "",
-            "Of each set. A run has the last three, in its `account.json`, from all rows; `check` "
-            "asks the reference about a few rows. A figure that cannot be measured is missing.",
+            "Of each set, `alone_nats` and `start_nats` of the training set alone. A run has them "
+            "in its `account.json`. What the reference says, a run asks about all rows and `check` "
+            "about a few. A figure that cannot be measured is missing, and a bound is null.",
             "",
             *_table("figure", FIGURES),
             "",

@@ -18,7 +18,9 @@ from upweight.models.proof import TOLERANCE_NATS as ROUNDING_NATS
 from upweight.models.proof import exact_dtype
 from upweight.models.reference import TOLERANCE_NATS, Reference, largest_difference
 from upweight.models.sample import first_logps
+from upweight.stats import Interval
 from upweight.trust.finding import Finding
+from upweight.trust.preflight import Seen
 from upweight.types import Tree
 
 PROBES = 4
@@ -106,23 +108,25 @@ def _worst(
 
 def starts_elsewhere(
     lm: LanguageModel, reference: Reference, trees: Sequence[Tree], *, named: bool
-) -> Finding | None:
+) -> Seen:
     """The policy, as it is trained, against the reference's log-probs on a few trees.
 
     Raises Refusal UW101 where they differ by more than rounding and the reference is meant to be
-    the policy's start; a Finding where another was `named`.
+    the policy's start; a finding where another was `named`.
     """
     with evaluation_mode(lm):
         worst, where = largest_difference(reference, lm, trees, PROBES)
     rounding = TOLERANCE_NATS[lm.compute_dtype]
+    figures = {"start_nats": Interval(worst, worst, worst)}
     if worst <= rounding:
-        return None
+        return Seen(figures)
     said = (
         f"the policy does not start as its reference: {where} differs by {worst:.3g} nats per "
         f"token (rounding: {rounding}), so the first loss is not ln 2"
     )
     if named:
-        return Finding("UW101", f"{said}. The reference was named; is another meant?")
+        said = f"{said}. The reference was named; is another meant?"
+        return Seen(figures, Finding("UW101", said))
     raise Refusal("UW101", f"{said}.")
 
 

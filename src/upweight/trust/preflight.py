@@ -160,17 +160,19 @@ def _in_circles(edges: Sequence[tuple[Ids, Ids]]) -> set[int]:
 
 def repeated(examined: Examined) -> Seen:
     """Rows that say what an earlier row said, or nearly, weigh twice."""
-    account, limits = examined.account, examined.limits
-    found = dict(examined.copies) | near_copies(examined.trees, limits.edits)
-    figures = _counted("repeated", len(found), account.used)
-    if len(found) <= limits.repeated * account.used:
+    limits, num = examined.limits, len(examined.trees)
+    used = {tree.ids[0].row for tree in examined.trees}
+    found = {late: early for late, early in examined.copies.items() if late in used}
+    found |= near_copies(examined.trees, limits.edits)
+    figures = _counted("repeated", len(found), num)
+    if len(found) <= limits.repeated * num:
         return Seen(figures)
     pairs = [f"{late} (as {early})" for late, early in found.items()]
     return Seen(
         figures,
         Finding(
             "UW210",
-            f"{examined.name}: {len(found)} of {account.used} rows repeat an earlier one, or "
+            f"{examined.name}: {len(found)} of {num} rows repeat an earlier one, or "
             f"nearly, and weigh again (preflight.repeated is {limits.repeated:.0%}).",
             tuple(pairs[:5]),
         ),
