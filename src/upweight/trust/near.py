@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from upweight.types import Example, RowId, Tree
+from upweight.types import Example, RowId, Text, Tree
 
 Ids = tuple[int, ...]
 
@@ -36,14 +35,15 @@ def copies(examples: Sequence[Example]) -> dict[RowId, RowId]:
     return found
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, str):
-        return " ".join(value.casefold().split()).strip(ENDS)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return value
+def _plain(said: Text) -> object:
+    if isinstance(said, str):
+        return " ".join(said.casefold().split()).strip(ENDS)
+    return [
+        {**turn, "content": _plain(turn["content"])}
+        if isinstance(turn.get("content"), str)
+        else turn
+        for turn in said
+    ]
 
 
 def near_copies(trees: Sequence[Tree], share: float) -> dict[RowId, RowId]:
