@@ -229,3 +229,13 @@ def test_one_row_has_no_interval_and_is_json_all_the_same(capsys: pytest.Capture
 
     said = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert said["figures"]["train"]["own_nats"]["low"] is None
+
+
+def test_check_prints_what_it_measured_and_three_rows(capsys: pytest.CaptureFixture[str]):
+    assert main(["check", "--model", "model", "--data", "pairs.jsonl"]) == 0
+    said = capsys.readouterr().out
+    for name, about in FIGURES.items():
+        assert about in said, name
+    assert said.count("\nchosen   | ") == said.count("\nrejected | ") == 3
+    printed = repr(uw.check(model="model", data="pairs.jsonl"))
+    assert "train: 60 rows read" in printed and "rejected | " in printed
