@@ -281,9 +281,10 @@ def test_the_list_has_every_code_with_its_title() -> None:
 def test_docs_are_what_write_docs_writes(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "write_docs"), str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
-    written = (tmp_path / "codes.md").read_text(encoding="utf-8")
-    kept = (ROOT / "docs" / "codes.md").read_text(encoding="utf-8")
-    assert written == kept, "docs/codes.md is out of date; run: .venv/bin/python scripts/write_docs"
+    for name in ("codes.md", "check.md"):
+        written = (tmp_path / name).read_text(encoding="utf-8")
+        kept = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert written == kept, f"docs/{name} is old; run .venv/bin/python scripts/write_docs"
 
 
 def test_explain_prints_a_page(capsys: pytest.CaptureFixture[str]) -> None:

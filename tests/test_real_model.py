@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import upweight as uw
+import upweight.demo as demo
 from upweight.cli import main
 from upweight.errors import ModelError
 from upweight.models.weights import demo_model_path, resolve
@@ -85,3 +87,29 @@ def test_score_equals_one_plain_forward_per_sequence_on_real_rows(
             worst = max(worst, abs(score[f"logp_{side}"] - logp))
     assert worst <= 1e-3, worst
     print(f"{file.name}: {len(known)} responses, largest difference {worst:.2e} nats")
+
+
+DEMO = Path(demo.__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "file",
+    [
+        DEMO / "train.jsonl",
+        DATA / "truthfulqa_pairs.jsonl",
+        DATA / "gsm8k_responses.jsonl",
+        DATA / "longprompt_pairs.jsonl",
+    ],
+    ids=lambda file: file.stem,
+)
+def test_check_finds_nothing_in_data_with_nothing_wrong(folder: str, file: Path):
+    if not file.is_file():
+        pytest.skip(f"shared/data/{file.name} is not there")
+    found = uw.check(model=folder, data=str(file))
+    assert found.findings == ()
+    figures = found.figures["train"]
+    print(f"{file.name}: {figures}")
+    # Where the model is the reference and the dtype fp32, packing and padding are rounding alone.
+    assert figures["alone_nats"].value < 1e-3
+    assert figures["own_nats"].value - figures["data_nats"].value < 1.5

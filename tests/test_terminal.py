@@ -3,7 +3,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
+from upweight.data.trees import Shown, ShownResponse
 from upweight.demo.run import Outcome
 from upweight.recipes import Result
 from upweight.terminal import Terminal, show_outcome
@@ -34,6 +37,43 @@ def test_an_evaluation_is_a_line_of_its_own_with_its_interval_and_kl():
     assert plain == "heldout at step 3: loss 0.6900, accuracy 0.500 [0.400, 0.600], margin +0.100"
     (sampled,) = lines({**EVAL, "step": 3, "kl": 1.5, "length": 20.0})
     assert sampled == plain + ", KL 1.50 nats, 20 tokens an answer"
+
+
+SHOWN = Shown(
+    "f:1",
+    "Why?\x1b[2J",
+    3,
+    (
+        ShownResponse("chosen", "word " * 300, "<end>", 301),
+        ShownResponse("rejected", "No.", None, 2),
+    ),
+)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_row_in_a_terminal_fits_and_says_in_colour_what_is_scored(width: int):
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, color_system="standard")
+    Terminal(console, Live(console=console)).row(SHOWN)
+    said = Text.from_ansi(out.getvalue())
+    assert max(map(len, said.plain.splitlines())) <= width
+    flat = " ".join(said.plain.split())
+    assert "|No.|cut, no stop 2 tokens" in flat and "word |<end> 301 tokens" in flat
+    assert "... 1,100 characters ..." in flat
+    assert "\x1b[2J" not in out.getvalue() and "Why?\\x1b[2J" in flat
+    red = "\x1b[31m"
+    assert f"{red}No." in out.getvalue()
+
+
+def test_a_row_in_a_pipe_has_a_line_for_each_text_and_marks_without_colour():
+    out = io.StringIO()
+    Terminal(Console(file=out, width=80), None).row(SHOWN)
+    assert out.getvalue().splitlines() == [
+        "f:1",
+        'prompt   "Why?\\u001b[2J"',
+        f'chosen   | "{"word " * 300}" | "<end>"',
+        'rejected | "No." | cut, no stop',
+    ]
 
 
 def test_the_demos_table_fits_eighty_columns(capsys: pytest.CaptureFixture[str]):

@@ -347,13 +347,14 @@ def test_a_conversation_alone_is_a_tree_without_preferences():
 
 def test_show_sets_the_scored_text_and_the_stop_apart():
     found, _ = grown(pair_of('Say "é".\n', "é", "ab"), PLAIN, max_length=13, truncation="response")
-    assert show(found, PLAIN) == (
+    assert str(show(found, PLAIN)) == (
+        "train.jsonl:7\n"
         'prompt   "Say \\"é\\".\\n"\n'
         'chosen   | "é" | "<|endoftext|>"\n'
         'rejected | "ab" | "<|endoftext|>"'
     )
     cut = replace(found, stopped=(False, True))
-    assert 'chosen   | "é<|endoftext|>" | cut, no stop' in show(cut, PLAIN)
+    assert 'chosen   | "é<|endoftext|>" | cut, no stop' in str(show(cut, PLAIN))
 
 
 def test_decoding_after_the_prompt_keeps_the_space_that_a_response_begins_with():

@@ -9,7 +9,7 @@ from typing import Any
 from upweight.config import load_run
 from upweight.recipes import Result, sample_file, score_file, train_model
 from upweight.recipes import check as check_recipe
-from upweight.recipes.prepare import Prepared
+from upweight.recipes.check import Checked
 from upweight.terminal import default_screen
 
 __all__ = ["check", "sample", "score", "train"]
@@ -25,8 +25,9 @@ def train(config: str | Path | None = None, **values: Any) -> Result:
         return train_model(load_run(config, values=values, required=("out",)), screen)
 
 
-def check(config: str | Path | None = None, **values: Any) -> Prepared:
-    """What can be known before step 1: the model, the account of rows, what is scored."""
+def check(config: str | Path | None = None, **values: Any) -> Checked:
+    """What can be known before step 1: the account of the rows, what was measured of them and is
+    suspicious, the first rows as they are scored. Raises UpweightError for what train refuses."""
 
     with default_screen() as screen:
         return check_recipe(load_run(config, values=values), screen)

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check", help="everything that can be known before step 1", allow_abbrev=False
     )
-    check.add_argument("--json", action="store_true", help="account and findings for machines")
+    check.add_argument("--json", action="store_true", help="all of it for machines: docs/check.md")
     _add_config(check, "check", overrides=True)
     check.set_defaults(run=_check)
 
@@ -211,7 +211,7 @@ def _check_model(arguments: argparse.Namespace, screen: Screen | None = None) ->
 
 
 def _check_as_json(arguments: argparse.Namespace) -> int:
-    """account.json on standard output, of a model the largest difference in nats, or
+    """What was found on standard output, of a model the largest difference in nats, or
     {"error": {"code", "message"}} and status 2."""
     try:
         if _is_model_alone(arguments):
@@ -219,9 +219,8 @@ def _check_as_json(arguments: argparse.Namespace) -> int:
         else:
             resolved = _resolve(arguments)
             from upweight.recipes import check
-            from upweight.recipes.prepare import account_record
 
-            record = account_record(check(resolved))
+            record = check(resolved).to_json()
         print(json.dumps(record, ensure_ascii=False, indent=1))
     except UpweightError as error:
         print(json.dumps({"error": {"code": error.code, "message": str(error)}}, indent=1))

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from upweight.data.trees import Shown
     from upweight.demo.run import Outcome
 
 
@@ -38,6 +39,12 @@ class Terminal:
 
     def note(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=self.live is None)
+
+    def row(self, shown: Shown) -> None:
+        if self.live is None:
+            self.console.print(Text(str(shown)), soft_wrap=True)
+        else:
+            self.console.print(_row(shown))
 
     def record(self, record: Mapping[str, object], total_steps: int) -> None:
         if record.get("kind") == "eval":
@@ -68,6 +75,46 @@ class Terminal:
     def _show(self, text: Text) -> None:
         if self.live is not None:
             self.live.update(text)
+
+
+SHOWN_CHARACTERS = 400
+"""Of a text in a terminal; its beginning and end say what is scored."""
+
+SIDES = {"chosen": "green", "rejected": "red", "response": "blue"}
+
+
+def _row(shown: Shown) -> Table:
+    """The prompt dimmed, what is scored in its side's colour, the stop token set off from it.
+
+    The marks are there without the colours too: a bar before and behind what is scored.
+    """
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("", Text(shown.row, style="bold"))
+    table.add_row("prompt", _elided(shown.prompt, "dim"))
+    for response in shown.responses:
+        side = SIDES[response.role]
+        text = Text("|").append_text(_elided(response.scored, side)).append("|")
+        if response.stop is None:
+            text.append("cut, no stop", style="reverse yellow")
+        else:
+            text.append(response.stop, style=f"reverse {side}")
+        text.append(f" {response.tokens} tokens", style="dim")
+        table.add_row(Text(response.role, style=side), text)
+    return table
+
+
+def _elided(text: str, style: str) -> Text:
+    """The text with its middle left out where it is long; control characters, which could draw
+    over the rest, as their names."""
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    if len(text) <= SHOWN_CHARACTERS:
+        return Text(text, style=style)
+    half = SHOWN_CHARACTERS // 2
+    shown = Text().append(text[:half], style=style)
+    shown.append(f" ... {len(text) - 2 * half:,} characters ... ", style="italic")
+    return shown.append(text[-half:], style=style)
 
 
 def _left(seconds: float) -> str:

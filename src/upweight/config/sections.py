@@ -302,21 +302,37 @@ class Preflight(Section):
         description="Preferences in which the reference agrees, as a share: fewer may be swapped "
         "(UW207).",
     )
+    identical: Share = Field(
+        default=0.01,
+        description="Rows dropped because chosen and rejected are the same, as a share (UW206).",
+    )
     contradictory: Share = Field(
         default=0.01, description="Preferences that contradict each other, as a share (UW210)."
     )
     repeated: Share = Field(
         default=0.05,
-        description="Rows that repeat an earlier one (UW210), or have the same text as chosen "
-        "and as rejected (UW206), as a share.",
+        description="Rows that repeat an earlier one, or nearly, as a share (UW210).",
     )
     spans: Share = Field(
         default=0.2,
         description="Rows whose tokens do not come apart into prompt, response and one stop, as a "
         "share: more is refused (UW201 to UW204).",
     )
+    similar: Share = Field(
+        default=0.1,
+        description="Preferences whose responses are nearly the same, as a share (UW210).",
+    )
+    edits: Share = Field(
+        default=0.05,
+        description="Tokens that differ between responses that are nearly the same, as a share.",
+    )
     shortcut: Share = Field(
         default=0.8, description="Accuracy of length alone, or of words alone, as a share (UW211)."
+    )
+    improbable: NotNegative = Field(
+        default=2.0,
+        description="Nats a token by which the data may lie below the reference's own answers "
+        "(UW212).",
     )
 
 

@@ -270,24 +270,47 @@ def _tree(example: Example, rendering: Rendering, tokens: _Tokens, repaired: boo
     return grown, notes
 
 
-def show(tree: Tree, tokenizer: Tokenizer) -> str:
-    """The tree as a person reads it: the prompt, then each response's scored text | its stop.
+@dataclass(frozen=True, slots=True)
+class ShownResponse:
+    """A response as it is scored: its text, then its stop token, None where it was cut off."""
 
-    What stands between the first bar and the line's end is what is scored. Line breaks and quotes
-    are written as in JSON.
-    """
-    lines = [f"prompt   {_quoted(_decode(tree.prompt, tokenizer))}"]
+    role: str
+    scored: str
+    stop: str | None
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A tree as a person reads it. `str` writes line breaks and quotes as in JSON: what stands
+    between the bars is the response, and what follows the last bar is its stop token."""
+
+    row: str
+    prompt: str
+    prompt_tokens: int
+    responses: tuple[ShownResponse, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.row}", f"prompt   {_quoted(self.prompt)}"]
+        for response in self.responses:
+            end = "cut, no stop" if response.stop is None else _quoted(response.stop)
+            lines.append(f"{response.role:<8} | {_quoted(response.scored)} | {end}")
+        return "\n".join(lines)
+
+
+def show(tree: Tree, tokenizer: Tokenizer) -> Shown:
+    """The tree as text, what is scored set apart from what is not."""
+    responses: list[ShownResponse] = []
     for k, (ids, stopped) in enumerate(zip(tree.responses, tree.stopped, strict=True)):
-        wins = [p.rejected for p in tree.preferences if p.chosen == k]
-        losses = [p.chosen for p in tree.preferences if p.rejected == k]
-        role = (
-            "chosen" if wins and not losses else "rejected" if losses and not wins else "response"
-        )
+        wins = any(p.chosen == k for p in tree.preferences)
+        losses = any(p.rejected == k for p in tree.preferences)
+        role = "response" if wins == losses else "chosen" if wins else "rejected"
         body, stop = (ids[:-1], ids[-1:]) if stopped else (ids, ())
-        text = _quoted(text_after(tree.prompt, body, tokenizer))
-        end = _quoted(_decode(stop, tokenizer)) if stop else "cut, no stop"
-        lines.append(f"{role:<8} | {text} | {end}")
-    return "\n".join(lines)
+        text = text_after(tree.prompt, body, tokenizer)
+        end = _decode(stop, tokenizer) if stopped else None
+        responses.append(ShownResponse(role, text, end, len(ids)))
+    prompt = _decode(tree.prompt, tokenizer)
+    return Shown(str(tree.ids[0].row), prompt, len(tree.prompt), tuple(responses))
 
 
 def text_after(prompt: Ids, ids: Ids, tokenizer: Tokenizer) -> str:

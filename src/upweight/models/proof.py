@@ -159,8 +159,7 @@ def _failure(lm: LanguageModel, plan: ForwardPlan, probe: Forest, truth: Tensor)
         return "its kernel has a gradient on CUDA only"
     before, compute_dtype = lm.plan, lm.compute_dtype
     implementation = attention.implementation(lm.causal)
-    weights = next(lm.model.parameters()).dtype
-    proved = compute_dtype if plan.attention == "varlen" and weights == torch.float32 else weights
+    proved = exact_dtype(lm, plan)
     lm.plan, lm.compute_dtype = plan, proved
     try:
         if plan.shared:
@@ -180,6 +179,12 @@ def _failure(lm: LanguageModel, plan: ForwardPlan, probe: Forest, truth: Tensor)
     if not worst <= TOLERANCE_NATS[proved]:
         return f"a token's log-prob is {worst:.3g} nats off"
     return None
+
+
+def exact_dtype(lm: LanguageModel, plan: ForwardPlan) -> torch.dtype:
+    """What a plan is compared in: the weights' own dtype, or the variable-length kernel's."""
+    weights = next(lm.model.parameters()).dtype
+    return lm.compute_dtype if plan.attention == "varlen" and weights == torch.float32 else weights
 
 
 def _misplaced_window(lm: LanguageModel, probe: Forest, plan: ForwardPlan) -> str | None:

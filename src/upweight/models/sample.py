@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationConfig
 from upweight.data.pack import bins, collate
 from upweight.errors import ConfigError, ModelError
 from upweight.models.attention import native_attention
-from upweight.models.head import logits
+from upweight.models.head import at_least_fp32, logits, read
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import response_logps, token_logps
 from upweight.types import ResponseId, RowId, Tree
@@ -228,6 +228,19 @@ def _next_logits(
     head = lm.causal.get_output_embeddings()
     assert head is not None
     return logits(head, lm.causal.config, hidden)
+
+
+def first_logps(
+    lm: LanguageModel, prompts: Sequence[tuple[Sequence[int], int]]
+) -> Float[Tensor, " prompts"]:
+    """log p(token | prompt) in nats for (prompt, token), from one padded batch as `sample` reads
+    it: what a proof of sampling compares with each prompt alone."""
+    ids, mask = _left_padded(lm, [prompt for prompt, _ in prompts])
+    cache = DynamicCache(config=lm.causal.config)
+    with torch.no_grad(), evaluation_mode(lm), native_attention(lm.causal), lm.compute():
+        now = _next_logits(lm, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+    tokens = torch.tensor([token for _, token in prompts], device=now.device)
+    return read(at_least_fp32(now), tokens)
 
 
 def _generate(

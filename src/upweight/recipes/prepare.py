@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,9 +27,13 @@ from upweight.models.load import LanguageModel, fingerprint, load
 from upweight.models.reference import Reference, fill, open_reference, verify
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.screen import Screen
+from upweight.stats import Interval
 from upweight.training.memory import TOKENS_PER_BIN
+from upweight.trust.figures import FIGURES
 from upweight.trust.finding import Finding
-from upweight.types import Example, Tree
+from upweight.trust.near import copies
+from upweight.trust.preflight import Figures
+from upweight.types import Example, RowId, Tree
 
 RENDERED_AGAIN = 8
 """Rows that an export renders once more: a template or tokenizer that differs does so in most."""
@@ -36,7 +41,8 @@ RENDERED_AGAIN = 8
 
 @dataclass(frozen=True)
 class Prepared:
-    """Trees by set ("train" first), the account of each, and what is suspicious about them.
+    """Trees by set ("train" first), the account of each, which rows repeat an earlier one, and what
+    was measured before step 1 and is suspicious.
 
     `examples` are the trees' rows as text, for who compares the two, and `rows` a few of those
     trained on: what an export is asked to render.
@@ -48,9 +54,18 @@ class Prepared:
     trees: dict[str, list[Tree]]
     accounts: dict[str, Account]
     renderer: Renderer
+    copies: Mapping[str, Mapping[RowId, RowId]]
     findings: tuple[Finding, ...] = ()
     rows: tuple[Example, ...] = ()
     examples: dict[str, list[Example]] = field(default_factory=dict[str, list[Example]])
+    figures: Mapping[str, Figures] = field(default_factory=dict[str, Figures])
+
+    def noticed(self, figures: Mapping[str, Figures], findings: Sequence[Finding]) -> Prepared:
+        """With more figures of its sets, and more findings."""
+        merged = {name: {**self.figures.get(name, {}), **more} for name, more in figures.items()}
+        return replace(
+            self, findings=(*self.findings, *findings), figures={**self.figures, **merged}
+        )
 
 
 def load_policy(run: Run) -> LanguageModel:
@@ -149,13 +164,15 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     if not kind.draws:
         _require_scores(run, loaded)
     trees, accounts = {"train": grown(train, account)}, {"train": account}
+    repeats = {"train": copies(train)}
     require_used(account, f"data {', '.join(run.data.path)}")
     for name, (rows, its_account) in sets.items():
         trees[name], accounts[name] = grown(rows, its_account), its_account
+        repeats[name] = copies(rows)
         require_used(its_account, f"the evaluation set {name}")
     rows = tuple(train[:: max(1, len(train) // RENDERED_AGAIN)][:RENDERED_AGAIN])
     texts = {"train": train, **{name: rows for name, (rows, _) in sets.items()}}
-    return Prepared(trees, accounts, renderer, rows=rows, examples=texts)
+    return Prepared(trees, accounts, renderer, repeats, rows=rows, examples=texts)
 
 
 def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]]) -> None:
@@ -182,6 +199,14 @@ def account_record(prepared: Prepared) -> dict[str, object]:
         "template": prepared.renderer.template,
         "sets": {name: account.to_json() for name, account in prepared.accounts.items()},
         "findings": [asdict(finding) for finding in prepared.findings],
+        "figures": {
+            name: {
+                # Of one prompt there is no interval, and JSON has no nan.
+                figure: {k: None if math.isnan(v) else v for k, v in asdict(value).items()}
+                for figure, value in figures.items()
+            }
+            for name, figures in prepared.figures.items()
+        },
     }
 
 
@@ -215,6 +240,7 @@ def account_lines(prepared: Prepared) -> list[str]:
             parts.append("cut: " + ", ".join(f"{num} {side}" for side, num in cuts.items()))
         for label, num in (
             ("stop tokens appended", account.appended_stop),
+            ("stop tokens cut off", account.truncated["response"]),
             ("boundaries repaired", account.boundary_repaired),
             ("rewritten by the template", account.rewritten),
             ("with special tokens in the prompt", account.special_in_prompt),
@@ -235,6 +261,25 @@ def _length_lines(name: str, account: Account) -> list[str]:
     found = {side: percentiles(lengths) for side, lengths in account.lengths.items() if lengths}
     sides = [f"{side} {p['p50']} / {p['p99']} / {p['max']}" for side, p in found.items()]
     return [f"{name}: tokens (median / 99 % / most): {', '.join(sides)}"] if sides else []
+
+
+def figure_lines(figures: Mapping[str, Figures]) -> list[str]:
+    """What was measured of each set, one line per figure."""
+    return [
+        f"{name}: {_figure(figure, value)} {FIGURES[figure]}"
+        for name, found in figures.items()
+        for figure, value in found.items()
+    ]
+
+
+def _figure(name: str, value: Interval) -> str:
+    shown = "{:.1%}"
+    if name.endswith("_nats"):
+        shown = "{:.2f}" if abs(value.value) > 0.01 else "{:.0e}"
+    said = shown.format(value.value)
+    if value.low < value.high:
+        said += f" [{shown.format(value.low)}, {shown.format(value.high)}]"
+    return said
 
 
 def fill_reference(

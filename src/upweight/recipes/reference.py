@@ -7,31 +7,44 @@ from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from upweight.config import Run
+from upweight.data.pack import collate
 from upweight.errors import DataError, Refusal
 from upweight.evidence import evaluate
 from upweight.models.adapter import adapter_off
 from upweight.models.load import ForwardPlan, LanguageModel, evaluation_mode, fingerprint, load
+from upweight.models.logprobs import token_logps
 from upweight.models.reference import Reference
 from upweight.models.sample import Sample
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import Prepared, fill_reference
 from upweight.recipes.screen import Screen
+from upweight.stats import Interval
+from upweight.trust.likely import own_nats, spread
 from upweight.types import Tree
+
+FEWEST_ROWS = 4
+PROBE_ROWS = 32
+PROBE_TOKENS = 2048
+"""What `check` asks the reference about in each set: minutes of training are seconds here."""
 
 
 @dataclass(frozen=True)
 class Against:
     """The reference's log-probs, how it runs forests, and its answers by evaluation set.
 
-    `model_fingerprint` is that of the policy at its start.
+    `own` is the mean log-prob per token of its own answers, in nats; None where the rows are not
+    compared with it. `model_fingerprint` is that of
+    the policy at its start.
     """
 
     logps: Reference
     plan: ForwardPlan
     answers: Mapping[str, Sequence[Sample]]
+    own: Interval | None
     model_fingerprint: str
 
 
@@ -43,12 +56,12 @@ def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Scree
     stop_ids = prepared.renderer.stop_ids
     if not kind.answers:
         start = fingerprint(lm)
-        return Against(Reference(start, Path()), lm.plan, {}, start)
-    itself = run.reference is None and not lm.has_adapter
-    asked = contextlib.nullcontext(lm) if itself else reference_model(run, lm)
-    with asked as model, evaluation_mode(model):
+        return Against(Reference(start, Path()), lm.plan, {}, None, start)
+    with _at_start(run, lm) as model, evaluation_mode(model):
+        own = None
         if kind.by_reference:
             logps = fill_reference(run, model, trees, screen)
+            own = own_nats(model, prepared.trees["train"], stop_ids, run.seed)
         else:
             logps = Reference(fingerprint(model), Path())
         answers = {
@@ -58,7 +71,32 @@ def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Scree
         }
         plan = model.plan
     start = logps.fingerprint if run.reference is None else fingerprint(lm)
-    return Against(logps, plan, answers, start)
+    return Against(logps, plan, answers, own, start)
+
+
+def probe_reference(run: Run, lm: LanguageModel, prepared: Prepared) -> tuple[Reference, Interval]:
+    """What the reference says of a few rows of each set, kept nowhere, and the mean log-prob per
+    token of its own answers."""
+    stop_ids = prepared.renderer.stop_ids
+    with _at_start(run, lm) as model, evaluation_mode(model):
+        logps = Reference("", Path())
+        for trees in prepared.trees.values():
+            forest = collate(_probes(trees))
+            with torch.no_grad():
+                logps.take(forest, token_logps(model, forest))
+        return logps, own_nats(model, prepared.trees["train"], stop_ids, run.seed)
+
+
+def _probes(trees: Sequence[Tree]) -> list[Tree]:
+    """As many rows as have about PROBE_TOKENS, spread over the data, at least FEWEST_ROWS."""
+    per_row = sum(tree.num_tokens for tree in trees) / len(trees)
+    return spread(trees, min(PROBE_ROWS, max(FEWEST_ROWS, int(PROBE_TOKENS / per_row))))
+
+
+def _at_start(run: Run, lm: LanguageModel) -> contextlib.AbstractContextManager[LanguageModel]:
+    """The reference before step 1, where without a name or an adapter it is the policy itself."""
+    itself = run.reference is None and not lm.has_adapter
+    return contextlib.nullcontext(lm) if itself else reference_model(run, lm)
 
 
 def sampled_prompts(run: Run, trees: Sequence[Tree]) -> list[tuple[int, ...]]:

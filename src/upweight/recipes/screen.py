@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
+from upweight.data.trees import Shown
+
 
 @runtime_checkable
 class Screen(Protocol):
@@ -20,6 +22,10 @@ class Screen(Protocol):
         """One line that stays."""
         ...
 
+    def row(self, shown: Shown) -> None:
+        """A row as it is scored."""
+        ...
+
     def record(self, record: Mapping[str, object], total_steps: int) -> None:
         """A logged training step or evaluation, as in metrics.jsonl."""
         ...
@@ -31,5 +37,7 @@ class Silent:
     def progress(self, done: int, total: int) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def row(self, shown: Shown) -> None: ...
 
     def record(self, record: Mapping[str, object], total_steps: int) -> None: ...

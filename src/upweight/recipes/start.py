@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from upweight.data.stream import num_steps, plan_epoch
 from upweight.models.adapter import add_lora
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.logprobs import token_logps
+from upweight.models.reference import Reference
 from upweight.models.scalar import response_scores, with_scalar_head
 from upweight.models.weights import load_tokenizer
 from upweight.recipes.best import Best, best_metric
@@ -29,12 +30,22 @@ from upweight.recipes.prepare import (
 from upweight.recipes.reference import require_same_tokens
 from upweight.recipes.resume import as_begun, require_same_settings
 from upweight.recipes.screen import Screen
+from upweight.stats import Interval
 from upweight.training.checkpoint import Position
 from upweight.training.loop import Plan
-from upweight.training.memory import plan_memory
+from upweight.training.memory import MemoryPlan, plan_memory
 from upweight.training.rollout import Sizes
 from upweight.training.rundir import require_space
-from upweight.trust.preflight import Examined, examine
+from upweight.trust.finding import Finding
+from upweight.trust.identity import (
+    PROBES,
+    computed_together,
+    require_alone,
+    require_quiet,
+    starts_elsewhere,
+)
+from upweight.trust.likely import by_reference, spread
+from upweight.trust.preflight import Examined, Figures, examine
 from upweight.trust.spans import Texts, examine_texts
 from upweight.types import Tree
 
@@ -49,6 +60,7 @@ class Start:
     prepared: Prepared
     plan: Plan
     best: Best | None
+    memory: MemoryPlan
 
     @property
     def run(self) -> Run:
@@ -80,14 +92,17 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
         run = resolved.run
     for line in account_lines(prepared):
         screen.note(line)
-    found = [f for texts in _texts(run, prepared, lm) for f in examine_texts(texts)]
-    found += [f for examined in examined_sets(run, prepared) for f in examine(examined)]
+    prepared = _noticed(prepared, _texts(run, prepared, lm), screen)
+    prepared = _noticed(
+        prepared, {e.name: examine(e) for e in examined_sets(run, prepared)}, screen
+    )
     # The texts have been read back, and are not needed in memory while the run goes on.
-    prepared = replace(prepared, findings=tuple(found), examples={})
-    for finding in found:
-        screen.note(str(finding))
+    prepared = replace(prepared, examples={})
     if saved is not None:
         require_same_settings(saved, run, prepared)
+    if not KINDS[run.objective].draws:
+        off = require_alone(lm, computed_together(prepared.trees["train"]))
+        prepared = prepared.noticed({"train": {"alone_nats": Interval(off, off, off)}}, [])
     lm = trained(run, lm, prepared.renderer.stop_ids)
     screen.note(f"model: {lm.name}, {describe(lm)}")
     trees, steps = _learned_from(run, prepared)
@@ -100,7 +115,7 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     resolved = _with_plan(resolved, plan)
     if resolved.run.out is not None:
         _require_room(resolved.run, lm, Path(resolved.run.out))
-    return Start(resolved, lm, prepared, plan, best)
+    return Start(resolved, lm, prepared, plan, best, memory)
 
 
 def _with_model(resolved: Resolved, lm: LanguageModel) -> Resolved:
@@ -146,20 +161,63 @@ def found_beside(begun: Start) -> dict[str, str]:
 
 def examined_sets(run: Run, prepared: Prepared) -> list[Examined]:
     return [
-        Examined(name, trees, prepared.accounts[name], run.preflight)
+        Examined(name, trees, prepared.accounts[name], run.preflight, prepared.copies[name])
         for name, trees in prepared.trees.items()
     ]
 
 
-def _texts(run: Run, prepared: Prepared, lm: LanguageModel) -> list[Texts]:
+def _texts(
+    run: Run, prepared: Prepared, lm: LanguageModel
+) -> dict[str, tuple[Figures, Sequence[Finding]]]:
+    """What is found where the scored tokens are read back, by set."""
     if KINDS[run.objective].draws:
-        return []
+        return {}
     stops = frozenset(lm.stop_token_ids)
     accounts, renderer = prepared.accounts, prepared.renderer
-    return [
-        Texts(name, rows, prepared.trees[name], accounts[name], renderer, stops, run.preflight)
+    return {
+        name: (
+            {},
+            examine_texts(
+                Texts(
+                    name, rows, prepared.trees[name], accounts[name], renderer, stops, run.preflight
+                )
+            ),
+        )
         for name, rows in prepared.examples.items()
-    ]
+    }
+
+
+def with_reference(
+    begun: Start, reference: Reference, own: Interval, screen: Screen, *, fresh: bool
+) -> Start:
+    """With what the reference says against the rows that it was asked about, and, where the policy
+    is still at its start, against it."""
+    run, prepared = begun.run, begun.prepared
+    trees = prepared.trees["train"]
+    unknown = set(map(id, reference.missing(trees)))
+    known = [tree for tree in trees if id(tree) not in unknown]
+    # What is wrong with a start is wrong in every row: short ones are asked.
+    few = sorted(spread(known, 16), key=lambda tree: tree.num_tokens)[:PROBES]
+    if run.lora is None or not run.lora.dropout:
+        require_quiet(begun.lm, few)
+    found = {e.name: by_reference(e, reference, own) for e in examined_sets(run, prepared)}
+    if fresh:
+        named = run.reference is not None
+        elsewhere = starts_elsewhere(begun.lm, reference, few, named=named)
+        found["train"][0].update(elsewhere.figures)
+        if elsewhere.finding is not None:
+            found["train"][1].append(elsewhere.finding)
+    return replace(begun, prepared=_noticed(prepared, found, screen))
+
+
+def _noticed(
+    prepared: Prepared, found: Mapping[str, tuple[Figures, Sequence[Finding]]], screen: Screen
+) -> Prepared:
+    figures = {name: measured for name, (measured, _) in found.items()}
+    findings = [finding for _, warned in found.values() for finding in warned]
+    for finding in findings:
+        screen.note(str(finding))
+    return prepared.noticed(figures, findings)
 
 
 def trained(run: Run, lm: LanguageModel, stop_ids: Collection[int]) -> LanguageModel:

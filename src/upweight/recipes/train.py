@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from upweight.recipes.reference import Against, ask_reference
 from upweight.recipes.resume import require_same_models, resume_command
 from upweight.recipes.rewarding import Scorer, make_scorer
 from upweight.recipes.screen import Screen, Silent
-from upweight.recipes.start import Start, examined_sets, found_beside, start
+from upweight.recipes.start import Start, found_beside, start, with_reference
 from upweight.recipes.state import (
     State,
     Values,
@@ -48,8 +48,6 @@ from upweight.training.loop import Hooks, Progress, fit
 from upweight.training.objectives import Objective
 from upweight.training.optimizer import make_optimizer
 from upweight.training.rundir import RunDir, open_run_dir, require_space, write_atomic
-from upweight.trust.identity import require_quiet, starts_elsewhere
-from upweight.trust.preflight import swapped
 from upweight.trust.watch import Watch
 from upweight.types import Forest
 
@@ -90,7 +88,8 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
         against = ask_reference(begun.run, begun.lm, begun.prepared, screen)
         if saved is not None:
             require_same_models(saved.position, begun.run, against)
-        begun = _with_reference(begun, against, screen, fresh=saved is None)
+        if against.own is not None:
+            begun = with_reference(begun, against.logps, against.own, screen, fresh=saved is None)
         # Before the first file of the run, so that a login that is wrong leaves an empty folder.
         target = Target(rundir.path, leaf_values(begun.run), saved.position.step if saved else None)
         trackers = stack.enter_context(tracking(to_open, target, screen.note))
@@ -159,25 +158,6 @@ def _optimizer(begun: Start, values: Values | None) -> torch.optim.Optimizer:
         beta2=options.beta2,
         epsilon=options.epsilon,
     )
-
-
-def _with_reference(begun: Start, against: Against, screen: Screen, *, fresh: bool) -> Start:
-    """With what the reference's log-probs say against the labels and, where the policy is still at
-    its start, against it."""
-    run, trees = begun.run, begun.prepared.trees["train"]
-    if not KINDS[run.objective].by_reference:
-        return begun
-    asked = [swapped(examined, against.logps) for examined in examined_sets(run, begun.prepared)]
-    if run.lora is None or not run.lora.dropout:
-        require_quiet(begun.lm, trees)
-    if fresh:
-        named = run.reference is not None
-        asked.append(starts_elsewhere(begun.lm, against.logps, trees, named=named))
-    found = tuple(finding for finding in asked if finding is not None)
-    for finding in found:
-        screen.note(str(finding))
-    findings = (*begun.prepared.findings, *found)
-    return replace(begun, prepared=replace(begun.prepared, findings=findings))
 
 
 def _write_records(state: State) -> None:

@@ -1,14 +1,14 @@
 """What the rows themselves say against training on them, before step 1.
 
-An examination is a pure function of one set's trees and account: it gives what it found, or
-nothing. The page of a code says whether it warns or refuses.
+An examination is a pure function of one set: it gives what it measured, and a finding where that
+is too much. The page of a code says whether it warns or refuses.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -16,45 +16,71 @@ import numpy.typing as npt
 from upweight.config import Preflight
 from upweight.data.account import Account
 from upweight.errors import Refusal
-from upweight.models.reference import Reference
 from upweight.stats import Interval, accuracy_interval
 from upweight.trust.codes import page
 from upweight.trust.finding import Finding
-from upweight.types import Preference, Tree
+from upweight.trust.near import near_copies, nearly_same
+from upweight.types import Preference, RowId, Tree
 
 FOLDS = 5
 """Of the prompts, for the rule by words: it is asked about prompts that it has not counted."""
 
 Ids = tuple[int, ...]
 
+Figures = dict[str, Interval]
+"""What was measured, by the names of FIGURES; the bounds of a plain count are its value."""
+
 
 @dataclass(frozen=True)
 class Examined:
-    """One set, and from when on a suspicion is reported."""
+    """One set, and from when on a suspicion is reported. `copies` names for a row the earlier one
+    that it repeats."""
 
     name: str
     trees: Sequence[Tree]
     account: Account
     limits: Preflight
+    copies: Mapping[RowId, RowId] = field(default_factory=dict[RowId, RowId])
 
     def preferences(self) -> Iterator[tuple[Tree, Preference]]:
         for tree in self.trees:
             for preference in tree.preferences:
                 yield tree, preference
 
+    def prompts(self) -> list[Ids]:
+        """Of each preference: those of one prompt are not independent."""
+        return [tree.prompt for tree, _ in self.preferences()]
 
-def examine(examined: Examined) -> list[Finding]:
-    """What the examinations warn of, in the order of their codes. Raises Refusal for what they
-    refuse."""
-    asked = (examination(examined) for examination in EXAMINATIONS)
-    found = [finding for finding in asked if finding is not None]
+
+@dataclass(frozen=True)
+class Seen:
+    """What was measured, and what is reported of it."""
+
+    figures: Figures = field(default_factory=dict[str, Interval])
+    finding: Finding | None = None
+
+
+def examine(examined: Examined) -> tuple[Figures, list[Finding]]:
+    """What the examinations measure and warn of, in the order of their codes. Raises Refusal for
+    what they refuse."""
+    return settle([examination(examined) for examination in EXAMINATIONS])
+
+
+def settle(seen: Sequence[Seen]) -> tuple[Figures, list[Finding]]:
+    figures = {name: value for one in seen for name, value in one.figures.items()}
+    found = [one.finding for one in seen if one.finding is not None]
     for finding in found:
         if page(finding.code).severity == "refuses":
             raise Refusal(finding.code, finding.sentence)
-    return found
+    return figures, found
 
 
-def cut(examined: Examined) -> Finding | None:
+def _counted(name: str, num: float | int, of: int) -> Figures:
+    share = num / max(1, of)
+    return {name: Interval(share, share, share)}
+
+
+def cut(examined: Examined) -> Seen:
     """So many responses lost their end, or did not fit, that what is learned is length."""
     account, limit = examined.account, examined.limits.cut
     shares = {
@@ -62,14 +88,34 @@ def cut(examined: Examined) -> Finding | None:
         for side in ("chosen", "rejected")
     }
     shares["rows dropped as too long"] = account.dropped.get("too_long", 0) / max(1, account.read)
+    figures = _counted("cut", max(shares.values()), 1)
     high = {what: share for what, share in shares.items() if share > limit}
     if not high:
-        return None
+        return Seen(figures)
     said = ", ".join(f"{share:.0%} of {what}" for what, share in high.items())
-    return Finding("UW205", f"{examined.name}: {said} (preflight.cut is {limit:.0%}).")
+    said = f"{examined.name}: {said} (preflight.cut is {limit:.0%})."
+    return Seen(figures, Finding("UW205", said))
 
 
-def contradictory(examined: Examined) -> Finding | None:
+def identical(examined: Examined) -> Seen:
+    """Rows that compare a response with itself: a conversion that went wrong, if there are many."""
+    account, limit = examined.account, examined.limits.identical
+    num = account.dropped.get("identical_responses", 0)
+    figures = _counted("identical", num, account.read)
+    if num <= limit * account.read:
+        return Seen(figures)
+    return Seen(
+        figures,
+        Finding(
+            "UW206",
+            f"{examined.name}: in {num} of {account.read} rows chosen and rejected are the same; "
+            f"they are not used (preflight.identical is {limit:.0%}).",
+            tuple(row for row, _ in account.examples["identical_responses"]),
+        ),
+    )
+
+
+def contradictory(examined: Examined) -> Seen:
     """Preferences of one prompt that go round in a circle, of two or of more."""
     by_prompt: dict[Ids, list[Tree]] = defaultdict(list)
     for tree in examined.trees:
@@ -86,14 +132,17 @@ def contradictory(examined: Examined) -> Finding | None:
                 for p in t.preferences
             ]
             rows += [edges[i][2] for i in sorted(_in_circles([edge[:2] for edge in edges]))]
-    limit = examined.limits.contradictory
+    limit, figures = examined.limits.contradictory, _counted("contradictory", len(rows), total)
     if not rows or len(rows) <= limit * total:
-        return None
-    return Finding(
-        "UW210",
-        f"{examined.name}: {len(rows)} of {total} preferences contradict each other: the same "
-        f"responses in both orders, or in a circle (preflight.contradictory is {limit:.0%}).",
-        tuple(dict.fromkeys(rows))[:6],
+        return Seen(figures)
+    return Seen(
+        figures,
+        Finding(
+            "UW210",
+            f"{examined.name}: {len(rows)} of {total} preferences contradict each other: the same "
+            f"responses in both orders, or in a circle (preflight.contradictory is {limit:.0%}).",
+            tuple(dict.fromkeys(rows))[:6],
+        ),
     )
 
 
@@ -109,42 +158,81 @@ def _in_circles(edges: Sequence[tuple[Ids, Ids]]) -> set[int]:
         left -= gone
 
 
-def repeated(examined: Examined) -> Finding | None:
-    """Rows that say what an earlier row said weigh twice."""
-    account, limit = examined.account, examined.limits.repeated
-    if account.duplicates <= limit * account.read:
-        return None
-    return Finding(
-        "UW210",
-        f"{examined.name}: {account.duplicates} of {account.read} rows repeat an earlier one, and "
-        f"weigh again (preflight.repeated is {limit:.0%}).",
+def repeated(examined: Examined) -> Seen:
+    """Rows that say what an earlier row said, or nearly, weigh twice."""
+    limits, num = examined.limits, len(examined.trees)
+    used = {tree.ids[0].row for tree in examined.trees}
+    found = {late: early for late, early in examined.copies.items() if late in used}
+    found |= near_copies(examined.trees, limits.edits)
+    figures = _counted("repeated", len(found), num)
+    if len(found) <= limits.repeated * num:
+        return Seen(figures)
+    pairs = [f"{late} (as {early})" for late, early in found.items()]
+    return Seen(
+        figures,
+        Finding(
+            "UW210",
+            f"{examined.name}: {len(found)} of {num} rows repeat an earlier one, or "
+            f"nearly, and weigh again (preflight.repeated is {limits.repeated:.0%}).",
+            tuple(pairs[:5]),
+        ),
     )
 
 
-def by_length(examined: Examined) -> Finding | None:
-    """Taking the longer response, or the shorter one, is nearly always right."""
-    if not any(tree.preferences for tree in examined.trees):
-        return None
+def similar(examined: Examined) -> Seen:
+    """The responses of a preference differ in next to nothing: the gradients of the two nearly
+    cancel, and what is left of them can lower both (UW304)."""
+    limits = examined.limits
+    pairs = list(examined.preferences())
+    rows = [
+        _row(tree, p.chosen)
+        for tree, p in pairs
+        if nearly_same(tree.responses[p.chosen], tree.responses[p.rejected], limits.edits)
+    ]
+    figures = _counted("similar", len(rows), len(pairs))
+    if len(rows) <= limits.similar * len(pairs):
+        return Seen(figures)
+    return Seen(
+        figures,
+        Finding(
+            "UW210",
+            f"{examined.name}: in {len(rows)} of {len(pairs)} preferences the responses differ in "
+            f"at most {limits.edits:.0%} of their tokens (preflight.similar is "
+            f"{limits.similar:.0%}).",
+            tuple(dict.fromkeys(rows))[:5],
+        ),
+    )
+
+
+def longer(examined: Examined) -> Interval | None:
+    """How often the longer response is the chosen one."""
     margins = [
         len(tree.responses[p.chosen]) - len(tree.responses[p.rejected])
         for tree, p in examined.preferences()
     ]
-    found = accuracy_interval(margins, [tree.prompt for tree, _ in examined.preferences()])
-    longer = found.value >= 0.5
-    if not longer:
-        found = Interval(1 - found.value, 1 - found.high, 1 - found.low)
-    rule = f"the {'longer' if longer else 'shorter'} response is the chosen one"
-    return _shortcut(examined, rule, found)
+    return accuracy_interval(margins, examined.prompts()) if margins else None
 
 
-def by_words(examined: Examined) -> Finding | None:
+def by_length(examined: Examined) -> Seen:
+    """Taking the longer response, or the shorter one, is nearly always right."""
+    measured = longer(examined)
+    if measured is None:
+        return Seen()
+    found, which = measured, "longer"
+    if measured.value < 0.5:
+        found, which = Interval(*(1 - x for x in (found.value, found.high, found.low))), "shorter"
+    finding = _shortcut(examined, f"the {which} response is the chosen one", found)
+    return Seen({"longer": measured}, finding)
+
+
+def by_words(examined: Examined) -> Seen:
     """The words alone, whatever the prompt, tell chosen from rejected.
 
     A naive Bayes classifier over tokens, asked about prompts that it has not counted.
     """
     prompts = list(dict.fromkeys(tree.prompt for tree in examined.trees if tree.preferences))
     if len(prompts) < 2 * FOLDS:
-        return None
+        return Seen()
     fold_of = {prompt: i % FOLDS for i, prompt in enumerate(prompts)}
     sides = [
         (fold_of[tree.prompt], *(_array(tree.responses[k]) for k in (p.chosen, p.rejected)))
@@ -162,8 +250,9 @@ def by_words(examined: Examined) -> Finding | None:
         float(weights[fold][chosen].sum() - weights[fold][rejected].sum())
         for fold, chosen, rejected in sides
     ]
-    found = accuracy_interval(margins, [tree.prompt for tree, _ in examined.preferences()])
-    return _shortcut(examined, "a count of words that knows no prompt finds the chosen one", found)
+    found = accuracy_interval(margins, examined.prompts())
+    rule = "a count of words that knows no prompt finds the chosen one"
+    return Seen({"words": found}, _shortcut(examined, rule, found))
 
 
 def _array(ids: Ids) -> npt.NDArray[np.int64]:
@@ -182,44 +271,15 @@ def _shortcut(examined: Examined, rule: str, found: Interval) -> Finding | None:
     )
 
 
-EXAMINATIONS: tuple[Callable[[Examined], Finding | None], ...] = (
+EXAMINATIONS: tuple[Callable[[Examined], Seen], ...] = (
     cut,
+    identical,
     contradictory,
     repeated,
+    similar,
     by_length,
     by_words,
 )
-
-
-def swapped(examined: Examined, reference: Reference) -> Finding | None:
-    """The reference finds the rejected responses likelier, token by token, nearly always.
-
-    Data are collected because a model does not prefer as people do, so a share below one half is
-    common; one that is far below is what swapped columns look like.
-    """
-    margins: list[float] = []
-    rows: list[str] = []
-    for tree, preference in examined.preferences():
-        chosen, rejected = (
-            float(np.mean(reference.token_logps(tree, k)))
-            for k in (preference.chosen, preference.rejected)
-        )
-        margins.append(chosen - rejected)
-        rows.append(_row(tree, preference.chosen))
-    if not margins:
-        return None
-    found = accuracy_interval(margins, [tree.prompt for tree, _ in examined.preferences()])
-    limit = examined.limits.swapped
-    if not found.high < limit:
-        return None
-    worst = [row for _, row in sorted(zip(margins, rows, strict=True))]
-    return Finding(
-        "UW207",
-        f"{examined.name}: the reference finds the chosen response likelier by the token in only "
-        f"{found.value:.0%} of preferences [{found.low:.0%}, {found.high:.0%}] (preflight.swapped "
-        f"is {limit:.0%}): chosen and rejected may be swapped. Read these.",
-        tuple(dict.fromkeys(worst))[:5],
-    )
 
 
 def _row(tree: Tree, response: int) -> str:

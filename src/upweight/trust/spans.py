@@ -183,18 +183,6 @@ def beginnings(texts: Texts) -> list[_Wrong]:
     return [_Wrong(Finding("UW204", said, named), len(rows) > limit * total)]
 
 
-def identical(texts: Texts) -> list[_Wrong]:
-    """Rows whose responses are all the same are dropped; many of them say that data are broken."""
-    account, limit = texts.account, texts.limits.repeated
-    num = account.dropped.get("identical_responses", 0)
-    if num <= limit * account.read:
-        return []
-    said = f"{num} of {account.read} rows have the same text as chosen and as rejected, and were "
-    said = texts.said(f"{said}dropped (preflight.repeated is {limit:.0%}).")
-    rows = tuple(row for row, _ in account.examples["identical_responses"])
-    return [_Wrong(Finding("UW206", said, rows), certain=False)]
-
-
 def accounted(texts: Texts) -> list[_Wrong]:
     """Every row that was read is a tree, or dropped for a reason."""
     account, num = texts.account, len(texts.trees)
@@ -211,7 +199,6 @@ EXAMINATIONS: tuple[Callable[[Texts], list[_Wrong]], ...] = (
     boundary,
     scored,
     beginnings,
-    identical,
     accounted,
 )
 

@@ -17,7 +17,8 @@ PAGES: tuple[Page, ...] = (
             "as for the preferences."
         ),
         found_by=(
-            "Before step 1 the policy, with its adapter, scores four training prompts, and each "
+            "Before step 1, and by `upweight check`, the policy, with its adapter, scores four "
+            "training prompts, and each "
             "response is held against the reference's log-probs: 0.001 nats per token are allowed "
             "in float32, 0.1 in bfloat16. With `reference` null a difference is refused. With a "
             "`reference` that you named it is reported: the first `loss` in `metrics.jsonl` is "
@@ -172,8 +173,9 @@ PAGES: tuple[Page, ...] = (
             "reference does not start at a loss of ln 2."
         ),
         found_by=(
-            "Before step 1 the model scores a training prompt twice, as in training; the two must "
-            "agree to the last bit. It is not asked where `lora.dropout` is above 0."
+            "Before step 1, and by `upweight check`, the model scores a training prompt twice, as "
+            "in training; the two must agree to the last bit. It is not asked where `lora.dropout` "
+            "is above 0."
         ),
         guarded_by=(
             "Models are put into evaluation mode when they are loaded and stay in it, so their "

@@ -189,9 +189,10 @@ PAGES: tuple[Page, ...] = (
             "loss of ln 2 and no gradient, and accuracy counts it as half right."
         ),
         found_by=(
-            "Before step 1, in every set: the share of rows dropped as `identical_responses`. More "
-            "than `preflight.repeated` is reported: something is wrong with the data. `left_out` "
-            "in `account.json` counts such responses of rows that keep others."
+            "Before step 1, in every set: the share of rows that are dropped because chosen and "
+            "rejected are the same tokens, before or after cutting. More than "
+            "`preflight.identical` is reported, with rows. `identical_responses` under `dropped` "
+            "and `left_out` in `account.json` has the counts."
         ),
         guarded_by=(
             "Responses that are equal as text, or as tokens after cutting, are one response. A "
@@ -207,7 +208,7 @@ PAGES: tuple[Page, ...] = (
             "Sample with a higher temperature, or sample more responses per prompt.",
             "Raise `data.max_length`.",
         ),
-        detectors=("upweight.trust.spans:identical",),
+        detectors=("upweight.trust.preflight:identical",),
     ),
     Page(
         code="UW207",
@@ -218,10 +219,14 @@ PAGES: tuple[Page, ...] = (
             "a good run, because both are measured on the same swapped labels."
         ),
         found_by=(
-            "Before step 1: in what share of preferences the reference gives the chosen response "
-            "the higher log-prob per token. Below `preflight.swapped` by its whole interval is "
-            "reported, with the five rows in which it disagrees most. Read them: a model that "
-            "prefers what people reject is also why one collects preferences."
+            "Before step 1, in every set: in what share of preferences the reference gives the "
+            "chosen response the higher log-prob per token, and in what share the longer response "
+            "is the chosen one, which is what people and judges mostly take. Below "
+            "`preflight.swapped` by its whole interval is reported, with the five rows that speak "
+            "most for it; the share by length only where the reference does not agree with the "
+            "labels more often than not. Read them: a model that prefers what people reject is "
+            "also why one collects preferences. `upweight check` asks the reference about a few "
+            "rows of each set, training about all."
         ),
         guarded_by=(
             "The report says so when a held-out accuracy is below chance by its whole interval. "
@@ -237,7 +242,7 @@ PAGES: tuple[Page, ...] = (
             "Swap the columns, or negate the scores, in the data.",
             "Keep twenty rows that you have read yourself as a set under `evaluation.sets`.",
         ),
-        detectors=("upweight.trust.preflight:swapped",),
+        detectors=("upweight.trust.likely:_swapped",),
     ),
     Page(
         code="UW208",
@@ -300,33 +305,45 @@ PAGES: tuple[Page, ...] = (
         severity="warns",
         meaning=(
             "Two rows that prefer opposite responses cancel. Preferences in a circle cannot all "
-            "be learned. Repeated rows weigh as often as they occur. In each case part of the "
-            "loss cannot fall, and the accuracy that can be reached is below 1."
+            "be learned. Repeated rows weigh as often as they occur. Of responses that differ in "
+            "next to nothing the gradients nearly cancel, and what is left of them can lower both "
+            "(UW304). In each case part of the loss cannot fall, or falls for another reason than "
+            "the preference."
         ),
         found_by=(
             "Before step 1, in every set: the preferences of each prompt as arrows from the "
             "chosen to the rejected response. Those that lie on a circle, two opposite ones or "
             "more, or between two circles, are counted; a share above `preflight.contradictory` "
-            "is reported, with rows. So is a share of repeated rows above `preflight.repeated`."
+            "is reported, with rows. So is a share of rows above `preflight.repeated` that say "
+            "what an earlier row says, but for case, white space and the punctuation around a "
+            "text, or that give the same prompt nearly the same responses; and a share of "
+            "preferences above `preflight.similar` whose own two responses are nearly the same. "
+            "Nearly means that at most `preflight.edits` of the longer one's tokens have to be put "
+            "in, left out or exchanged: a short answer that differs in one token never is."
         ),
         guarded_by=(
-            "Rows that repeat an earlier one are counted, and used. Empty and equal responses are "
-            "left out as `empty_response` and `identical_responses`."
+            "Rows that repeat an earlier one exactly are counted, and used. Empty and equal "
+            "responses are left out as `empty_response` and `identical_responses`."
         ),
         causes=(
             "Several annotators who disagree.",
             "Data sets were concatenated that share rows.",
             "Scores that differ by chance make preferences of responses that are equally good.",
+            "One response was made from the other by changing a word.",
         ),
         do=(
             "Remove repeated rows, and settle contradictions by majority.",
+            "Leave out preferences whose responses are nearly the same, or watch the chosen "
+            "log-probs.",
             "Raise `data.min_score_gap`, so that close scores make no preference.",
             "Set `loss.label_smoothing` to the share of labels that you believe are flipped.",
         ),
         detectors=(
             "upweight.trust.preflight:contradictory",
             "upweight.trust.preflight:repeated",
+            "upweight.trust.preflight:similar",
         ),
+        source="On responses that are alike: Pal et al. 2024 (arXiv:2402.13228)",
     ),
     Page(
         code="UW211",
@@ -372,10 +389,13 @@ PAGES: tuple[Page, ...] = (
             "response can move probability anywhere (UW304)."
         ),
         found_by=(
-            "compare log-probs per token, in nats. The data's: `upweight score --model START "
-            "--data FILE --out scores.jsonl`, then `logp_chosen` / `tokens_chosen`. The model's "
-            "own: `upweight sample --model START --prompts FILE --out samples.jsonl`, then `logp` "
-            "/ `tokens` of each response. The further apart, the more off-policy the data."
+            "Before step 1, in every set: the reference's mean log-prob per token of the likelier "
+            "response of each preference, against that of its own answers to 8 of the training "
+            "prompts, sampled at temperature 1. Where the data lie more than "
+            "`preflight.improbable` nats a token below, by both their intervals, it is reported "
+            "with the least probable rows. Texts that people or other models wrote for the same "
+            "purpose lie up to 1 nat below; `upweight check` prints both figures for yours, from "
+            "a few rows."
         ),
         causes=(
             "The responses were written by people or by other models.",
@@ -390,5 +410,6 @@ PAGES: tuple[Page, ...] = (
             "See that `data.template` is right for this model.",
         ),
         source="Tajwar et al. 2024 (arXiv:2404.14367)",
+        detectors=("upweight.trust.likely:improbable",),
     ),
 )

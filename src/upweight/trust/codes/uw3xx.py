@@ -15,10 +15,11 @@ PAGES: tuple[Page, ...] = (
             "another text. The numbers stay plausible."
         ),
         found_by=(
-            "score the same rows packed, and then one prompt at a time with a row per response: "
-            "`upweight score --model MODEL --data FILE --out packed.jsonl`, and again with "
-            "`--tokens_per_bin 1 --sharing false` and another `--out`. The log-probs of a row "
-            "must agree up to rounding."
+            "Before step 1, on up to three training rows of different length: each response's "
+            "tokens are scored with all rows packed as training packs them, and each response in a "
+            "row alone, without neighbours, siblings or padding. The first token is also read "
+            "from a padded batch, as sampling does it. A token that differs by more than rounding "
+            "is refused: 0.002 nats with float32 weights, whatever `compute.dtype` is."
         ),
         guarded_by=(
             "When a model is loaded, each way of packing is held against transformers' own "
@@ -36,6 +37,7 @@ PAGES: tuple[Page, ...] = (
             "Set `compute.sharing=false`: one row per response, on the model's own attention.",
             "Report the model's name and the difference.",
         ),
+        detectors=("upweight.trust.identity:_worst",),
     ),
     Page(
         code="UW302",

@@ -1,0 +1,241 @@
+"""Each failure that rows, reference or packing bring with them is planted, and `check` and `train`
+say its code; without it they say nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import upweight as uw
+import upweight.recipes.start as run_start
+from oracles import loaded
+from runs import furnish, plain_rows, sentence, train, write_rows
+from tiny import FALLBACK_FAMILIES, FAMILIES, tiny_model
+from upweight.cli import main
+from upweight.config import Run
+from upweight.errors import Refusal
+from upweight.models.load import LanguageModel
+from upweight.trust.figures import FIELDS, FIGURES
+from upweight.trust.identity import computed_together, require_alone
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    furnish(tmp_path, monkeypatch)
+    write_rows("pairs.jsonl", plain_rows())
+
+
+def check(**values: object) -> dict[str, str]:
+    """Code and sentence of what is found in pairs.jsonl."""
+    found = uw.check(
+        **{"model": "model", "data": "pairs.jsonl", "compute.dtype": "float32", **values}
+    )
+    return {f.code: f.sentence for f in found.findings}
+
+
+def test_rows_reference_and_packing_with_nothing_wrong_raise_nothing(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert check() == {}
+    assert train("run") == 0
+    said = capsys.readouterr().err
+    assert "warning" not in said
+    account = json.loads(Path("run/account.json").read_text())
+    assert account["findings"] == []
+    assert account["figures"]["train"].keys() == FIGURES.keys()
+
+
+def test_rows_that_compare_a_response_with_itself():
+    rows = plain_rows()
+    for row in rows[:3]:
+        row["rejected"] = row["chosen"]
+    write_rows("pairs.jsonl", rows)
+    said = check()["UW206"]
+    assert "train: in 3 of 60 rows chosen and rejected are the same" in said
+    assert "pairs.jsonl:1, pairs.jsonl:2, pairs.jsonl:3" in said
+    assert check(**{"preflight.identical": 0.05}) == {}
+
+
+def test_rows_that_are_the_same_only_after_cutting():
+    rows = plain_rows()
+    for row in rows[:3]:
+        row["chosen"], row["rejected"] = ("stone " * 40 + end for end in ("one", "two"))
+    write_rows("pairs.jsonl", rows)
+    assert "UW206" not in check()
+    cut = {"data.truncation": "response", "data.max_length": 150}
+    assert "in 3 of 60 rows" in check(**cut)["UW206"]
+
+
+def test_a_prompt_on_both_sides_is_refused_with_a_row_of_each():
+    write_rows("held.jsonl", [plain_rows()[7] | {"prompt": " question 7\n"}])
+    with pytest.raises(Refusal, match=r"such as held.jsonl:1 and pairs.jsonl:8.*UW209"):
+        check(**{"evaluation.sets": {"held": ["held.jsonl"]}})
+
+
+def test_rows_that_are_nearly_those_of_an_earlier_row():
+    rows = plain_rows()
+    shouted = [{key: f"{text.upper()}!" for key, text in row.items()} for row in rows[:4]]
+    write_rows("pairs.jsonl", [*rows, *shouted])
+    said = check()["UW210"]
+    assert "4 of 64 rows repeat an earlier one, or nearly" in said
+    assert "pairs.jsonl:61 (as pairs.jsonl:1)" in said
+    assert check(**{"preflight.repeated": 0.1}) == {}
+    long = "seven wheels of paper on a green river to the north"
+    close = {"prompt": "how", "chosen": long, "rejected": long[::-1]}
+    write_rows("pairs.jsonl", [*rows, close, *(close | {"chosen": long + c} for c in "abcd")])
+    assert "4 of 65 rows repeat" in check()["UW210"]
+
+
+def test_responses_that_differ_in_next_to_nothing():
+    rows = plain_rows()
+    for row in rows[:10]:
+        row["chosen"] += " and so on and on"
+        row["rejected"] = row["chosen"].replace(" so ", " yo ")
+    write_rows("pairs.jsonl", rows)
+    said = check(**{"preflight.edits": 0.1})["UW210"]
+    assert "in 10 of 60 preferences the responses differ in at most 10% of their tokens" in said
+    assert check(**{"preflight.edits": 0.1, "preflight.similar": 0.2}) == {}
+
+
+def lengths(longer: str, shorter: str) -> list[dict[str, str]]:
+    draw = random.Random(2)
+    return [
+        {"prompt": f"question {i}", longer: sentence(draw, 7), shorter: sentence(draw, 6)}
+        for i in range(40)
+    ]
+
+
+def test_columns_that_are_swapped_by_the_length_of_what_they_hold():
+    write_rows("pairs.jsonl", lengths("rejected", "chosen"))
+    said = check(**{"preflight.shortcut": 0.99})["UW207"]
+    assert "the longer response is the chosen one in only" in said and "pairs.jsonl:" in said
+    assert check(**{"preflight.shortcut": 0.99, "preflight.swapped": 0.0}) == {}
+    write_rows("pairs.jsonl", lengths("chosen", "rejected"))
+    assert check(**{"preflight.shortcut": 0.99}) == {}
+
+
+def test_data_that_the_reference_would_never_say(capsys: pytest.CaptureFixture[str]):
+    # A model that is sure of its next byte, whatever it is: nothing that people wrote is likely.
+    sure = tiny_model()
+    with torch.no_grad():
+        sure.get_output_embeddings().weight *= 8
+    sure.save_pretrained("model")
+    said = check()["UW212"]
+    assert "nats a token under the reference" in said and "pairs.jsonl:" in said
+    assert check(**{"preflight.improbable": 99.0}) == {}
+    assert train("run") == 0
+    assert "warning[UW212]: train:" in capsys.readouterr().err
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, hear: Callable[[Tensor], Tensor]) -> None:
+    """The policy's embeddings are changed by `hear`, after the proof that every model has to pass
+    when it is loaded."""
+    made = run_start.load_policy
+
+    def planted(run: Run) -> LanguageModel:
+        lm = made(run)
+        embedding = lm.causal.get_input_embeddings()
+        assert isinstance(embedding, nn.Module)
+        embedding.register_forward_hook(lambda _, __, out: hear(out))
+        return lm
+
+    monkeypatch.setattr(run_start, "load_policy", planted)
+
+
+def test_rows_that_hear_their_neighbours_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    plant(monkeypatch, lambda out: out + 0.1 * out.mean(1, keepdim=True))
+    with pytest.raises(Refusal, match=r"says something else packed with others than alone.*UW301"):
+        check()
+    assert train("run") == 2
+    assert "error[UW301]" in capsys.readouterr().err
+
+
+def padding_is_heard(out: Tensor) -> Tensor:
+    return out + 0.1 * out.mean(1, keepdim=True) if len(out) > 1 else out
+
+
+def test_prompts_that_hear_their_padding_are_refused(monkeypatch: pytest.MonkeyPatch):
+    plant(monkeypatch, padding_is_heard)
+    with pytest.raises(Refusal, match=r"else padded, as sampling does it, than alone.*UW301"):
+        check()
+
+
+def test_unshared_rows_that_hear_their_padding_are_refused(monkeypatch: pytest.MonkeyPatch):
+    plant(monkeypatch, padding_is_heard)
+    with pytest.raises(Refusal, match=r"else packed with others than alone.*UW301"):
+        check(**{"compute.sharing": False})
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *FALLBACK_FAMILIES])
+def test_no_family_hears_its_neighbours(family: str):
+    trees = uw.check(model="model", data="pairs.jsonl").trees["train"]
+    assert require_alone(loaded(family), computed_together(trees)) < 1e-3
+
+
+def test_noise_is_refused_by_check_too(monkeypatch: pytest.MonkeyPatch):
+    made = run_start._trained
+
+    def noisy(run: Run, lm: LanguageModel) -> LanguageModel:
+        lm = made(run, lm)
+        embedding = lm.causal.get_input_embeddings()
+        embedding.register_forward_hook(lambda _, __, out: nn.functional.dropout(out, 0.1))
+        return lm
+
+    monkeypatch.setattr(run_start, "_trained", noisy)
+    with pytest.raises(Refusal, match="UW106"):
+        check()
+
+
+def test_check_holds_the_policy_against_a_reference_that_is_named():
+    assert train("start", "--epochs", "4") == 0
+    assert "is another meant?" in check(reference="start/model")["UW101"]
+    assert check(reference="model") == {}
+
+
+def test_check_prints_for_machines_what_its_fields_say(capsys: pytest.CaptureFixture[str]):
+    words = ["check", "--model", "model", "--data", "pairs.jsonl", "--fraction", "0.2", "--json"]
+    assert main(words) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said.keys() == FIELDS.keys()
+    assert set(said["sets"]) == set(said["figures"]) == {"train", "heldout"}
+    assert said["figures"]["train"].keys() == FIGURES.keys()
+    words_alone = said["figures"]["train"]["words"]
+    assert words_alone["low"] < words_alone["value"] < words_alone["high"]
+    assert said["memory"]["needed"] > 0 and said["plan"]["total_steps"] == 1
+    (first, *_) = said["rows"]
+    assert len(said["rows"]) == 3 and first["row"].startswith("pairs.jsonl:")
+    assert [r["role"] for r in first["responses"]] == ["chosen", "rejected"]
+    assert {r["stop"] for r in first["responses"]} == {"<|im_end|>"}
+    assert main([*words, "--max_length", "75"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "UW205"
+    assert main([*words, "--beta", "none"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] is None
+
+
+def test_one_row_has_no_interval_and_is_json_all_the_same(capsys: pytest.CaptureFixture[str]):
+    write_rows("pairs.jsonl", plain_rows(1))
+    assert main(["check", "--model", "model", "--data", "pairs.jsonl", "--json"]) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    said = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert said["figures"]["train"]["own_nats"]["low"] is None
+
+
+def test_check_prints_what_it_measured_and_three_rows(capsys: pytest.CaptureFixture[str]):
+    assert main(["check", "--model", "model", "--data", "pairs.jsonl"]) == 0
+    said = capsys.readouterr().out
+    for name, about in FIGURES.items():
+        assert about in said, name
+    assert said.count("\nchosen   | ") == said.count("\nrejected | ") == 3
+    printed = repr(uw.check(model="model", data="pairs.jsonl"))
+    assert "train: 60 rows read" in printed and "rejected | " in printed
