@@ -144,7 +144,7 @@ def test_any_row_is_an_example_a_drop_or_a_data_error(row: dict[str, Any]):
             found.detail.encode()
 
 
-@settled(2500)
+@settled(2000)
 @given(st.lists(likely_rows, max_size=4), st.sampled_from([CHAT, PLAIN]))
 def test_any_example_is_rendered_or_dropped(rows: list[dict[str, Any]], renderer: Renderer):
     examples: list[Example] = []
@@ -207,7 +207,7 @@ def edited(data: bytes, changes: list[tuple[float, int, bytes]]) -> bytes:
     return data
 
 
-@settled(3000)
+@settled(2000)
 @given(st.lists(likely_rows, min_size=1, max_size=4), st.sampled_from(KINDS), edits)
 def test_any_file_is_rows_that_are_accounted_for_or_a_data_error(
     tmp_path: Path, rows: list[dict[str, Any]], kind: str, changes: list[tuple[float, int, bytes]]
