@@ -87,6 +87,13 @@ def test_a_ratio_beyond_every_float_is_clipped_without_nan():
     assert slope.tolist() == [0, 0, 0, 0]
 
 
+def test_a_token_without_an_advantage_has_no_loss_whatever_its_ratio():
+    logps = f64(800.0, -800.0).requires_grad_()
+    loss = clipped_surrogate(logps, torch.zeros_like(logps), torch.zeros_like(logps))
+    (slope,) = torch.autograd.grad(loss.sum(), logps)
+    assert loss.tolist() == slope.tolist() == [0, 0]
+
+
 # The value loss
 
 
