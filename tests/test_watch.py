@@ -120,7 +120,7 @@ def test_weights_in_fp32_hold_the_same_updates():
 
 def moving(**limits: float) -> Watch:
     watch = Watch(loaded(), Limits(**limits))
-    watch.moved = 1.0
+    watch.seen.moved = 1.0
     return watch
 
 
@@ -152,7 +152,7 @@ def evaluation(step: int, **values: float) -> dict[str, object]:
 
 
 def test_memory_of_the_training_rows_is_told_from_learning():
-    learned = [record(step, **{"rewards/accuracies": 0.95}) for step in range(1, 5)]
+    learned = [record(step, **{"rewards/accuracies": 0.95}) for step in range(1, RECENT + 1)]
     by_heart = evaluation(4, **{"rewards/accuracies": 0.55, "rewards/accuracies_low": 0.45})
     assert codes(moving(), [*learned, by_heart]) == ["UW306"]
     assert codes(moving(), [*learned, evaluation(4)]) == []

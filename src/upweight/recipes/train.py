@@ -16,7 +16,7 @@ import torch
 
 from upweight.config import Resolved, dump, leaf_values
 from upweight.data.pack import bins, collate, merge_same_prompts
-from upweight.data.stream import batch_for_step
+from upweight.data.stream import steps
 from upweight.errors import OutputError
 from upweight.evidence.report import write_report
 from upweight.evidence.track import Target, Tracking, clients, tracking
@@ -29,7 +29,8 @@ from upweight.recipes.reference import Against, ask_reference
 from upweight.recipes.resume import require_same_models, resume_command
 from upweight.recipes.screen import Screen, Silent
 from upweight.recipes.start import Start, examined_sets, start
-from upweight.recipes.state import State, go_back, log, make_room, save
+from upweight.recipes.state import State, go_back, log, make_room, note, save
+from upweight.recipes.suspects import write_suspects
 from upweight.training import checkpoint
 from upweight.training.loop import Hooks, Progress, fit
 from upweight.training.objectives import pair
@@ -37,7 +38,7 @@ from upweight.training.optimizer import make_optimizer
 from upweight.training.rundir import RunDir, open_run_dir, require_space, write_atomic
 from upweight.trust.identity import require_quiet, starts_elsewhere
 from upweight.trust.preflight import swapped
-from upweight.trust.watch import Watch
+from upweight.trust.watch import Told, Watch
 from upweight.types import Forest
 
 
@@ -108,7 +109,8 @@ def _state(
     capacity, recomputing = begun.run.batch.tokens_per_bin, begun.run.compute.checkpointing
     assert capacity is not None
     optimizer = _optimizer(begun)
-    watch = Watch(begun.lm, begun.run.watch)
+    told = Told(begun.run.loss.beta, begun.plan.total_steps, begun.prepared.trees["train"])
+    watch = Watch(begun.lm, begun.run.watch, told)
     return State(
         begun, against, rundir, optimizer, screen, trackers, capacity, watch,
         recomputing=recomputing,
@@ -158,8 +160,12 @@ def _train(state: State, progress: Progress, stop: threading.Event) -> bool:
 
     def forests(step: int) -> Sequence[Forest]:
         capacity = state.tokens_per_bin
-        batch = batch_for_step(trees, run.batch.pairs_per_step, run.seed, step)
+        plan = next(steps(trees, run.batch.pairs_per_step, run.seed, step))
+        batch = [trees[i] for i in plan.trees]
         forests = [collate(group) for group in bins(merge_same_prompts(batch, capacity), capacity)]
+        state.watch.packed(plan, batch, forests)
+        state.noting = plan.step if plan.epoch == 0 else None
+        state.noted.pop(plan.step, None)
         # The largest first: what runs out of memory does so at once.
         return sorted(forests, key=lambda forest: -forest.num_tokens)
 
@@ -173,7 +179,8 @@ def _train(state: State, progress: Progress, stop: threading.Event) -> bool:
         should_stop=stop.is_set,
         on_out_of_memory=functools.partial(make_room, state),
     )
-    objective = pair(state.against.logps, loss, run.loss.beta)
+    noting = functools.partial(note, state)
+    objective = pair(state.against.logps, loss, run.loss.beta, on_margins=noting)
     return fit(state.lm, state.optimizer, objective, forests, state.begun.plan, hooks, progress)
 
 
@@ -186,6 +193,7 @@ def _finish(state: State, progress: Progress) -> Result:
     state.lm.causal.generation_config.eos_token_id = stop_ids  # pyright: ignore
     written = export(state.lm, state.rundir.file("model"), merge=state.run.export.merge)
     write_environment(state, finished=True)
+    write_suspects(state)
     report = write_report(state.rundir.path)
     state.screen.note(f"model:  {written[0]}")
     state.screen.note(f"report: {report}")

@@ -17,12 +17,22 @@ Objective = Callable[[LanguageModel, Forest], Step]
 PairLoss = Callable[[PairLogps], Float[Tensor, " pairs"]]
 
 
-def pair(reference: Reference, loss: PairLoss, beta: float) -> Objective:
-    """Preferred pairs under `loss`, its options bound; `beta` scales the rewards that are shown."""
+def pair(
+    reference: Reference,
+    loss: PairLoss,
+    beta: float,
+    on_margins: Callable[[Forest, Tensor], None] | None = None,
+) -> Objective:
+    """Preferred pairs under `loss`, its options bound; `beta` scales the rewards that are shown.
+
+    `on_margins` is given each forest's margins, beta times the difference of log-ratios.
+    """
 
     def objective(lm: LanguageModel, forest: Forest) -> Step:
         policy = token_logps(lm, forest)
         logps = pair_logps(policy, reference.logps(forest).to(policy.device), forest)
+        if on_margins is not None:
+            on_margins(forest, beta * logps.margin.detach())
         weight = forest.weight.to(policy.device)
         return Step((loss(logps) * weight).sum(), weight.sum(), pair_metrics(logps, beta))
 
@@ -40,6 +50,7 @@ def pair_metrics(logps: PairLogps, beta: float) -> dict[str, tuple[Tensor, Tenso
             "rewards/chosen": beta * logps.chosen_logratio,
             "rewards/rejected": beta * logps.rejected_logratio,
             "rewards/margins": margins,
+            "rewards/spread": margins.abs(),
             "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
             "logps/chosen": logps.policy_chosen,
             "logps/rejected": logps.policy_rejected,

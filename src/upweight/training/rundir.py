@@ -44,6 +44,8 @@ RECORDS = (
     "metrics.jsonl",
     "ledger.parquet",
     "samples.jsonl",
+    "margins.jsonl",
+    "suspects.jsonl",
     "checkpoints",
     "model",
     "report.html",
