@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import upweight.recipes.train as run_train
 import upweight.training.objectives as objectives
 from runs import furnish, plain_rows, rows_of, sentence, train, write_rows
 from tiny import VOCAB_SIZE
+from upweight.cli import main
 from upweight.data.pack import bins
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import pair_logps, token_logps
@@ -344,3 +346,15 @@ def test_responses_without_their_stop_token_teach_not_to_stop():
     found = warned()["UW305"]
     assert "end by themselves" in found["said"] and "lack their end" in found["said"]
     assert found["metric"] == "stopped"
+
+
+def test_a_resumed_run_does_not_say_again_what_it_has_said(capsys: pytest.CaptureFixture[str]):
+    write_rows("pairs.jsonl", plain_rows(24))
+    usual = ("--kl", "0", "--learning-rate", "3e-3", "--checkpoint.every", "1", "--keep", "99")
+    assert train("run", *usual, "--evaluation.every", "1") == 0
+    assert capsys.readouterr().err.count("warning[UW308]") == 1
+    for folder in sorted(Path("run/checkpoints").iterdir())[4:]:
+        shutil.rmtree(folder)
+    assert main(["train", "run/run.yaml", "resume=true"]) == 0
+    assert "warning[UW308]" not in capsys.readouterr().err
+    assert warned()["UW308"]["step"] <= 4

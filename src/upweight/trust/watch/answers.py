@@ -7,6 +7,9 @@ import math
 from upweight.trust.finding import Finding
 from upweight.trust.watch.seen import Record, Seen
 
+CUT = 0.1
+"""The share of chosen responses without their end that is a likely cause."""
+
 LONGER = 1.2
 """How many times the rejected responses' length makes the chosen ones' a likely cause."""
 
@@ -58,25 +61,16 @@ def does_not_stop(seen: Seen, record: Record) -> Finding | None:
 
 def _cause(seen: Seen, record: Record, ratio: float = 1.0) -> str:
     """The likeliest of the causes that the page names, and what to do about it."""
-    trees = seen.told.trees
-    lengths = [
-        (len(t.responses[p.chosen]), len(t.responses[p.rejected]))
-        for t in trees
-        for p in t.preferences
-    ]
-    chosen, rejected = map(sum, zip(*lengths, strict=True)) if lengths else (0, 0)
+    chosen, rejected = seen.told.lengths
     longer = chosen > LONGER * rejected if ratio > 1 else rejected > LONGER * chosen
-    unstopped = seen.told.unstopped()
-    if ratio > 1 and unstopped > 0.1:
-        return (
-            f"{unstopped:.0%} of the chosen responses lack their end (UW203, UW205): train on "
-            "whole ones"
-        )
+    unstopped = seen.told.unstopped
+    if ratio > 1 and unstopped > CUT:
+        return f"{unstopped:.0%} of the chosen responses lack their end: train on whole ones"
     if ratio != 1 and rejected and longer:
         return (
             f"the data prefer {'longer' if ratio > 1 else 'shorter'} responses, "
             f"{chosen / rejected:.1f} times the length of the rejected ones on average: balance "
-            "their lengths (UW211)"
+            "their lengths"
         )
     if record.get("kl", 0.0) > seen.limits.kl / 2:
         return (

@@ -23,7 +23,7 @@ def displaced(seen: Seen, record: Record) -> Finding | None:
     if not per_token < -seen.limits.displaced:
         return None
     rejected = seen.mean("logratios/rejected") / seen.mean("tokens/rejected")
-    alike = seen.told.alike()
+    alike = seen.told.alike
     if alike >= ALIKE:
         cause = (
             f"chosen and rejected share {alike:.0%} of their tokens, and what pushes one down "
@@ -53,7 +53,7 @@ def too_easy(seen: Seen, record: Record) -> Finding | None:
         "they are known by heart: fewer epochs, or a smaller optimizer.learning_rate"
         if again
         else "they are told apart when first met: use harder pairs, and look for what gives them "
-        "away (UW211)"
+        "away"
     )
     return Finding(
         "UW306",
@@ -90,8 +90,8 @@ def held_out_is_solved(seen: Seen, record: Record) -> Finding | None:
         "UW306",
         f"step {record['step']:.0f}: {record['rewards/accuracies']:.1%} of the held-out pairs are "
         f"told apart [from {low:.1%}] (watch.easy is {seen.limits.easy:.0%}): no improvement can "
-        "show. The pairs are too easy, a shortcut solves them (UW211), or their prompts are "
-        "trained on in other words (UW209): evaluate on harder ones.",
+        "show. The pairs are too easy, a shortcut solves them, or their prompts are "
+        "trained on in other words: evaluate on harder ones.",
         metric="rewards/accuracies",
     )
 

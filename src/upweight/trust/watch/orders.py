@@ -37,7 +37,7 @@ class Orders:
     epoch: int = -1
     last_step: int = -1
     num_rows: int = 0
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    digest: str = ""
 
     def saw(self, plan: StepPlan, batch: Sequence[Tree]) -> None:
         """`batch` is what step `plan` was trained on, in its order.
@@ -47,12 +47,12 @@ class Orders:
         if plan.step <= self.last_step:
             return  # it ran out of memory, and is taken again
         if plan.epoch != self.epoch:
-            self.epoch, self.num_rows, self.digest = plan.epoch, 0, hashlib.sha256()
+            self.epoch, self.num_rows, self.digest = plan.epoch, 0, ""
         self.last_step = plan.step
         self.num_rows += len(batch)
-        for tree in batch:
-            self.digest.update("".join(f"{i.row}/{i.index} " for i in tree.ids).encode())
+        rows = " ".join(f"{i.row}/{i.index}" for tree in batch for i in tree.ids)
+        self.digest = hashlib.sha256(f"{self.digest} {rows}".encode()).hexdigest()
         if plan.epochs_done >= plan.epoch + 1 and self.num_rows >= FEWEST_ROWS:
-            earlier = self.known.setdefault(self.digest.hexdigest(), plan.epoch)
+            earlier = self.known.setdefault(self.digest, plan.epoch)
             if earlier != plan.epoch and self.repeated is None:
                 self.repeated = (plan.epoch + 1, earlier + 1)

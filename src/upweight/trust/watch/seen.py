@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from statistics import fmean
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from upweight.config import Watch as Limits
 from upweight.models.load import LanguageModel
 from upweight.trust.watch.orders import Orders
-from upweight.types import Tree
+from upweight.types import Preference, Tree
 
 ELEMENTS = 256
 """Of each tensor that are looked at: enough to say whether it moves, and nothing beside a step."""
@@ -36,22 +37,33 @@ class Told:
     total_steps: int | None = None
     trees: Sequence[Tree] = ()
 
+    @cached_property
     def alike(self) -> float:
         """The share of tokens that chosen and rejected have in common, on average."""
-        pairs = islice(
-            ((t.responses[p.chosen], t.responses[p.rejected]) for t in self.trees
-             for p in t.preferences), MOST_COMPARED
-        )  # fmt: skip
+        pairs = [
+            (t.responses[p.chosen], t.responses[p.rejected])
+            for t, p in islice(self._preferences(), MOST_COMPARED)
+        ]
         shares = [
             2 * (Counter(chosen) & Counter(rejected)).total() / (len(chosen) + len(rejected))
             for chosen, rejected in pairs
         ]
         return fmean(shares) if shares else 0.0
 
+    @cached_property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of all chosen and of all rejected responses."""
+        pairs = [(t.responses[p.chosen], t.responses[p.rejected]) for t, p in self._preferences()]
+        return sum(len(c) for c, _ in pairs), sum(len(r) for _, r in pairs)
+
+    @cached_property
     def unstopped(self) -> float:
         """The share of preferred responses that lack their end."""
-        ends = [t.stopped[p.chosen] for t in self.trees for p in t.preferences]
+        ends = [t.stopped[p.chosen] for t, p in self._preferences()]
         return 1 - fmean(ends) if ends else 0.0
+
+    def _preferences(self) -> Iterator[tuple[Tree, Preference]]:
+        return ((tree, p) for tree in self.trees for p in tree.preferences)
 
 
 @dataclass
