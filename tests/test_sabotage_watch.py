@@ -303,8 +303,9 @@ def test_a_policy_that_learns_to_repeat_itself_is_reported():
         for i in range(40)
     ]
     write_rows("pairs.jsonl", rows)
-    wild = ("--learning-rate", "3e-2", "--samples", "6", "--max_new_tokens", "32")
-    assert train("run", *wild, "--shortcut", "0.999", "--kl", "1e9") == 0
+    loose = ("--learning-rate", "1e-2", "--beta", "1e-3", "--epochs", "3", "--kl", "100")
+    said = ("--samples", "6", "--max_new_tokens", "32")
+    assert train("run", *loose, *said, "--shortcut", "0.999") == 0
     found = warned()
     assert "four tokens in a row" in found["UW305"]["said"]
     assert found["UW305"]["metric"] == "repetition" and found["UW305"]["set"] == "heldout"
@@ -341,8 +342,9 @@ def test_responses_without_their_stop_token_teach_not_to_stop():
         for i in range(40)
     ]
     write_rows("pairs.jsonl", rows)
+    fast = ("--learning-rate", "3e-2", "--beta", "0.01", "--epochs", "3")
     cut = ("--max_length", "60", "--truncation", "response", "--cut", "0.95", "--shortcut", "0.999")
-    assert train("run", *cut, "--samples", "8", "--length", "99", "--learning-rate", "3e-3") == 0
+    assert train("run", *cut, "--samples", "8", "--length", "99", *fast) == 0
     found = warned()["UW305"]
     assert "end by themselves" in found["said"] and "lack their end" in found["said"]
     assert found["metric"] == "stopped"

@@ -130,7 +130,7 @@ def test_what_a_run_warns_of_is_in_the_terminal_the_records_and_the_report(
     found = warnings("run")
     assert "nats an answer away" in found["UW308"]
     page = Path("run/report.html").read_text()
-    assert "<code>UW308</code>" in page and "nats an answer away" in page
+    assert '<code id="warning-uw308">UW308</code>' in page and "nats an answer away" in page
 
 
 def test_held_out_pairs_that_are_surely_solved_are_reported():

@@ -193,8 +193,8 @@ def _chips(marks: Sequence[tuple[float, Mark]]) -> tuple[str, int]:
 
 
 def anchor(code: str) -> str:
-    """Where the Warnings section has the line of a code."""
-    return f"warning-{code.lower()}"
+    """Where the Warnings section has the line of a code, for a quoted attribute."""
+    return esc(f"warning-{code.lower()}")
 
 
 def _label(kind: str, style: str, text: str) -> str:
