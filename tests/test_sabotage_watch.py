@@ -64,9 +64,9 @@ def test_updates_that_the_weights_cannot_hold_are_refused(capsys: pytest.Capture
     assert "error[UW103]" in said and "raise optimizer.learning_rate" in said
 
 
-def frozen(*args: Any, **options: Any) -> Callable[..., Step]:
+def frozen(*args: Any) -> Callable[..., Step]:
     """An objective in which no weight has a say."""
-    whole = pair(*args, **options)
+    whole = pair(*args)
 
     def objective(lm: LanguageModel, forest: Forest) -> Step:
         step = whole(lm, forest)
@@ -102,7 +102,7 @@ def test_half_precision_weights_that_swallow_their_updates_are_refused(
 
 
 def aliased(
-    reference: object, loss: Callable[[PairLogps], torch.Tensor], beta: float, **options: Any
+    reference: object, loss: Callable[[PairLogps], torch.Tensor], beta: float, *rest: Any
 ) -> Callable[..., Step]:
     """The policy of the moment as its own reference."""
 
@@ -129,8 +129,8 @@ def test_a_policy_that_is_its_own_reference_is_refused(
 def test_an_objective_that_takes_means_of_micro_batches_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def of_means(*args: Any, **options: Any) -> Callable[..., Step]:
-        whole = pair(*args, **options)
+    def of_means(*args: Any) -> Callable[..., Step]:
+        whole = pair(*args)
 
         def objective(lm: LanguageModel, forest: Forest) -> Step:
             step = whole(lm, forest)
@@ -178,8 +178,8 @@ def test_one_order_for_all_epochs_is_reported(monkeypatch: pytest.MonkeyPatch):
 def test_a_weight_that_is_not_a_number_stops_before_the_optimizer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def spoiled(*args: Any, **options: Any) -> Callable[..., Step]:
-        whole = pair(*args, **options)
+    def spoiled(*args: Any) -> Callable[..., Step]:
+        whole = pair(*args)
 
         def objective(lm: LanguageModel, forest: Forest) -> Step:
             with torch.no_grad():
@@ -198,8 +198,8 @@ def test_a_weight_that_is_not_a_number_stops_before_the_optimizer(
 def test_a_loss_that_overflows_stops_before_the_optimizer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def exploding(reference: Any, loss: Any, beta: float, **options: Any) -> Callable[..., Step]:
-        return pair(reference, lambda logps: loss(logps) * torch.inf, beta, **options)
+    def exploding(reference: Any, loss: Any, beta: float, *rest: Any) -> Callable[..., Step]:
+        return pair(reference, lambda logps: loss(logps) * torch.inf, beta, *rest)
 
     monkeypatch.setattr(run_train, "pair", exploding)
     assert train("run") == 2

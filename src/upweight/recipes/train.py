@@ -180,7 +180,7 @@ def _train(state: State, progress: Progress, stop: threading.Event) -> bool:
         on_out_of_memory=functools.partial(make_room, state),
     )
     noting = functools.partial(note, state)
-    objective = pair(state.against.logps, loss, run.loss.beta, on_margins=noting)
+    objective = pair(state.against.logps, loss, run.loss.beta, noting)
     return fit(state.lm, state.optimizer, objective, forests, state.begun.plan, hooks, progress)
 
 
