@@ -1,10 +1,11 @@
 """Are wrong labels found? Flips a known share of labels, trains, and compares with suspects.jsonl.
 
-    python benchmarks/flips.py [--share 0.15] [--pairs 300]
+    python benchmarks/flips.py [--task manners | films] [--share 0.15] [--pairs 240]
 
-The demo model's own answers, of which VADER's sentiment prefers one clearly; some of those
-preferences are turned around, in training and held-out rows alike. A second run without flips says
-how many labels are suspected where none is wrong.
+manners: a kind and a curt answer to a request, each put together from a dozen phrases. films: the
+demo model's own answers, of which VADER's sentiment prefers one clearly; in one short epoch the
+model learns little of that. Some preferences are turned around, in training and held-out rows
+alike. A second run without flips says how many labels are suspected where none is wrong.
 """
 
 from __future__ import annotations
@@ -26,17 +27,31 @@ DEMO = Path(uw.__file__).parent / "demo"
 MIN_GAP = 0.4
 LEVELS = (0.6, 0.7, 0.8, 0.9)
 
+KIND = (
+    ("Of course", "Gladly", "With pleasure", "Happy to help", "Good question", "Certainly"),
+    ("let us look at", "here is a start on", "I can explain", "we will go through"),
+    ("step by step.", "together.", "whenever you are ready.", "and take our time."),
+)
+CURT = (
+    ("No", "Hardly", "Not now", "Why ask me", "What a bore", "Again"),
+    ("go and read about", "nobody needs", "do not bother me with", "find out yourself about"),
+    ("somewhere else.", "and be quick.", "for once.", "or leave it."),
+)
+TOPICS = ("taxes", "bees", "maps", "bread", "rain", "chess", "rust", "tides", "fonts", "glass")
+ASKING = ("Explain", "Tell me about", "I need help with", "What should I know about")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--share", type=float, default=0.15)
-    parser.add_argument("--pairs", type=int, default=300, help="training pairs")
+    parser.add_argument("--pairs", type=int, default=240, help="training pairs")
+    parser.add_argument("--task", choices=("manners", "films"), default="manners")
     args = parser.parse_args()
     default = Watch().suspect
     lines: list[list[str]] = []
     record: dict[str, Any] = {"share": args.share}
     for share in (args.share, 0.0):
-        num, flipped, found = trained(share, args.pairs)
+        num, flipped, found = trained(args.task, share, args.pairs)
         record[f"run_{share}"] = {"num": num, "flipped": sorted(flipped), "suspects": found}
         for name in ("train", "heldout"):
             planted = {key for key in flipped if key[0] == name}
@@ -57,13 +72,13 @@ def main() -> None:
                 )
     head = ["flipped", "set", "pairs", "flips", "watch.suspect", "suspects", "precision", "recall"]
     text = (
-        "# Wrong labels that are found\n\nSmolLM2-135M-Instruct (LoRA, one epoch) on its own "
-        "answers, of which VADER prefers one by 0.4 or more. Training pairs are judged as the "
+        "# Wrong labels that are found\n\nSmolLM2-135M-Instruct (LoRA, one epoch), task: "
+        f"{args.task}. Training pairs are judged as the "
         "policy first met them, held-out ones by the finished policy. By chance the precision "
         "would be the share that is flipped.\n\n" + results.markdown_table(head, lines)
     )
     print(text)
-    print(results.save("flips", text, record))
+    print(results.save(f"flips-{args.task}", text, record))
 
 
 def certain(suspect: dict[str, Any]) -> float:
@@ -73,14 +88,14 @@ def certain(suspect: dict[str, Any]) -> float:
 
 
 def trained(
-    share: float, num_pairs: int
+    task: str, share: float, num_pairs: int
 ) -> tuple[dict[str, int], set[tuple[str, str]], list[dict[str, Any]]]:
     """(pairs by set, (set, row) of those flipped, lines of suspects.jsonl)."""
     with tempfile.TemporaryDirectory() as folder:
         num: dict[str, int] = {}
         flipped: set[tuple[str, str]] = set()
         for name in ("train", "heldout"):
-            rows = list(pairs(name))[:num_pairs]
+            rows = manners(name, num_pairs) if task == "manners" else list(films(name))[:num_pairs]
             num[name] = len(rows)
             draw = random.Random(f"{name}:{share}")
             for line in draw.sample(range(len(rows)), round(share * len(rows))):
@@ -103,6 +118,7 @@ def trained(
                 "batch.pairs_per_step": 8,
                 "optimizer.learning_rate": 5e-4,
                 "lora.rank": 16,
+                "preflight.shortcut": 0.999,
                 "watch.suspect": 0.5,
             }
         )
@@ -110,7 +126,23 @@ def trained(
         return num, flipped, [json.loads(line) for line in text.splitlines()]
 
 
-def pairs(name: str) -> Iterator[dict[str, str]]:
+def manners(name: str, num: int) -> list[dict[str, str]]:
+    draw = random.Random(name)
+    rows: list[dict[str, str]] = []
+    for i in range(num if name == "train" else num // 3):
+        topic = draw.choice(TOPICS)
+        kind, curt = (
+            "{}, {} {} {}".format(
+                *(draw.choice(x) for x in parts[:2]), topic, draw.choice(parts[2])
+            )
+            for parts in (KIND, CURT)
+        )
+        prompt = f"{draw.choice(ASKING)} {topic} ({name} {i})."
+        rows.append({"prompt": prompt, "chosen": kind, "rejected": curt})
+    return rows
+
+
+def films(name: str) -> Iterator[dict[str, str]]:
     """The best answer over the worst of a prompt, the second best over the second worst, ..."""
     for line in (DEMO / f"{name}.jsonl").read_text().splitlines():
         row = json.loads(line)
