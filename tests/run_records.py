@@ -94,6 +94,23 @@ def sample(step: int, prompt: str = "Say something.", **values: Any) -> dict[str
     return row | values
 
 
+def suspect(**values: Any) -> dict[str, Any]:
+    row = {
+        "set": "train",
+        "row": "pairs.jsonl:9",
+        "chosen_index": 0,
+        "rejected_index": 1,
+        "prompt": "Say something.",
+        "chosen": "A bad thing",
+        "rejected": "A good thing",
+        "margin": -1.5,
+        "odds_model": 5.0,
+        "odds_words": 6.0,
+        "why": "Both held the rejected response better.",
+    }
+    return row | values
+
+
 def account(**values: Any) -> dict[str, Any]:
     percentiles = {"p50": 40, "p90": 60, "p99": 80, "max": 1200}
     entry = {
@@ -143,6 +160,7 @@ def write_run(folder: Path, *, without: tuple[str, ...] = ()) -> Path:
     write_jsonl(folder / "metrics.jsonl", metrics)
     rows = [ledger_row(i, step=step) for step in (0, 20) for i in range(30)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "ledger.parquet")
+    write_jsonl(folder / "suspects.jsonl", [suspect()])
     write_jsonl(folder / "samples.jsonl", [sample(0), sample(20), sample(20, "Another prompt.")])
     sets = {"train": account(), "heldout": account(read=30, used=30, dropped={}, examples={})}
     findings = [{"code": "UW210", "said": "train: a circle.", "rows": ["pairs.jsonl:3"]}]

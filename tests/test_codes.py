@@ -21,6 +21,7 @@ from upweight.errors import UpweightError
 from upweight.evidence.records.ledger import SCHEMA
 from upweight.evidence.report import verdict
 from upweight.models import probes, proof, reference
+from upweight.recipes.best import KL, SAMPLED
 from upweight.training.rundir import RECORDS
 from upweight.trust.codes import (
     CODES,
@@ -33,6 +34,7 @@ from upweight.trust.codes import (
     list_as_text,
     page,
 )
+from upweight.trust.watch import RECENT, curves, orders
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "upweight"
@@ -168,9 +170,9 @@ def other_names() -> Iterator[str]:
     sources = "".join(f.read_text(encoding="utf-8") for f in (*train, SOURCE / "recipes/train.py"))
     yield from re.findall(r'"((?:rewards|logps|logratios|tokens)/\w+|loss|grad_norm)"', sources)
     yield from ("rewards/accuracies_low", "rewards/accuracies_high")
-    yield from ("kl", "kl_low", "kl_high", "length", "reference_length")
-    yield from ("dpo", "fit", "response_logps", "pair_logps", "upweight.data.stream")
-    yield from ("epoch_order(100, seed, 0)", "epoch_order(100, seed, 1)", "model.train()")
+    yield from (*KL, *SAMPLED)
+    yield from ("dpo", "response_logps", "pair_logps")
+    yield from ("model.train()",)
     yield from ("UPWEIGHT_CACHE", "eos_token", "eos_token_id", "prompt")
     yield from (probes.FILE, "messages", "prompt_ids")
 
@@ -204,6 +206,11 @@ def test_numbers_on_the_pages_are_those_of_the_code() -> None:
     assert f"{proof.TOLERANCE_NATS[torch.float32]} nats" in CODES["UW401"].found_by
     assert f"{proof.TOLERANCE_NATS[torch.bfloat16]} nats" in CODES["UW401"].found_by
     assert verdict._NOTEWORTHY_FALL_NATS == 0.5 and "half a nat" in CODES["UW304"].guarded_by
+    assert curves.ALIKE == 0.8 and "four fifths" in CODES["UW304"].found_by
+    assert RECENT == 8 and "last eight" in CODES["UW304"].found_by + CODES["UW306"].found_by
+    assert curves.KNOWN == 0.9 and "0.9 or more" in CODES["UW306"].found_by
+    assert f"run of {curves.FEWEST_STEPS} steps" in CODES["UW307"].found_by
+    assert orders.FEWEST_ROWS == 10 and "fewer than ten rows" in CODES["UW309"].found_by
     assert f"{verdict._NOTEWORTHY_LENGTH} times" in CODES["UW305"].guarded_by
     assert f"{100 * verdict._NOTEWORTHY_DROPS:.0f} %" in CODES["UW205"].guarded_by
     assert f"`loss.beta` is {keys()['loss.beta'].default}" in CODES["UW307"].guarded_by

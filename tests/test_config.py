@@ -104,7 +104,13 @@ OTHER: dict[str, Any] = {
     "watch.moved": 0.2,
     "watch.displaced": 2.0,
     "watch.length": 2.0,
+    "watch.repetition": 0.3,
+    "watch.stopped": 0.4,
     "watch.solved": 0.9,
+    "watch.easy": 0.9,
+    "watch.spread": 5.0,
+    "watch.flat": 0.02,
+    "watch.suspect": 0.9,
     "watch.kl": 20.0,
 }
 EVALUATED = {"evaluation.fraction": 0.2}

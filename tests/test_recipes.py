@@ -95,7 +95,10 @@ def same_weights_and_steps(one: str, other: str) -> bool:
         for found in (rows_of(f"{run}/metrics.jsonl") for run in (one, other))
     ]
     rest = [
-        (rows_of(f"{run}/samples.jsonl"), pq.read_table(f"{run}/ledger.parquet").to_pylist())
+        (
+            *(rows_of(f"{run}/{name}.jsonl") for name in ("samples", "margins")),
+            pq.read_table(f"{run}/ledger.parquet").to_pylist(),
+        )
         for run in (one, other)
     ]
     same = all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -29,6 +29,7 @@ from upweight.evidence.records import (
     Records,
     Sample,
     Setting,
+    Suspected,
     Warned,
     read_records,
 )
@@ -154,6 +155,10 @@ class Page(HTMLParser):
             self.loads.append(data)
 
 
+TEXTS = ("set", "row", "prompt", "chosen", "rejected", "why")
+NUMBERS = ("margin", "odds_model", "odds_words")
+
+
 def nasty_records() -> Records:
     """Every text that comes from outside replaced by one that tries to break the page."""
     lines = (eval_line(0, NASTY), eval_line(20, NASTY))
@@ -170,7 +175,8 @@ def nasty_records() -> Records:
         template=NASTY,
         settings=(Setting(NASTY, NASTY, NASTY), Setting("objective", NASTY, NASTY)),
         environment={NASTY: NASTY, "model": NASTY, "upweight": NASTY, "finished": NASTY},
-        warnings=(Warned(NASTY, NASTY, (NASTY,), 3),),
+        warnings=(Warned(NASTY, NASTY, (NASTY,), 3, "loss"),),
+        suspects=(Suspected(**dict.fromkeys(TEXTS, NASTY), **dict.fromkeys(NUMBERS, 1.0)),),
         comparison=Comparison(NASTY, (ComparisonRow(NASTY, NASTY, NASTY, NASTY),)),
         notes=(NASTY,),
     )

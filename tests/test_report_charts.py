@@ -250,7 +250,8 @@ def test_many_sets_get_a_chart_each():
 
 def test_a_metric_that_no_line_has_is_named_as_not_recorded():
     html = curves(Records("run", train=trained(3)))
-    assert "Not recorded in this run: sampled kl, sampled length." in html
+    sampled = "sampled kl, sampled length, repetition, answers that end by themselves"
+    assert f"Not recorded in this run: {sampled}." in html
     assert "No step and no evaluation" in curves(Records("run"))
 
 

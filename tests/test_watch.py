@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-import upweight.recipes.train as run_train
-from oracles import loaded
-from runs import furnish, plain_rows, rows_of, train, write_rows
+from oracles import loaded, random_trees
+from runs import furnish, rows_of, train, write_rows
 from upweight.config import Watch as Limits
+from upweight.data.stream import StepPlan
 from upweight.errors import Refusal
-from upweight.models.load import LanguageModel
-from upweight.models.logprobs import pair_logps, token_logps
-from upweight.training.objectives import pair_metrics
-from upweight.trust.watch import RECENT, Watch
-from upweight.types import Forest, Step
+from upweight.evidence.evaluate import answers_record, repeated
+from upweight.models.sample import Sample
+from upweight.trust.watch import RECENT, Told, Watch
+from upweight.trust.watch.orders import Orders
+from upweight.types import Tree
 
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     furnish(tmp_path, monkeypatch)
+
+
+HIGH = "rewards/accuracies_high"
 
 
 def warnings(out: str) -> dict[str, str]:
@@ -32,61 +33,6 @@ def warnings(out: str) -> dict[str, str]:
         for row in rows_of(f"{out}/metrics.jsonl")
         if row["kind"] == "warning"
     }
-
-
-def test_a_run_with_nothing_wrong_raises_nothing():
-    write_rows("pairs.jsonl", plain_rows())
-    assert train("run") == 0
-    assert warnings("run") == {}
-    assert json.loads(Path("run/account.json").read_text())["findings"] == []
-
-
-def test_updates_that_the_weights_cannot_hold_are_refused(capsys: pytest.CaptureFixture[str]):
-    assert train("run", "--learning-rate", "1e-30") == 2
-    said = capsys.readouterr().err
-    assert "error[UW103]" in said and "raise optimizer.learning_rate" in said
-    assert "Traceback" not in said
-
-
-def without_gradient(reference: object, loss: object, beta: float) -> Callable[..., Step]:
-    """An objective in which no weight has a say."""
-
-    def objective(lm: LanguageModel, forest: Forest) -> Step:
-        tokens = token_logps(lm, forest)
-        logps = pair_logps(tokens, tokens.detach() + 1.0, forest)
-        nothing = sum((p * 0).sum() for p in lm.model.parameters())
-        return Step(nothing + 1.0, forest.weight.sum(), pair_metrics(logps, beta))
-
-    return objective
-
-
-def test_a_step_without_a_gradient_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(run_train, "pair", without_gradient)
-    assert train("run") == 2
-    said = capsys.readouterr().err
-    assert "error[UW103]" in said and "every gradient is 0" in said
-
-
-def against_itself(reference: object, loss: Callable[..., torch.Tensor], beta: float):
-    """The policy as its own reference."""
-
-    def objective(lm: LanguageModel, forest: Forest) -> Step:
-        tokens = token_logps(lm, forest)
-        logps = pair_logps(tokens, tokens.detach(), forest)
-        return Step(loss(logps).sum(), forest.weight.sum(), pair_metrics(logps, beta))
-
-    return objective
-
-
-def test_a_policy_that_is_its_own_reference_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(run_train, "pair", against_itself)
-    assert train("run") == 2
-    said = capsys.readouterr().err
-    assert "error[UW102]" in said and "step 2" in said
 
 
 def record(step: int, **values: float) -> dict[str, object]:
@@ -120,7 +66,7 @@ def test_weights_in_fp32_hold_the_same_updates():
 
 def moving(**limits: float) -> Watch:
     watch = Watch(loaded(), Limits(**limits))
-    watch.moved = 1.0
+    watch.seen.moved = 1.0
     return watch
 
 
@@ -146,13 +92,13 @@ def test_pairs_that_are_all_told_apart_are_reported():
 
 
 def evaluation(step: int, **values: float) -> dict[str, object]:
-    base = {"rewards/accuracies": 0.7, "rewards/accuracies_low": 0.6}
+    base = {"rewards/accuracies": 0.7, "rewards/accuracies_low": 0.6, HIGH: 0.8}
     base |= {"length": 30.0, "reference_length": 30.0, "kl": 3.0, "kl_low": 2.0}
     return {"kind": "eval", "set": "heldout", "step": step, **base, **values}
 
 
 def test_memory_of_the_training_rows_is_told_from_learning():
-    learned = [record(step, **{"rewards/accuracies": 0.95}) for step in range(1, 5)]
+    learned = [record(step, **{"rewards/accuracies": 0.95}) for step in range(1, RECENT + 1)]
     by_heart = evaluation(4, **{"rewards/accuracies": 0.55, "rewards/accuracies_low": 0.45})
     assert codes(moving(), [*learned, by_heart]) == ["UW306"]
     assert codes(moving(), [*learned, evaluation(4)]) == []
@@ -184,4 +130,134 @@ def test_what_a_run_warns_of_is_in_the_terminal_the_records_and_the_report(
     found = warnings("run")
     assert "nats an answer away" in found["UW308"]
     page = Path("run/report.html").read_text()
-    assert "<code>UW308</code>" in page and "nats an answer away" in page
+    assert '<code id="warning-uw308">UW308</code>' in page and "nats an answer away" in page
+
+
+def test_held_out_pairs_that_are_surely_solved_are_reported():
+    solved = {"rewards/accuracies": 0.99, "rewards/accuracies_low": 0.975}
+    assert codes(moving(), [evaluation(4, **solved)]) == ["UW306"]
+    assert codes(moving(easy=0.98), [evaluation(4, **solved)]) == []
+    assert codes(moving(), [evaluation(0, **solved)]) == []
+
+
+def test_few_held_out_pairs_say_nothing_against_the_training_pairs():
+    learned = [record(step, **{"rewards/accuracies": 0.95}) for step in range(1, RECENT + 1)]
+    few = {"rewards/accuracies": 0.5, "rewards/accuracies_low": 0.1}
+    assert codes(moving(), [*learned, evaluation(8, **few, **{HIGH: 0.96})]) == []
+    assert codes(moving(), [*learned, evaluation(8, **few, **{HIGH: 0.94})]) == ["UW306"]
+
+
+def test_margins_far_out_before_training_on_their_pairs_are_reported():
+    far = [record(step, epoch=0.5, **{"rewards/spread": 12.0}) for step in range(1, RECENT + 1)]
+    assert codes(moving(), far) == ["UW307"]
+    assert codes(moving(spread=13.0), far) == []
+    again = [{**row, "epoch": 1.5} for row in far]
+    assert codes(moving(), again) == []
+    assert codes(moving(), [evaluation(9, epoch=1.5, **{"rewards/spread": 12.0})]) == ["UW307"]
+
+
+@pytest.mark.parametrize(
+    ("beta", "cause"), [(2.0, "fits log-probs that are averaged"), (0.1, "120 nats apart")]
+)
+def test_a_wide_spread_is_blamed_on_what_is_unusual(beta: float, cause: str):
+    watch = Watch(loaded(), Limits(), Told(beta))
+    (found,) = watch.after(evaluation(9, **{"rewards/spread": 12.0}))
+    assert found.code == "UW307" and cause in found.said
+
+
+def test_margins_that_stay_at_zero_are_reported_at_the_end_of_a_run():
+    def ending(num: int, size: float) -> list[str]:
+        watch = Watch(loaded(), Limits(), Told(0.1, num))
+        watch.seen.moved = 1.0
+        rows = [record(step, **{"rewards/spread": size}) for step in range(1, num + 1)]
+        assert codes(watch, rows[:-1]) == []
+        return codes(watch, rows[-1:])
+
+    assert ending(40, 0.004) == ["UW307"]
+    assert ending(40, 0.02) == []
+    assert ending(20, 0.004) == []
+
+
+@pytest.mark.parametrize(
+    ("beta", "size", "cause"), [(1e-3, 0.004, "raise it"), (0.1, 0.004, "averaged over tokens")]
+)
+def test_a_flat_run_is_blamed_on_beta_or_on_distance(beta: float, size: float, cause: str):
+    watch = Watch(loaded(), Limits(), Told(beta, 30))
+    watch.seen.moved = 1.0
+    rows = [record(step, **{"rewards/spread": size}) for step in range(1, 31)]
+    found = [finding for row in rows for finding in watch.after(row)]
+    assert [f.code for f in found] == ["UW307"] and cause in found[0].said
+
+
+def test_repetition_is_reported_by_the_lower_end_of_its_interval():
+    says = {"repetition": 0.6, "repetition_low": 0.4, "reference_repetition": 0.1}
+    assert codes(moving(), [evaluation(4, **says)]) == ["UW305"]
+    assert codes(moving(repetition=0.31), [evaluation(4, **says)]) == []
+    assert codes(moving(), [evaluation(4, **{**says, "reference_repetition": 0.21})]) == []
+
+
+def test_a_lost_stop_token_is_reported_by_the_upper_end_of_its_interval():
+    says = {"stopped": 0.0, "stopped_high": 0.49, "reference_stopped": 1.0}
+    assert codes(moving(), [evaluation(4, **says)]) == ["UW305"]
+    assert codes(moving(), [evaluation(4, **{**says, "reference_stopped": 0.75})]) == []
+    assert codes(moving(stopped=0.4), [evaluation(4, **says)]) == []
+
+
+def test_four_answers_that_lost_their_end_are_enough_and_three_are_not():
+    def answers(*stopped: bool) -> list[Sample]:
+        return [Sample((1, 2, 3, 4, 5), end) for end in stopped]
+
+    def found(*stopped: bool) -> list[str]:
+        said = answers_record(answers(*stopped), answers(*[True] * len(stopped)))
+        return codes(moving(), [evaluation(4, **said)])
+
+    assert found(False, False, False, False) == ["UW305"]
+    assert found(False, False, False, True) == []
+    assert found(False, False, False) == []
+
+
+def test_repeated_windows_are_counted():
+    assert repeated([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert repeated([7] * 13) == pytest.approx(1 - 1 / 10)
+    assert repeated([1, 2, 3]) == repeated([1, 2, 3, 4]) == 0.0
+
+
+def plan_of(step: int, epoch: int, done: float) -> StepPlan:
+    return StepPlan(step, epoch, (), done)
+
+
+def test_orders_are_compared_epoch_by_epoch():
+    trees = random_trees([(3, 2, 2)] * 12, seed=1)
+    first, second = trees[:6], trees[6:]
+
+    def orders(*epochs: list[Tree]) -> Orders:
+        seen = Orders()
+        for epoch, order in enumerate(epochs):
+            seen.saw(plan_of(2 * epoch, epoch, epoch + 0.5), order[:6])
+            # A step that ran out of memory is taken again.
+            seen.saw(plan_of(2 * epoch, epoch, epoch + 0.5), order[:6])
+            seen.saw(plan_of(2 * epoch + 1, epoch, epoch + 1.0), order[6:])
+        return seen
+
+    assert orders(trees, trees[::-1], [*second, *first]).repeated is None
+    assert orders(trees, trees[::-1], trees).repeated == (3, 1)
+    assert orders(trees, trees).repeated == (2, 1)
+    few = Orders()
+    for epoch in range(3):
+        few.saw(plan_of(epoch, epoch, epoch + 1.0), trees[:9])
+    assert few.repeated is None
+
+
+def test_an_epoch_that_is_seen_from_its_middle_is_like_no_other():
+    trees = random_trees([(3, 2, 2)] * 24, seed=1)
+    resumed = Orders()
+    resumed.saw(plan_of(1, 0, 1.0), trees[12:])
+    resumed.saw(plan_of(2, 1, 1.5), trees[:12])
+    resumed.saw(plan_of(3, 1, 2.0), trees[12:])
+    assert resumed.repeated is None
+
+
+def test_records_without_preferences_raise_nothing():
+    bare = {"kind": "train", "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-5, "epoch": 0.5}
+    assert codes(moving(), [{**bare, "step": step} for step in range(1, 20)]) == []
+    assert codes(moving(), [{"kind": "eval", "set": "x", "step": 3, "loss": 1.0}]) == []

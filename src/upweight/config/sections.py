@@ -352,12 +352,38 @@ class Watch(Section):
         description="How many times the reference's an answer's length may be, or its inverse "
         "(UW305).",
     )
+    repetition: Share = Field(
+        default=0.2,
+        description="Four tokens in a row that an answer has had before, as a share: so much more "
+        "of them than in the reference's answers (UW305).",
+    )
+    stopped: Share = Field(
+        default=0.5,
+        description="Answers that end by themselves, as a share of the reference's that do: fewer "
+        "are reported (UW305).",
+    )
     solved: Share = Field(
         default=0.995,
         description="Training pairs told apart, as a share, at a loss of next to nothing (UW306).",
     )
+    easy: Share = Field(
+        default=0.97, description="Held-out pairs surely told apart, as a share (UW306)."
+    )
+    spread: Positive = Field(
+        default=10.0,
+        description="Mean size of beta times the margin of pairs not trained on yet (UW307).",
+    )
+    flat: NotNegative = Field(
+        default=0.01,
+        description="Mean size of beta times the margin at the end; less is reported (UW307).",
+    )
     kl: NotNegative = Field(
         default=50.0, description="Nats an answer from the reference, sampled (UW308)."
+    )
+    suspect: Annotated[float, Field(ge=0.5, lt=1)] = Field(
+        default=0.8,
+        description="How sure policy and words must be, each, that a label is wrong, before it is "
+        "in suspects.jsonl.",
     )
 
 

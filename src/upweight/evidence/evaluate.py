@@ -21,10 +21,13 @@ from upweight.models.logprobs import response_logps, token_logps
 from upweight.models.reference import Reference
 from upweight.models.sample import Sample, sample, sample_trees, tree_logps
 from upweight.models.scalar import tree_scores
-from upweight.stats import accuracy_interval, mean_interval
+from upweight.stats import accuracy_interval, mean_interval, wilson_interval
 from upweight.types import Forest, Tree
 
 Row = dict[str, Any]
+
+WINDOW = 4
+"""Tokens in a row of which repetition is counted."""
 
 
 def score_trees(
@@ -130,6 +133,7 @@ def summary(
         record[f"logratios/{side}"] = rewards / beta
         record[f"tokens/{side}"] = mean([float(row[f"tokens_{side}"]) for row in rows])
     record["rewards/margins"] = margin.mean().item()
+    record["rewards/spread"] = margin.abs().mean().item()
     record["rewards/accuracies"] = accuracy.value
     record["rewards/accuracies_low"], record["rewards/accuracies_high"] = (
         accuracy.low,
@@ -223,6 +227,36 @@ def kl_record(policy_logps: Sequence[float], reference_logps: Sequence[float]) -
     gaps = [p - r for p, r in zip(policy_logps, reference_logps, strict=True)]
     interval = mean_interval(gaps)
     return {"kl": interval.value, "kl_low": interval.low, "kl_high": interval.high}
+
+
+def answers_record(policy: Sequence[Sample], reference: Sequence[Sample]) -> Row:
+    """Length, repetition and the share that ended by itself, of what policy and reference said to
+    the same prompts; 95 % intervals of the policy's (bootstrap; Wilson for the share)."""
+    repetition = mean_interval([repeated(s.tokens) for s in policy])
+    stopped = wilson_interval(_mean([s.stopped for s in policy]), len(policy))
+    return {
+        "length": _mean([len(s.tokens) for s in policy]),
+        "reference_length": _mean([len(s.tokens) for s in reference]),
+        "repetition": repetition.value,
+        "repetition_low": repetition.low,
+        "repetition_high": repetition.high,
+        "reference_repetition": _mean([repeated(s.tokens) for s in reference]),
+        "stopped": stopped.value,
+        "stopped_low": stopped.low,
+        "stopped_high": stopped.high,
+        "reference_stopped": _mean([s.stopped for s in reference]),
+    }
+
+
+def _mean(values: Sequence[float | int]) -> float:
+    return sum(values) / len(values)
+
+
+def repeated(tokens: Sequence[int]) -> float:
+    """The share of windows of four tokens that the answer has had before (seq-rep-4, Welleck et al.
+    2020, arXiv:1908.04319); 0 for an answer that is shorter."""
+    windows = [tuple(tokens[i : i + WINDOW]) for i in range(len(tokens) - WINDOW + 1)]
+    return 1 - len(set(windows)) / len(windows) if windows else 0.0
 
 
 def sample_records(

@@ -12,12 +12,19 @@ SCORED = (
     *(f"{kind}/{side}" for kind in ("rewards", "logps", "logratios", "tokens")
       for side in ("chosen", "rejected")),
     "rewards/margins",
+    "rewards/spread",
     "rewards/accuracies",
     "rewards/accuracies_low",
     "rewards/accuracies_high",
 )  # fmt: skip
 KL = ("kl", "kl_low", "kl_high")
-SAMPLED = ("length", "reference_length")
+REPETITION = ("repetition", "repetition_low", "repetition_high", "reference_repetition")
+SAMPLED = (
+    "length",
+    "reference_length",
+    *REPETITION,
+    *("stopped", "stopped_low", "stopped_high", "reference_stopped"),
+)
 
 
 @dataclass(frozen=True)
@@ -28,10 +35,11 @@ class Best:
     metric: str
 
     def improves(self, value: float, best: float | None) -> bool:
-        """Whether `value` is better than the best one before. Of losses and KL less is better."""
+        """Whether `value` is better than the best one before. Less is, of losses,
+        KL and repetition."""
         if best is None:
             return True
-        return value < best if self.metric in ("loss", *KL) else value > best
+        return value < best if self.metric in ("loss", *KL, *REPETITION) else value > best
 
 
 def metrics(run: Run) -> tuple[str, ...]:

@@ -136,8 +136,7 @@ def _write_samples(state: State, progress: Progress, name: str, found: _Sampled)
     kl = evaluate.kl_record(found.policy_logps, found.reference_logps)
     return {
         **(kl if samples_are_the_policys(state.run) else {}),
-        "length": sum(len(s.tokens) for s in found.policy) / len(found.policy),
-        "reference_length": sum(len(s.tokens) for s in answers) / len(answers),
+        **evaluate.answers_record(found.policy, answers),
         **_rewards(state, found.trees, found.policy, answers),
     }
 

@@ -124,7 +124,7 @@ def online(state: State) -> Work:
             lambda: rollouts.beta,
         )
     objective = of_round(objective, lambda: rollouts.now.means)
-    return Work(objective, rollouts.trees, Session(rollouts, start))
+    return Work(objective, rollouts.trees, rounds=Session(rollouts, start))
 
 
 def _surrogate(run: Run) -> Surrogate:

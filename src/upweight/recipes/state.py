@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from upweight.config import Run
+from upweight.data.stream import StepPlan
 from upweight.evidence.track import Tracking
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.recipes.reference import Against
@@ -42,10 +44,11 @@ class Values:
 @dataclass(frozen=True)
 class Work:
     """What an objective has fit() do: the loss, the trees of each step, and what it keeps between
-    steps besides weights."""
+    steps besides weights. `plan` says which rows make a step, where steps are made of rows."""
 
     objective: Objective
     trees: Callable[[int], list[Tree]]
+    plan: Callable[[int], StepPlan] | None = None
     rounds: Rounds | None = None
 
 
@@ -65,7 +68,9 @@ class Rounds(Protocol):
 @dataclass
 class State:
     """What the hooks of one run share. `best` is the best value of the metric that a checkpoint is
-    kept by, at `best_step`; `tokens_per_bin` is what has fitted into memory so far."""
+    kept by, at `best_step`; `tokens_per_bin` is what has fitted into memory so far. `noted` are
+    the margins of steps (from 0) of the first epoch that are not written yet, and `noting` is the
+    step that is being taken, if it is one of them."""
 
     begun: Start
     against: Against
@@ -81,6 +86,10 @@ class State:
     best: float | None = None
     best_step: int | None = None
     recomputing: bool = False
+    noting: int | None = None
+    noted: dict[int, list[tuple[Forest, Tensor]]] = field(
+        default_factory=dict[int, list[tuple[Forest, Tensor]]]
+    )
 
     @property
     def run(self) -> Run:
@@ -102,20 +111,44 @@ def trained_modules(lm: LanguageModel, values: Values | None) -> nn.Module:
     return nn.ModuleDict({"policy": lm.model, "value": values.module})
 
 
+def note(state: State, forest: Forest, margins: Tensor) -> None:
+    """Margins of pairs that are met for the first time: they have not been trained on."""
+    if state.noting is not None:
+        state.noted.setdefault(state.noting, []).append((forest, margins))
+
+
+def _write_noted(state: State) -> None:
+    """margins.jsonl: one line a step of the first epoch, [row, chosen, rejected, margin] each."""
+    for step, noted in state.noted.items():
+        margins = [
+            [str(ids[chosen].row), ids[chosen].index, ids[rejected].index, margin]
+            for forest, values in noted
+            for ids in [[i for tree in forest.trees for i in tree.ids]]
+            for chosen, rejected, margin in zip(
+                forest.chosen.tolist(), forest.rejected.tolist(), values.tolist(), strict=True
+            )
+        ]
+        append_jsonl(state.rundir.file("margins.jsonl"), {"step": step + 1, "margins": margins})
+    state.noted.clear()
+
+
 def log(state: State, record: Record) -> None:
     append_jsonl(state.rundir.file("metrics.jsonl"), record)
+    _write_noted(state)
     state.trackers.log(record)
     state.screen.record(record, state.begun.plan.total_steps)
     if state.rounds is not None and record["kind"] == "train":
         state.rounds.after(record)
     for finding in state.watch.after(record):
-        warning = {"step": record["step"], "kind": "warning", **asdict(finding)}
+        seen_in = {"set": record["set"]} if "set" in record else {}
+        warning = {"step": record["step"], "kind": "warning", **seen_in, **asdict(finding)}
         append_jsonl(state.rundir.file("metrics.jsonl"), warning)
         state.screen.note(str(finding))
 
 
 def save(state: State, progress: Progress) -> None:
     """A checkpoint of now; the newest ones and the best are kept."""
+    _write_noted(state)
     folder = state.rundir.file("checkpoints")
     position = checkpoint.Position(
         step=progress.step,
@@ -150,6 +183,8 @@ def go_back(state: State, saved: checkpoint.TrainState) -> Progress:
     state.best, state.best_step = where.best, where.best_step
     truncate_jsonl_after(state.rundir.file("metrics.jsonl"), where.step)
     truncate_jsonl_after(state.rundir.file("samples.jsonl"), where.step)
+    truncate_jsonl_after(state.rundir.file("margins.jsonl"), where.step)
+    state.watch.reported |= warned_of(state.rundir)
     truncate_ledger_after(state.rundir.file("ledger.parquet"), where.step)
     if where.tokens_per_bin is not None and where.tokens_per_bin < state.tokens_per_bin:
         state.tokens_per_bin = where.tokens_per_bin
@@ -160,6 +195,13 @@ def go_back(state: State, saved: checkpoint.TrainState) -> Progress:
     window = Window.from_plain(where.window)
     state.screen.note(f"resumed after step {where.step} of {state.begun.plan.total_steps}")
     return Progress(where.step, where.num_tokens, where.seconds, window)
+
+
+def warned_of(rundir: RunDir) -> set[str]:
+    """The codes that the run has warned of so far."""
+    path = rundir.file("metrics.jsonl")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {record["code"] for record in map(json.loads, lines) if record["kind"] == "warning"}
 
 
 def make_room(state: State, progress: Progress, batch: Sequence[Forest]) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from upweight.config import Resolved, dump, leaf_values
 from upweight.data.pack import bins, collate, merge_same_prompts
-from upweight.data.stream import batch_for_step
+from upweight.data.stream import StepPlan, steps
 from upweight.errors import OutputError
 from upweight.evidence.report import write_report
 from upweight.evidence.track import Target, Tracking, clients, tracking
@@ -40,15 +40,17 @@ from upweight.recipes.state import (
     go_back,
     log,
     make_room,
+    note,
     save,
     trained_modules,
 )
+from upweight.recipes.suspects import write_suspects
 from upweight.training import checkpoint, objectives
 from upweight.training.loop import Hooks, Progress, fit
 from upweight.training.objectives import Objective
 from upweight.training.optimizer import make_optimizer
 from upweight.training.rundir import RunDir, open_run_dir, require_space, write_atomic
-from upweight.trust.watch import Watch
+from upweight.trust.watch import Told, Watch
 from upweight.types import Forest
 
 VALUE_RATE = 10.0
@@ -131,7 +133,8 @@ def _state(
     assert capacity is not None
     values = values_of(begun.run, begun.lm, sorted(begun.prepared.renderer.stop_ids))
     optimizer = _optimizer(begun, values)
-    watch = Watch(begun.lm, begun.run.watch)
+    told = Told(begun.run.loss.beta, begun.plan.total_steps, begun.prepared.trees["train"])
+    watch = Watch(begun.lm, begun.run.watch, told)
     return State(
         begun, against, rundir, optimizer, screen, trackers, capacity, watch,
         values=values, judge=_judge(begun), recomputing=recomputing,
@@ -174,6 +177,10 @@ def _train(state: State, work: Work, progress: Progress, stop: threading.Event) 
     def forests(step: int) -> Sequence[Forest]:
         batch, capacity = work.trees(step), state.tokens_per_bin
         forests = [collate(group) for group in bins(merge_same_prompts(batch, capacity), capacity)]
+        plan = None if work.plan is None else work.plan(step)
+        state.watch.packed(step, plan, batch, forests)
+        state.noting = step if plan is not None and plan.epoch == 0 else None
+        state.noted.pop(step, None)
         # The largest first: what runs out of memory does so at once.
         return sorted(forests, key=lambda forest: -forest.num_tokens)
 
@@ -192,7 +199,11 @@ def _from_rows(state: State, objective: Objective) -> Work:
     """Steps made of the rows, in another order each epoch."""
     trees, run = state.begun.prepared.trees["train"], state.run
     size, seed = run.batch.pairs_per_step, run.seed
-    return Work(objective, lambda step: batch_for_step(trees, size, seed, step))
+
+    def plan(step: int) -> StepPlan:
+        return next(steps(trees, size, seed, step))
+
+    return Work(objective, lambda step: [trees[i] for i in plan(step).trees], plan)
 
 
 def dpo(state: State) -> Work:
@@ -200,7 +211,9 @@ def dpo(state: State) -> Work:
     loss = functools.partial(
         PAIR_LOSSES["dpo"], beta=options.beta, label_smoothing=options.label_smoothing
     )
-    return _from_rows(state, objectives.pair(state.against.logps.logps, loss, options.beta))
+    noting = functools.partial(note, state)
+    reference = state.against.logps.logps
+    return _from_rows(state, objectives.pair(reference, loss, options.beta, noting))
 
 
 def sft(state: State) -> Work:
@@ -250,6 +263,8 @@ def _finish(state: State, progress: Progress) -> Result:
         probes = prepared.trees["train"][:PROBES]
         written = [export_reward_model(state.lm, state.rundir.file("model"), probes)]
     write_environment(state, finished=True)
+    if KINDS[state.run.objective].by_reference:
+        write_suspects(state)
     report = write_report(state.rundir.path)
     state.screen.note(f"model:  {written[0]}")
     if advice := served_otherwise(prepared.renderer):

@@ -136,11 +136,12 @@ def fit(
                 raise _too_large(progress.step, batch, done)
             continue
         loss, count, sums = done
+        _refuse_miscounted(count, _total(objective, batch), len(batch), progress.step)
         window.merge(sums)
         norm = clip(parts[POLICY], plan.max_grad_norm)
         for part in parts.keys() - {POLICY}:
             window.add({f"grad_norm/{part}": _once(clip(parts[part], plan.max_grad_norm))})
-        _refuse_nonfinite(loss, norm, batch, progress.step)
+        _refuse_nonfinite(lm, loss, norm, batch, progress.step)
         rate = plan.learning_rate * learning_rate_factor(
             progress.step, plan.total_steps, plan.warmup, plan.schedule
         )
@@ -192,7 +193,7 @@ def _accumulate(
     """
     # The count of the whole step comes first: each micro-batch is divided by it, and a mean of
     # micro-batch means would weigh the pairs of a small one more.
-    total = sum(objective.count(forest) for forest in batch)
+    total = _total(objective, batch)
     losses: list[torch.Tensor] = []
     counts: list[torch.Tensor] = []
     window = Window()
@@ -212,6 +213,10 @@ def _accumulate(
     return torch.stack(losses).sum(), torch.stack(counts).sum(), window
 
 
+def _total(objective: Objective, batch: Sequence[Forest]) -> float:
+    return sum(objective.count(forest) for forest in batch)
+
+
 def _too_large(step: int, batch: Sequence[Forest], error: Exception) -> ModelError:
     largest = max(batch, key=lambda forest: forest.num_tokens)
     said = next(iter(str(error).splitlines()), type(error).__name__)
@@ -224,8 +229,21 @@ def _too_large(step: int, batch: Sequence[Forest], error: Exception) -> ModelErr
     return failure
 
 
+def _refuse_miscounted(count: torch.Tensor, total: float, num: int, step: int) -> None:
+    """What the objective says that its sums are over must be what they were divided by."""
+    # Sums of the same fp32 weights in other orders differ by 1e-6 at most.
+    if not abs(count.item() - total) <= 1e-5 * total:
+        raise Refusal(
+            "UW302",
+            f"step {step + 1}: its {num} micro-batches weigh {total:g}, by which their "
+            f"gradients were divided, and their losses are sums over {count.item():g}: the "
+            "gradient's scale would depend on how a step is cut up. The objective must return the "
+            "sum of its weights as Step.count.",
+        )
+
+
 def _refuse_nonfinite(
-    loss: torch.Tensor, norm: torch.Tensor, batch: Sequence[Forest], step: int
+    lm: LanguageModel, loss: torch.Tensor, norm: torch.Tensor, batch: Sequence[Forest], step: int
 ) -> None:
     if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):
         return
@@ -233,9 +251,21 @@ def _refuse_nonfinite(
     shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     raise Refusal(
         "UW303",
-        f"step {step + 1}: the loss is {loss.item():.4g}, the gradient's norm {norm.item():.4g}. "
-        f"The weights are as they were before this step. Its rows: {shown}.",
+        f"step {step + 1}: the loss is {loss.item():.4g}, the gradient's norm {norm.item():.4g}; "
+        f"{_cause(lm, loss)}. The weights are as they were before this step. Its rows: {shown}.",
     )
+
+
+def _cause(lm: LanguageModel, loss: torch.Tensor) -> str:
+    broken = [n for n, p in lm.model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if broken:
+        return (
+            f"{len(broken)} tensors of the model held what is not finite before this step already "
+            f"({broken[0]}): its files, or a learning rate that is too high"
+        )
+    if bool(torch.isfinite(loss)):
+        return "the backward pass overflowed: try compute.dtype=float32"
+    return "the forward pass overflowed: score these rows, and try compute.dtype=float32"
 
 
 def _record(plan: Plan, progress: Progress, rate: float, items: str) -> Record:

@@ -44,15 +44,23 @@ class Objective:
         return numbers[self.items]
 
 
-def pair(reference: Callable[[Forest], Tensor], loss: PairLoss, beta: float) -> Objective:
+def pair(
+    reference: Callable[[Forest], Tensor],
+    loss: PairLoss,
+    beta: float,
+    on_margins: Callable[[Forest, Tensor], None] | None = None,
+) -> Objective:
     """Preferred pairs under `loss`, its options bound; `beta` scales the rewards that are shown.
 
     `reference` gives a forest's per-token log-probs under the reference, in forest.scored's order.
+    `on_margins` is given each forest's margins, beta times the difference of log-ratios.
     """
 
     def step(lm: LanguageModel, forest: Forest) -> Step:
         policy = token_logps(lm, forest)
         logps = pair_logps(policy, reference(forest).to(policy.device), forest)
+        if on_margins is not None:
+            on_margins(forest, beta * logps.margin.detach())
         weight = forest.weight.to(policy.device)
         return Step((loss(logps) * weight).sum(), weight.sum(), pair_metrics(logps, beta))
 
@@ -89,6 +97,7 @@ def _ranked(
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": margins,
+        "rewards/spread": margins.abs(),
         "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
     }
 

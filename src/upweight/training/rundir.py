@@ -45,6 +45,8 @@ RECORDS = (
     "ledger.parquet",
     "samples.jsonl",
     "rollouts",
+    "margins.jsonl",
+    "suspects.jsonl",
     "checkpoints",
     "model",
     "report.html",

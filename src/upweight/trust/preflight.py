@@ -10,9 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
 from upweight.config import Preflight
 from upweight.data.account import Account
 from upweight.errors import Refusal
@@ -20,10 +17,8 @@ from upweight.stats import Interval, accuracy_interval
 from upweight.trust.codes import page
 from upweight.trust.finding import Finding
 from upweight.trust.near import near_copies, nearly_same
+from upweight.trust.words import Compared, count_words
 from upweight.types import Preference, RowId, Tree
-
-FOLDS = 5
-"""Of the prompts, for the rule by words: it is asked about prompts that it has not counted."""
 
 Ids = tuple[int, ...]
 
@@ -230,33 +225,16 @@ def by_words(examined: Examined) -> Seen:
 
     A naive Bayes classifier over tokens, asked about prompts that it has not counted.
     """
-    prompts = list(dict.fromkeys(tree.prompt for tree in examined.trees if tree.preferences))
-    if len(prompts) < 2 * FOLDS:
-        return Seen()
-    fold_of = {prompt: i % FOLDS for i, prompt in enumerate(prompts)}
-    sides = [
-        (fold_of[tree.prompt], *(_array(tree.responses[k]) for k in (p.chosen, p.rejected)))
+    compared = [
+        Compared(tree.prompt, tree.responses[p.chosen], tree.responses[p.rejected])
         for tree, p in examined.preferences()
     ]
-    size = 1 + max(int(ids.max()) for _, *both in sides for ids in both)
-    counts = np.zeros((2, FOLDS, size))
-    for fold, *both in sides:
-        for side, ids in enumerate(both):
-            np.add.at(counts[side, fold], ids, 1.0)
-    others = counts.sum(1, keepdims=True) - counts + 1.0
-    likely = np.log(others) - np.log(others.sum(-1, keepdims=True))
-    weights = likely[0] - likely[1]
-    margins = [
-        float(weights[fold][chosen].sum() - weights[fold][rejected].sum())
-        for fold, chosen, rejected in sides
-    ]
-    found = accuracy_interval(margins, examined.prompts())
+    words = count_words(compared)
+    if words is None:
+        return Seen()
+    found = accuracy_interval(words.margins(compared).tolist(), examined.prompts())
     rule = "a count of words that knows no prompt finds the chosen one"
     return Seen({"words": found}, _shortcut(examined, rule, found))
-
-
-def _array(ids: Ids) -> npt.NDArray[np.int64]:
-    return np.asarray(ids, dtype=np.int64)
 
 
 def _shortcut(examined: Examined, rule: str, found: Interval) -> Finding | None:

@@ -16,6 +16,7 @@ from upweight.evidence.records.nouns import (
     Sample,
     SetAccount,
     Setting,
+    Suspected,
     Warned,
 )
 from upweight.evidence.records.read import read_records
@@ -29,6 +30,7 @@ __all__ = [
     "Sample",
     "SetAccount",
     "Setting",
+    "Suspected",
     "Warned",
     "read_records",
 ]

@@ -108,12 +108,33 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Warned:
-    """A diagnosis that was reported: before step 1, where `step` is None, or after a step."""
+    """A diagnosis that was reported: before step 1, where `step` is None, or after a step.
+
+    `metric` is the one whose curve shows it, of the evaluation set `set` or, without one, of the
+    training steps.
+    """
 
     code: str
     said: str
     rows: tuple[str, ...]
     step: int | None
+    metric: str = ""
+    set: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Suspected:
+    """A preference whose label policy and words contradict; the odds are against the label."""
+
+    set: str
+    row: str
+    prompt: str
+    chosen: str
+    rejected: str
+    margin: float
+    odds_model: float
+    odds_words: float
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +150,7 @@ class Records:
     evals: Mapping[str, tuple[Measurement, ...]] = field(default_factory=dict)
     ledger: tuple[LedgerRow, ...] = ()
     samples: tuple[Sample, ...] = ()
+    suspects: tuple[Suspected, ...] = ()
     accounts: Mapping[str, SetAccount] = field(default_factory=dict)
     template: str | None = None
     warnings: tuple[Warned, ...] = ()

@@ -14,6 +14,7 @@ from upweight.evidence.records.nouns import (
     Records,
     Sample,
     SetAccount,
+    Suspected,
     Warned,
 )
 from upweight.evidence.records.objects import JsonObject, json_file, json_lines
@@ -53,6 +54,7 @@ def read_records(run_dir: Path) -> Records:
         evals=evals,
         ledger=read_ledger(run_dir / "ledger.parquet"),
         samples=tuple(map(_sample, json_lines(run_dir / "samples.jsonl", notes))),
+        suspects=tuple(map(_suspected, json_lines(run_dir / "suspects.jsonl", notes))),
         accounts=accounts,
         template=template,
         warnings=(*before, *during),
@@ -106,7 +108,14 @@ def _warned(line: JsonObject, step: int | None = None) -> Warned:
     rows = line.fields.get("rows", [])
     if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
         raise line.wrong("rows", "a list of rows")
-    return Warned(line.text("code"), line.text("said"), tuple(cast("list[str]", rows)), step)
+    return Warned(
+        line.text("code"),
+        line.text("said"),
+        tuple(cast("list[str]", rows)),
+        step,
+        line.text("metric") if "metric" in line.fields else "",
+        line.text("set") if "set" in line.fields else None,
+    )
 
 
 def _measurement(line: JsonObject, set_name: str | None) -> Measurement:
@@ -143,6 +152,20 @@ def _sample(line: JsonObject) -> Sample:
         reference_tokens=optional_whole("reference_tokens"),
         policy_logp=optional_number("policy_logp"),
         policy_reference_logp=optional_number("policy_reference_logp"),
+    )
+
+
+def _suspected(line: JsonObject) -> Suspected:
+    return Suspected(
+        set=line.text("set"),
+        row=line.text("row"),
+        prompt=line.text("prompt"),
+        chosen=line.text("chosen"),
+        rejected=line.text("rejected"),
+        margin=line.number("margin"),
+        odds_model=line.number("odds_model"),
+        odds_words=line.number("odds_words"),
+        why=line.text("why"),
     )
 
 

@@ -25,6 +25,9 @@ from upweight.evidence.report.scales import (
 WIDTH, HEIGHT = 1000.0, 400.0
 """The drawing's own units; it is stretched to the space there is."""
 
+CHIP = 0.2
+"""The share of a narrow plot's width that a code takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Series:
@@ -56,6 +59,15 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """A warning at the step where it was raised: its code on the chart, the rest on pointing."""
+
+    x: float
+    code: str
+    said: str
+
+
+@dataclass(frozen=True, slots=True)
 class Chart:
     """What a line chart shows. `reading` is the sentence that says how to read it.
 
@@ -68,6 +80,7 @@ class Chart:
     series: tuple[Series, ...]
     guides: tuple[Guide, ...] = ()
     events: tuple[Event, ...] = ()
+    marks: tuple[Mark, ...] = ()
     percent: bool = False
     log: bool = False
     include: tuple[float, ...] = ()
@@ -107,13 +120,14 @@ def line_chart(chart: Chart) -> str:
         list(zip(map(y.at, y_ticks), _labels(y_ticks, chart.percent, log), strict=True)),
         guides=[(y.at(g.value), g.label) for g in chart.guides if y.low <= g.value <= y.high],
         events=[(x.at(e.x), e.label) for e in chart.events if x.low <= e.x <= x.high],
+        marks=[(x.at(m.x), m) for m in chart.marks if x.low <= m.x <= x.high],
         label=_summary(chart, drawn),
     )
     sentences = [chart.reading, *_caveats(chart, drawn, log)]
     return figure(
         chart.title,
         f"{chart.unit}, log scale" if log else chart.unit,
-        _legend(drawn) + plot + _numbers(drawn, x, chart.percent),
+        _legend(drawn) + plot + _numbers(drawn, x, chart),
         " ".join(s for s in sentences if s),
         chart.note,
     )
@@ -135,15 +149,19 @@ def frame(
     *,
     guides: Sequence[tuple[float, str]] = (),
     events: Sequence[tuple[float, str]] = (),
+    marks: Sequence[tuple[float, Mark]] = (),
     label: str,
 ) -> str:
     """Grid, guides and labels around an SVG shape. Positions are 0..1 from the left and bottom."""
     rows, columns = list(y_ticks), list(x_ticks)
     grid = "".join(f"M0 {HEIGHT * (1 - at):.1f}H{WIDTH:g}" for at, _ in rows)
-    marks = "".join(
+    lines = "".join(
         f'<path class="guide" d="M0 {HEIGHT * (1 - at):.1f}H{WIDTH:g}"/>' for at, _ in guides
     )
-    marks += "".join(
+    lines += "".join(
+        f'<path class="warned" d="M{WIDTH * at:.1f} 0V{HEIGHT:g}"/>' for at, _ in marks
+    )
+    lines += "".join(
         f'<path class="event" d="M{WIDTH * at:.1f} 0V{HEIGHT:g}"><title>{esc(text)}</title></path>'
         for at, text in events
     )
@@ -151,11 +169,32 @@ def frame(
     labels += [_label("x", f"left:{100 * at:.2f}%", text) for at, text in columns]
     labels += [_label("at-guide", f"bottom:{100 * at:.2f}%", text) for at, text in guides]
     labels += [_event_label(at, text) for at, text in events if text]
+    chips, levels = _chips(marks)
+    kind = f'plot" style="--levels:{levels}' if levels else "plot"
     return (
-        f'<div class="plot"><svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" preserveAspectRatio="none" '
-        f'role="img" aria-label="{esc(label)}"><path class="rules" d="{grid}"/>{marks}{shape}</svg>'
-        f"{''.join(labels)}</div>"
+        f'<div class="{kind}"><svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" preserveAspectRatio="none" '
+        f'role="img" aria-label="{esc(label)}"><path class="rules" d="{grid}"/>{lines}{shape}</svg>'
+        f"{''.join(labels)}{chips}</div>"
     )
+
+
+def _chips(marks: Sequence[tuple[float, Mark]]) -> tuple[str, int]:
+    """The codes above the plot, one above the other where they would meet, and how many high."""
+    last: list[float] = []
+    chips = ""
+    for at, mark in sorted(marks, key=lambda found: found[0]):
+        level = next((n for n, end in enumerate(last) if at - end >= CHIP), len(last))
+        last[level : level + 1] = [at]
+        chips += (
+            f'<a class="chip-code" style="left:{100 * at:.2f}%;--level:{level}" '
+            f'href="#{anchor(mark.code)}" title="{esc(mark.said)}">{esc(mark.code)}</a>'
+        )
+    return chips, len(last)
+
+
+def anchor(code: str) -> str:
+    """Where the Warnings section has the line of a code, for a quoted attribute."""
+    return esc(f"warning-{code.lower()}")
 
 
 def _label(kind: str, style: str, text: str) -> str:
@@ -263,7 +302,7 @@ def _summary(chart: Chart, drawn: Sequence[Drawn]) -> str:
     return f"{chart.title}: {'; '.join(parts)}"
 
 
-def _numbers(drawn: Sequence[Drawn], x: Scale, as_percent: bool) -> str:
+def _numbers(drawn: Sequence[Drawn], x: Scale, chart: Chart) -> str:
     """The bold lines to five digits, for the crosshair; escaped: no text ends the element."""
     lines = [
         {
@@ -275,8 +314,10 @@ def _numbers(drawn: Sequence[Drawn], x: Scale, as_percent: bool) -> str:
         }
         for d in drawn
     ]
+    marks = [{"x": m.x, "code": m.code, "said": m.said} for m in chart.marks]
     content = json.dumps(
-        {"x": [x.low, x.high], "percent": as_percent, "lines": lines}, separators=(",", ":")
+        {"x": [x.low, x.high], "percent": chart.percent, "lines": lines, "marks": marks},
+        separators=(",", ":"),
     )
     return f'<script type="application/json">{content.replace("<", chr(92) + "u003c")}</script>'
 

@@ -14,7 +14,7 @@ from upweight.errors import OutputError
 from upweight.evidence.records import Records, read_records
 from upweight.evidence.report.markup import esc
 from upweight.evidence.report.sections_curves import curves
-from upweight.evidence.report.sections_examples import preferences, samples
+from upweight.evidence.report.sections_examples import labels, preferences, samples
 from upweight.evidence.report.sections_numbers import comparison, key_numbers
 from upweight.evidence.report.sections_record import config, environment, rows, warnings
 from upweight.evidence.report.verdict import masthead
@@ -26,6 +26,7 @@ SECTIONS: tuple[tuple[str, Callable[[Records], str]], ...] = (
     ("Curves", curves),
     ("Samples", samples),
     ("Preferences", preferences),
+    ("Labels to review", labels),
     ("Rows", rows),
     ("Config", config),
     ("Environment", environment),

@@ -60,6 +60,12 @@
         row.append(element("i"), element("bdi", "", line.name + elsewhere), element("b", "", text));
         tip.append(row);
       });
+      for (const mark of numbers.marks) {
+        if (Math.abs(mark.x - x) > 0.01 * (right - left)) continue;
+        const row = element("div", "warned");
+        row.append(element("b", "", mark.code), element("bdi", "", mark.said));
+        tip.append(row);
+      }
       const share = (x - left) / (right - left);
       tip.style.left = share < 0.5 ? `calc(${100 * share}% + 10px)` : "auto";
       tip.style.right = share < 0.5 ? "auto" : `calc(${100 - 100 * share}% + 10px)`;

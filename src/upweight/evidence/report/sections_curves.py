@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from upweight.evidence.records import Measurement, Records
-from upweight.evidence.report.charts import Chart, Event, Guide, Series, line_chart
+from upweight.evidence.report.charts import Chart, Event, Guide, Mark, Series, line_chart
 from upweight.evidence.report.findings import last_step, main_set
 from upweight.evidence.report.markup import esc, number, reading
 from upweight.evidence.report.scales import running_mean, smoothing_window
@@ -126,6 +126,32 @@ CURVES = (
         include=(0.0,),
     ),
     Curve(
+        "Repetition",
+        "share of four tokens in a row",
+        "How much of an answer it has said before; far above the reference's is a policy that goes "
+        "round in circles. The band is the 95 % interval.",
+        evals=(
+            Line("repetition", "policy", "t-policy"),
+            Line("reference_repetition", "reference", "t-reference", dashed=True),
+        ),
+        bounds="repetition",
+        percent=True,
+        include=(0.0,),
+    ),
+    Curve(
+        "Answers that end by themselves",
+        "share of sampled answers",
+        "The others run into evaluation.max_new_tokens; a fall below the reference's is a stop "
+        "token that gets lost. The band is the 95 % interval.",
+        evals=(
+            Line("stopped", "policy", "t-policy"),
+            Line("reference_stopped", "reference", "t-reference", dashed=True),
+        ),
+        bounds="stopped",
+        percent=True,
+        include=(0.0, 1.0),
+    ),
+    Curve(
         "Throughput",
         "tokens per second",
         "Speed of the training steps; a fall means something else took the machine.",
@@ -179,6 +205,9 @@ def _charts(curve: Curve, records: Records) -> Iterator[Chart]:
             series=(*trained, *evaluated),
             guides=guides,
             events=epochs(records.train),
+            marks=_marks(
+                records, {x.key for x in curve.train}, {x.key for x in curve.evals}, group
+            ),
             percent=curve.percent,
             log=curve.log,
             include=(*curve.include, *(guide.value for guide in guides)),
@@ -207,7 +236,7 @@ def _series(
     band = [
         (float(r.step), r.values[low], r.values[high])
         for r in rows
-        if bounds and low in r.values and high in r.values
+        if bounds == line.key and low in r.values and high in r.values
     ]
     return Series(
         name=line.name or set_name,
@@ -227,7 +256,7 @@ def _log_ratio_charts(records: Records) -> Iterator[Chart]:
         Line("logratios/chosen", "chosen", "t-chosen"),
         Line("logratios/rejected", "rejected", "t-rejected", dashed=True),
     )
-    shown = main_set(records)
+    shown, seen = main_set(records), {line.key for line in keys}
     for name, rows in sources:
         is_train = name == "train" and rows is records.train
         yield Chart(
@@ -238,10 +267,24 @@ def _log_ratio_charts(records: Records) -> Iterator[Chart]:
             series=tuple(_series(key, rows, "" if is_train else name) for key in keys),
             guides=(Guide(0.0, "as the reference"),),
             events=epochs(records.train),
+            marks=_marks(records, seen if is_train else set(), seen, [] if is_train else [name]),
             include=(0.0,),
             domain=_domain(records),
             note=displacement_note(rows) if name == shown or (is_train and shown is None) else "",
         )
+
+
+def _marks(
+    records: Records, trained: set[str], evaluated: set[str], sets: Sequence[str]
+) -> tuple[Mark, ...]:
+    """The warnings that were raised by a line of this chart: of training, or of one of its sets."""
+    return tuple(
+        Mark(float(found.step), found.code, found.said)
+        for found in records.warnings
+        if found.step is not None
+        and (found.metric in trained if found.set is None else
+             found.metric in evaluated and found.set in sets)
+    )  # fmt: skip
 
 
 def displacement_note(rows: Sequence[Measurement]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from upweight.evidence.records import LedgerRow, Records, Sample
+from upweight.evidence.records import LedgerRow, Records, Sample, Suspected
 from upweight.evidence.report.findings import length_rule, main_set
 from upweight.evidence.report.histogram import histogram
 from upweight.evidence.report.markup import (
@@ -26,6 +26,7 @@ _PROMPTS_AT_MOST = 24
 _EARLIER_STEPS = 6
 _PAIRS_AT_ONCE = 2
 _PAIRS_PER_GROUP = 6
+_SUSPECTS_AT_MOST = 12
 
 
 def samples(records: Records) -> str:
@@ -200,6 +201,43 @@ def _side(name: str, tone: str, text: str | None, reward: float, tokens: int) ->
     return (
         f'<div class="side {tone}"><h4>{name} <small>reward {_signed(reward)}, '
         f"{plural(tokens, 'token')}</small></h4>{passage(text or '')}</div>"
+    )
+
+
+def labels(records: Records) -> str:
+    """The preferences whose labels policy and words contradict, the surest first; '' for none."""
+    found = records.suspects
+    if not found:
+        return ""
+    cards = [_suspect_card(one) for one in found[:_SUSPECTS_AT_MOST]]
+    shown, more = "".join(cards[:_PAIRS_AT_ONCE]), cards[_PAIRS_AT_ONCE:]
+    rest = len(found) - len(cards)
+    return (
+        f'<p class="remark">{plural(len(found), "preference")} to read, of which some labels are '
+        "likely wrong; all of them are in <code>suspects.jsonl</code>.</p>"
+        + reading(
+            "The policy and a rule that knows only length and words both hold the rejected answer "
+            "better. Held-out preferences were judged after training, those of the training set "
+            "when the policy first met them: trained on a wrong label it would agree with it, and "
+            "early in training it knows little, so that fewer are found there. Agreement of the "
+            "two is a reason to look, not a proof: both can share a bias."
+        )
+        + shown
+        + (details(f"{count(len(more))} more", "".join(more), "fold") if more else "")
+        + (f'<p class="cut">{count(rest)} more in suspects.jsonl.</p>' if rest else "")
+    )
+
+
+def _suspect_card(found: Suspected) -> str:
+    return (
+        f'<article class="card pair"><p class="margin disagrees"><b>margin '
+        f"{_signed(found.margin)}</b> <code><bdi>{esc(found.row)}</bdi></code> "
+        f"<bdi>{esc(found.set)}</bdi></p>"
+        f'<p class="reading" dir="auto">{esc(found.why)}</p>'
+        f'<div class="prompt">{passage(found.prompt)}</div><div class="sides">'
+        f'<div class="side t-chosen"><h4>Labelled chosen</h4>{passage(found.chosen)}</div>'
+        f'<div class="side t-rejected"><h4>Labelled rejected</h4>{passage(found.rejected)}</div>'
+        "</div></article>"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from upweight.evidence.records import Records, SetAccount, Setting
+from upweight.evidence.report.charts import anchor
 from upweight.evidence.report.markup import (
     count,
     details,
@@ -27,16 +28,18 @@ def warnings(records: Records) -> str:
         return ""
     lines = [
         (
-            f"<code>{esc(found.code)}</code>",
+            f"<code>{esc(found.code)}</code>"
+            if found.step is None
+            else f'<code id="{anchor(found.code)}">{esc(found.code)}</code>',
             "before step 1" if found.step is None else f"step {count(found.step)}",
-            f"<bdi>{esc(found.said)}</bdi>"
+            f"<bdi>{esc(found.said.removeprefix(f'step {found.step}: '))}</bdi>"
             + (f" Rows: <bdi>{esc(', '.join(found.rows))}</bdi>." if found.rows else ""),
         )
         for found in records.warnings
     ]
-    return table(("Code", "When", "What was seen"), lines) + reading(
+    return table(("Code", "When", "What was seen"), lines, "warnings") + reading(
         "Each may have a harmless reason; upweight explain CODE says what it means, how it is "
-        "found and what to do."
+        "found and what to do. What was seen during training is marked on its curve."
     )
 
 

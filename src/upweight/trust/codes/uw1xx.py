@@ -70,7 +70,7 @@ PAGES: tuple[Page, ...] = (
             "Fill the reference before the first update, from the model as it starts.",
             "In a script of your own, copy the model or switch its adapter off.",
         ),
-        detectors=("upweight.trust.watch:is_the_reference",),
+        detectors=("upweight.trust.watch.weights:is_the_reference",),
     ),
     Page(
         code="UW103",
@@ -105,7 +105,7 @@ PAGES: tuple[Page, ...] = (
             "Train on a few rows (`data.limit=8`) for many `epochs`: if `rewards/accuracies` does "
             "not reach 1 on rows seen so often, the fault is not in the amount of data.",
         ),
-        detectors=("upweight.trust.watch:nothing_learns",),
+        detectors=("upweight.trust.watch.weights:nothing_learns",),
     ),
     Page(
         code="UW104",
@@ -138,7 +138,7 @@ PAGES: tuple[Page, ...] = (
             "those of the model in float32.",
         ),
         source="Micikevicius et al. 2018, section 3.1 (arXiv:1710.03740)",
-        detectors=("upweight.trust.watch:swallowed",),
+        detectors=("upweight.trust.watch.weights:swallowed",),
     ),
     Page(
         code="UW105",

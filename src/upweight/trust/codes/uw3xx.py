@@ -49,18 +49,27 @@ PAGES: tuple[Page, ...] = (
             "depends on memory settings."
         ),
         found_by=(
-            "run one step twice, `steps=1`, with another `batch.tokens_per_bin`. `loss` and "
-            "`grad_norm` in `metrics.jsonl` must agree up to rounding."
+            "Two ways, at every step. The bins that a step is packed into must hold as many "
+            "preferences as the step's rows have. And what the objective counted over all "
+            "micro-batches must equal, to one part in 100,000, the weight that each of them was "
+            "divided by."
         ),
         guarded_by=(
             "The pairs of a step are chosen first and packed second. The weight of all of them is "
             "summed before the first backward pass, and each part is divided by that sum."
         ),
         causes=(
-            "A training script of your own divides each part by its own count.",
-            "Rows carry weights, and the division is by their number.",
+            "An objective of your own returns means, or counts pairs where rows carry weights.",
+            "A fault of the packing loses or repeats pairs.",
         ),
-        do=("Divide by the count of the whole step, as `fit` does.",),
+        do=(
+            "Return sums over the forest's pairs, and the sum of their weights as the count.",
+            "Where the message names the packing, report it with a few rows.",
+        ),
+        detectors=(
+            "upweight.trust.watch.orders:require_every_pair",
+            "upweight.training.loop:_refuse_miscounted",
+        ),
     ),
     Page(
         code="UW303",
@@ -74,7 +83,8 @@ PAGES: tuple[Page, ...] = (
         found_by=(
             "After the backward pass of every step, the step's loss and the joint norm of all "
             "gradients must be finite. If not, the run is refused before the optimizer sees them, "
-            "and the message names up to 8 rows of the step. The weights are as before the step."
+            "and the message names up to 8 rows of the step and what broke first: a weight, the "
+            "forward pass or the backward pass. The weights are as before the step."
         ),
         causes=(
             "The learning rate is too high, and the model came apart in the steps before.",
@@ -104,8 +114,9 @@ PAGES: tuple[Page, ...] = (
         ),
         found_by=(
             "Over the last eight training records: `logratios/chosen` divided by `tokens/chosen` "
-            "is below minus `watch.displaced`, in nats per token. Smaller losses show in "
-            "`metrics.jsonl` and in the report."
+            "is below minus `watch.displaced`, in nats per token. Near-identical pairs are named "
+            "as the cause where chosen and rejected share four fifths of their tokens, the "
+            "learning rate otherwise. Smaller losses show in `metrics.jsonl` and in the report."
         ),
         guarded_by=(
             "The report says so when the chosen responses of the evaluation lost half a nat or "
@@ -125,7 +136,7 @@ PAGES: tuple[Page, ...] = (
             "Fine-tune on the chosen responses first, and give the result as `model`.",
         ),
         source="Pal et al. 2024 (arXiv:2402.13228); Razin et al. 2024 (arXiv:2410.08847)",
-        detectors=("upweight.trust.watch:displaced",),
+        detectors=("upweight.trust.watch.curves:displaced",),
     ),
     Page(
         code="UW305",
@@ -137,10 +148,13 @@ PAGES: tuple[Page, ...] = (
             "never look at what the policy writes."
         ),
         found_by=(
-            "At each evaluation: `length`, the mean tokens of the sampled answers, is more than "
-            "`watch.length` times `reference_length`, or less than its inverse. Repetition is not "
-            "measured: read `samples.jsonl`, which has answers of policy and reference to the "
-            "same prompts."
+            "At each evaluation, against the reference's answers to the same prompts. Length: "
+            "`length`, the mean tokens of the sampled answers, is more than `watch.length` times "
+            "`reference_length`, or less than its inverse. Repetition: `repetition` is the share "
+            "of four tokens in a row that the answer has had before; the lower end of its 95 % "
+            "interval is more than `watch.repetition` above `reference_repetition`. Stop token: "
+            "the upper end of the interval of `stopped`, the share of answers that end by "
+            "themselves, is below `watch.stopped` times `reference_stopped`."
         ),
         guarded_by=(
             "The report has the answers side by side, and says so when the policy's are on "
@@ -150,15 +164,21 @@ PAGES: tuple[Page, ...] = (
         causes=(
             "The policy went too far from the reference (UW308).",
             "The data reward length (UW211).",
-            "The stop token is not learned (UW203).",
+            "Chosen responses lack their end, so that stopping is unlearned (UW203, UW205).",
         ),
         do=(
             "Lower `optimizer.learning_rate`, raise `loss.beta`, or train for fewer `epochs`.",
             "Raise `evaluation.samples`, to judge by more than a few prompts, and "
-            "`evaluation.max_new_tokens`, if the reference's answers are cut too.",
+            "`evaluation.max_new_tokens`, if the reference's answers are cut too. `samples.jsonl` "
+            "has the answers.",
             "Keep the best checkpoint by a held-out metric: `checkpoint.best`.",
         ),
-        detectors=("upweight.trust.watch:length_runs_away",),
+        source="repetition: Welleck et al. 2020 (arXiv:1908.04319)",
+        detectors=(
+            "upweight.trust.watch.answers:length_runs_away",
+            "upweight.trust.watch.answers:repeats_itself",
+            "upweight.trust.watch.answers:does_not_stop",
+        ),
     ),
     Page(
         code="UW306",
@@ -170,10 +190,11 @@ PAGES: tuple[Page, ...] = (
             "models apart. In neither case does a further step show in the numbers."
         ),
         found_by=(
-            "Two ways. Over the last eight training records `rewards/accuracies` is at least "
+            "Three ways. Over the last eight training records `rewards/accuracies` is at least "
             "`watch.solved` with a mean `loss` of 0.01 or less: nothing is left to learn. Or, at "
-            "an evaluation, training accuracy is 0.9 or more and the 95 % interval of the "
-            "held-out accuracy, 0.6 or less, reaches down to 0.5."
+            "an evaluation, training accuracy is 0.9 or more, and the 95 % interval of the "
+            "held-out accuracy reaches down to 0.5 and lies below it: the rows are known by "
+            "heart. Or the whole interval lies above `watch.easy`: no improvement can show."
         ),
         guarded_by=(
             "The report claims that the policy learned the preferences only if the interval of "
@@ -191,8 +212,9 @@ PAGES: tuple[Page, ...] = (
             "Evaluate on pairs that differ in what you care about and in little else.",
         ),
         detectors=(
-            "upweight.trust.watch:too_easy",
-            "upweight.trust.watch:not_better_than_chance",
+            "upweight.trust.watch.curves:too_easy",
+            "upweight.trust.watch.curves:not_better_than_chance",
+            "upweight.trust.watch.curves:held_out_is_solved",
         ),
     ),
     Page(
@@ -206,10 +228,12 @@ PAGES: tuple[Page, ...] = (
             "the loss near ln 2."
         ),
         found_by=(
-            "look at the spread of `margin` in `ledger.parquet`, which is beta times the "
-            "difference of log-ratios. Margins that are far out in the flat parts of the sigmoid "
-            "after a few steps say that beta is too large. Margins that are still close to 0 at "
-            "the end say that it is too small, or that nothing was learned (UW103)."
+            "`rewards/spread` is the mean size of beta times the margin of log-ratios. On pairs "
+            "that were not trained on yet, which are those of the first epoch (over eight "
+            "training records) and those of an evaluation, it is above `watch.spread`: beta is "
+            "named as the cause where the log-ratios are less than `watch.kl` nats apart, the "
+            "learning rate otherwise. Or it is below `watch.flat` at the last step of a run of 30 "
+            "steps or more."
         ),
         guarded_by=(
             "`dpo` has sums and no option to take means, as in the paper. `loss.beta` is 0.1 "
@@ -218,6 +242,7 @@ PAGES: tuple[Page, ...] = (
         causes=(
             "`loss.beta` was taken from a recipe with length-normalized log-probs, such as SimPO.",
             "A beta was chosen on short responses and used on long ones.",
+            "`optimizer.learning_rate` is far too large, or far too small.",
         ),
         do=(
             "Set `loss.beta=0.1`, and change it by factors of 2 or 3 from there.",
@@ -226,6 +251,10 @@ PAGES: tuple[Page, ...] = (
         source=(
             "Rafailov et al. 2023, eq. 7 (arXiv:2305.18290); means: Meng et al. 2024 "
             "(arXiv:2405.14734)"
+        ),
+        detectors=(
+            "upweight.trust.watch.curves:saturated",
+            "upweight.trust.watch.curves:flat",
         ),
     ),
     Page(
@@ -239,7 +268,8 @@ PAGES: tuple[Page, ...] = (
         ),
         found_by=(
             "At each evaluation: `kl_low`, the lower end of the 95 % interval of the sampled KL "
-            "in nats per answer, is above `watch.kl`. Answers longer than "
+            "in nats per answer, is above `watch.kl`. Beta is named as the cause where beta times "
+            "that distance is below 1, the learning rate otherwise. Answers longer than "
             "`evaluation.max_new_tokens` count up to there."
         ),
         guarded_by=("The report shows the last value with its interval, without judging it."),
@@ -257,7 +287,7 @@ PAGES: tuple[Page, ...] = (
             "rising (`checkpoint.best`).",
         ),
         source="Rafailov et al. 2024 (arXiv:2406.02900)",
-        detectors=("upweight.trust.watch:far_from_the_reference",),
+        detectors=("upweight.trust.watch.answers:far_from_the_reference",),
     ),
     Page(
         code="UW309",
@@ -268,15 +298,15 @@ PAGES: tuple[Page, ...] = (
             "in each epoch, and the last rows of the order weigh more in the final weights."
         ),
         found_by=(
-            "compare `epoch_order(100, seed, 0)` and `epoch_order(100, seed, 1)` of "
-            "`upweight.data.stream` in Python: two different orders. With `epochs` of 1 or less "
-            "there is nothing to find."
+            "A digest of the rows in the order in which they were trained on, made anew for each "
+            "epoch, is that of an earlier epoch. Epochs of fewer than ten rows are not compared."
         ),
         guarded_by=(
             "The order of an epoch is drawn from `seed` and the number of the epoch. A resumed "
             "run draws the same ones."
         ),
-        causes=("A training script of your own shuffles once, before the first epoch.",),
+        causes=("What chooses the rows of a step shuffles once, or forgets the epoch.",),
         do=("Draw an order for each epoch from the seed and the epoch's number.",),
+        detectors=("upweight.trust.watch.weights:same_order",),
     ),
 )

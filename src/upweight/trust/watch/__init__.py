@@ -1,0 +1,94 @@
+"""What goes wrong while training runs: seen in the records as they are written, in the rows of each
+step, and in a sample of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from upweight.config import Watch as Limits
+from upweight.data.stream import StepPlan
+from upweight.errors import Refusal
+from upweight.models.load import LanguageModel
+from upweight.trust.codes import page
+from upweight.trust.finding import Finding
+from upweight.trust.watch.answers import (
+    does_not_stop,
+    far_from_the_reference,
+    length_runs_away,
+    repeats_itself,
+)
+from upweight.trust.watch.curves import (
+    displaced,
+    flat,
+    held_out_is_solved,
+    not_better_than_chance,
+    saturated,
+    too_easy,
+)
+from upweight.trust.watch.orders import require_every_pair
+from upweight.trust.watch.seen import RECENT, Record, Seen, Told, some_weights
+from upweight.trust.watch.weights import is_the_reference, nothing_learns, same_order, swallowed
+from upweight.types import Forest, Tree
+
+__all__ = ["RECENT", "Told", "Watch"]
+
+Observer = Callable[[Seen, Record], Finding | None]
+
+TRAINING: Sequence[Observer] = (
+    nothing_learns,
+    swallowed,
+    is_the_reference,
+    displaced,
+    too_easy,
+    saturated,
+    flat,
+    same_order,
+)
+"""What looks at training records."""
+
+EVALUATION: Sequence[Observer] = (
+    not_better_than_chance,
+    held_out_is_solved,
+    saturated,
+    length_runs_away,
+    repeats_itself,
+    does_not_stop,
+    far_from_the_reference,
+)
+"""What looks at the records of evaluations."""
+
+
+class Watch:
+    """Asks every observer, and reports each code once in a run."""
+
+    def __init__(self, lm: LanguageModel, limits: Limits, told: Told | None = None) -> None:
+        self.seen = Seen(lm, limits, told or Told(), some_weights(lm))
+        self.reported: set[str] = set()
+
+    def packed(
+        self, step: int, plan: StepPlan | None, batch: Sequence[Tree], forests: Sequence[Forest]
+    ) -> None:
+        """The trees of step `step` (from 0), the bins that they are packed into, and the plan that
+        they are of, where they are rows. Raises Refusal UW302."""
+        require_every_pair(batch, forests, step + 1)
+        if plan is not None:
+            self.seen.orders.saw(plan, batch)
+
+    def after(self, record: Mapping[str, object]) -> list[Finding]:
+        """What a record of metrics.jsonl shows that was not shown before.
+
+        Raises Refusal for what cannot end well: the weights are as the last checkpoint has them.
+        """
+        values = {k: float(v) for k, v in record.items() if isinstance(v, (int, float))}
+        trained = record["kind"] == "train"
+        if trained:
+            self.seen.train(values)
+        found: list[Finding] = []
+        for observer in TRAINING if trained else EVALUATION:
+            finding = observer(self.seen, values)
+            if finding is not None and finding.code not in self.reported:
+                if page(finding.code).severity == "refuses":
+                    raise Refusal(finding.code, finding.sentence)
+                self.reported.add(finding.code)
+                found.append(finding)
+        return found

@@ -1,0 +1,100 @@
+"""What the policy's own answers say, beside the reference's to the same prompts."""
+
+from __future__ import annotations
+
+import math
+
+from upweight.trust.finding import Finding
+from upweight.trust.watch.seen import Record, Seen
+
+CUT = 0.1
+"""The share of chosen responses without their end that is a likely cause."""
+
+LONGER = 1.2
+"""How many times the rejected responses' length makes the chosen ones' a likely cause."""
+
+
+def length_runs_away(seen: Seen, record: Record) -> Finding | None:
+    """Sampled answers are several times as long as the reference's, or as short."""
+    if not record.get("length") or not record.get("reference_length"):
+        return None
+    ratio, most = record["length"] / record["reference_length"], seen.limits.length
+    if 1 / most <= ratio <= most:
+        return None
+    return Finding(
+        "UW305",
+        f"step {record['step']:.0f}: sampled answers have {record['length']:.0f} tokens, the "
+        f"reference's {record['reference_length']:.0f} (watch.length is {most:g}); "
+        f"{_cause(seen, record, ratio)}.",
+        metric="length",
+    )
+
+
+def repeats_itself(seen: Seen, record: Record) -> Finding | None:
+    """Sampled answers say the same words over and over, and the reference's do not."""
+    low, before = (record.get(key, math.nan) for key in ("repetition_low", "reference_repetition"))
+    if not low > before + seen.limits.repetition:
+        return None
+    return Finding(
+        "UW305",
+        f"step {record['step']:.0f}: {record['repetition']:.0%} [from {low:.0%}] of four tokens in "
+        f"a row of sampled answers were in the answer before, in the reference's {before:.0%} "
+        f"(watch.repetition is {seen.limits.repetition:.0%} more); {_cause(seen, record)}.",
+        metric="repetition",
+    )
+
+
+def does_not_stop(seen: Seen, record: Record) -> Finding | None:
+    """Sampled answers run into their limit where the reference's end by themselves."""
+    high, before = record.get("stopped_high", math.nan), record.get("reference_stopped", math.nan)
+    if not high < seen.limits.stopped * before:
+        return None
+    return Finding(
+        "UW305",
+        f"step {record['step']:.0f}: {record['stopped']:.0%} [to {high:.0%}] of the sampled "
+        f"answers end by themselves within evaluation.max_new_tokens, and {before:.0%} of the "
+        f"reference's (watch.stopped is {seen.limits.stopped:g} of that); "
+        f"{_cause(seen, record, 2.0)}.",
+        metric="stopped",
+    )
+
+
+def _cause(seen: Seen, record: Record, ratio: float = 1.0) -> str:
+    """The likeliest of the causes that the page names, and what to do about it."""
+    chosen, rejected = seen.told.lengths
+    longer = chosen > LONGER * rejected if ratio > 1 else rejected > LONGER * chosen
+    unstopped = seen.told.unstopped
+    if ratio > 1 and unstopped > CUT:
+        return f"{unstopped:.0%} of the chosen responses lack their end: train on whole ones"
+    if ratio != 1 and rejected and longer:
+        return (
+            f"the data prefer {'longer' if ratio > 1 else 'shorter'} responses, "
+            f"{chosen / rejected:.1f} times the length of the rejected ones on average: balance "
+            "their lengths"
+        )
+    if record.get("kl", 0.0) > seen.limits.kl / 2:
+        return (
+            f"the policy is {record['kl']:.0f} nats an answer from the reference: lower "
+            "optimizer.learning_rate or raise loss.beta"
+        )
+    return "read samples.jsonl, and train for fewer steps or with a smaller learning rate"
+
+
+def far_from_the_reference(seen: Seen, record: Record) -> Finding | None:
+    """The policy's own answers are improbable under the reference."""
+    if not record.get("kl_low", math.nan) > seen.limits.kl:
+        return None
+    beta, kl = seen.told.beta, record["kl"]
+    # Below one nat of reward the objective hardly feels the distance.
+    cause = (
+        f"loss.beta is {beta:g}, at which that distance costs {beta * kl:.2g} of reward: raise it"
+        if beta * kl < 1
+        else f"loss.beta is {beta:g}, which would hold it, so the steps are too large: lower "
+        "optimizer.learning_rate"
+    )
+    return Finding(
+        "UW308",
+        f"step {record['step']:.0f}: the policy is {kl:.0f} nats an answer away from the "
+        f"reference [from {record['kl_low']:.0f}] (watch.kl is {seen.limits.kl:g}); {cause}.",
+        metric="kl",
+    )

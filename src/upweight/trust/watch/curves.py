@@ -1,0 +1,150 @@
+"""What the curves of training and evaluation say: too far, too easy, or not at all."""
+
+from __future__ import annotations
+
+import math
+
+from upweight.trust.finding import Finding
+from upweight.trust.watch.seen import Record, Seen
+
+ALIKE = 0.8
+"""Shared tokens, as a share, from which chosen and rejected count as nearly the same text."""
+
+FEWEST_STEPS = 30
+"""Before, margins are close to 0 in a run with nothing wrong."""
+
+KNOWN = 0.9
+"""Accuracy on the training pairs from which they count as known."""
+
+
+def displaced(seen: Seen, record: Record) -> Finding | None:
+    """The chosen responses lose probability, and the rejected ones more."""
+    per_token = seen.mean("logratios/chosen") / seen.mean("tokens/chosen")
+    if not per_token < -seen.limits.displaced:
+        return None
+    rejected = seen.mean("logratios/rejected") / seen.mean("tokens/rejected")
+    alike = seen.told.alike
+    if alike >= ALIKE:
+        cause = (
+            f"chosen and rejected share {alike:.0%} of their tokens, and what pushes one down "
+            "pushes the other. Leave such pairs out (data.min_score_gap, data.pairing=extremes)"
+        )
+    else:
+        cause = (
+            f"a learning rate of {record['learning_rate']:.3g} likely goes too far: lower "
+            "optimizer.learning_rate, raise loss.beta, or stop earlier"
+        )
+    return Finding(
+        "UW304",
+        f"step {record['step']:.0f}: chosen responses have lost {-per_token:.2f} nats a token "
+        f"since the start (watch.displaced is {seen.limits.displaced:g}), rejected ones "
+        f"{-rejected:.2f}: probability goes to what is neither; {cause}.",
+        metric="logratios/chosen",
+    )
+
+
+def too_easy(seen: Seen, record: Record) -> Finding | None:
+    """Training pairs are all right with next to no loss: nothing is left to learn from them."""
+    accuracy, loss = seen.mean("rewards/accuracies"), seen.mean("loss")
+    if not (accuracy >= seen.limits.solved and loss <= 0.01):
+        return None
+    again = record.get("epoch", 0.0) > 1
+    cause = (
+        "they are known by heart: fewer epochs, or a smaller optimizer.learning_rate"
+        if again
+        else "they are told apart when first met: use harder pairs, and look for what gives them "
+        "away"
+    )
+    return Finding(
+        "UW306",
+        f"step {record['step']:.0f}: {accuracy:.1%} of the training pairs are told apart at a mean "
+        f"loss of {loss:.4f}: nothing is left to learn from them, and {cause}.",
+        metric="rewards/accuracies",
+    )
+
+
+def not_better_than_chance(seen: Seen, record: Record) -> Finding | None:
+    """The training pairs are learned and the held-out ones are not."""
+    trained = seen.mean("rewards/accuracies")
+    low, high = (record.get(f"rewards/accuracies_{end}", math.nan) for end in ("low", "high"))
+    # Two intervals of few pairs say nothing: what is known of the training pairs must be excluded
+    # for the others.
+    if record["step"] == 0 or not (trained >= KNOWN and low <= 0.5 and high < trained):
+        return None
+    return Finding(
+        "UW306",
+        f"step {record['step']:.0f}: {trained:.0%} of the training pairs are told apart, and "
+        f"{record['rewards/accuracies']:.0%} [{low:.0%}, {high:.0%}] of the held-out ones, which "
+        "is not shown to be better than chance: the rows are learned by heart. Use more prompts, "
+        "and fewer epochs.",
+        metric="rewards/accuracies",
+    )
+
+
+def held_out_is_solved(seen: Seen, record: Record) -> Finding | None:
+    """The held-out pairs are so easy that they tell no two models apart."""
+    low = record.get("rewards/accuracies_low", math.nan)
+    if record["step"] == 0 or not low > seen.limits.easy:
+        return None
+    return Finding(
+        "UW306",
+        f"step {record['step']:.0f}: {record['rewards/accuracies']:.1%} of the held-out pairs are "
+        f"told apart [from {low:.1%}] (watch.easy is {seen.limits.easy:.0%}): no improvement can "
+        "show. The pairs are too easy, a shortcut solves them, or their prompts are "
+        "trained on in other words: evaluate on harder ones.",
+        metric="rewards/accuracies",
+    )
+
+
+def saturated(seen: Seen, record: Record) -> Finding | None:
+    """Pairs that were not trained on before have margins in the flat parts of the sigmoid."""
+    held_out = "rewards/accuracies_low" in record
+    if not held_out and record.get("epoch", 0.0) > 1:
+        return None
+    size = record.get("rewards/spread", math.nan) if held_out else seen.mean("rewards/spread")
+    if not size > seen.limits.spread:
+        return None
+    beta = seen.told.beta
+    # A margin of log-ratios that a run with the usual beta has too: then beta is what is large.
+    if size / beta <= seen.limits.kl:
+        cause = (
+            f"loss.beta is {beta:g}, which fits log-probs that are averaged over tokens; these are "
+            "summed over a response. Set loss.beta=0.1"
+        )
+    else:
+        cause = (
+            f"the log-ratios themselves are {size / beta:.0f} nats apart: lower "
+            "optimizer.learning_rate"
+        )
+    return Finding(
+        "UW307",
+        f"step {record['step']:.0f}: pairs that were not trained on yet have margins of "
+        f"{size:.1f} in size (watch.spread is {seen.limits.spread:g}), where the loss is flat for "
+        f"pairs that are right and steep as can be for the others; {cause}.",
+        metric="rewards/margins",
+    )
+
+
+def flat(seen: Seen, record: Record) -> Finding | None:
+    """At the end margins are as close to 0 as at the start."""
+    size = seen.mean("rewards/spread")
+    if record["step"] != seen.told.total_steps or record["step"] < FEWEST_STEPS:
+        return None
+    if not size < seen.limits.flat:
+        return None
+    beta = seen.told.beta
+    distance = size / beta
+    if distance >= 1:
+        cause = f"log-ratios are {distance:.1f} nats apart, and loss.beta is {beta:g}: raise it"
+    else:
+        cause = (
+            f"log-ratios of whole responses are {distance:.2g} nats apart: the peak learning rate "
+            "is too small for so few steps, or log-probs are averaged over tokens where beta "
+            "expects sums"
+        )
+    return Finding(
+        "UW307",
+        f"step {record['step']:.0f}: the last one, and margins are {size:.2g} in size (watch.flat "
+        f"is {seen.limits.flat:g}), as at the start; {cause}.",
+        metric="rewards/margins",
+    )

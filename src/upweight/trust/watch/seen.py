@@ -1,0 +1,110 @@
+"""What a run has shown so far, and what it was told: all that an observer looks at."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from statistics import fmean
+
+from torch import Tensor
+
+from upweight.config import Watch as Limits
+from upweight.models.load import LanguageModel
+from upweight.trust.watch.orders import Orders
+from upweight.types import Preference, Tree
+
+ELEMENTS = 256
+"""Of each tensor that are looked at: enough to say whether it moves, and nothing beside a step."""
+
+RECENT = 8
+"""Training records that a mean is taken over: one step's pairs are few."""
+
+MOST_COMPARED = 1000
+"""Preferences of which chosen and rejected are compared, once, when a cause is looked for."""
+
+Record = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a run was told, from which a likely cause is read."""
+
+    beta: float = 0.1
+    total_steps: int | None = None
+    trees: Sequence[Tree] = ()
+
+    @cached_property
+    def alike(self) -> float:
+        """The share of tokens that chosen and rejected have in common, on average."""
+        pairs = [
+            (t.responses[p.chosen], t.responses[p.rejected])
+            for t, p in islice(self._preferences(), MOST_COMPARED)
+        ]
+        shares = [
+            2 * (Counter(chosen) & Counter(rejected)).total() / (len(chosen) + len(rejected))
+            for chosen, rejected in pairs
+        ]
+        return fmean(shares) if shares else 0.0
+
+    @cached_property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of all chosen and of all rejected responses."""
+        pairs = [(t.responses[p.chosen], t.responses[p.rejected]) for t, p in self._preferences()]
+        return sum(len(c) for c, _ in pairs), sum(len(r) for _, r in pairs)
+
+    @cached_property
+    def unstopped(self) -> float:
+        """The share of preferred responses that lack their end."""
+        ends = [t.stopped[p.chosen] for t, p in self._preferences()]
+        return 1 - fmean(ends) if ends else 0.0
+
+    def _preferences(self) -> Iterator[tuple[Tree, Preference]]:
+        return ((tree, p) for tree in self.trees for p in tree.preferences)
+
+
+@dataclass
+class Seen:
+    """`moved` is the share of the weights that the first step has moved, None before it. `start`
+    are some of them as they were."""
+
+    lm: LanguageModel
+    limits: Limits
+    told: Told
+    start: Mapping[str, Tensor]
+    recent: deque[Record] = field(default_factory=lambda: deque[Record](maxlen=RECENT))
+    orders: Orders = field(default_factory=Orders)
+    moved: float | None = None
+
+    def train(self, record: Record) -> None:
+        self.recent.append(record)
+        if self.moved is None:
+            self.moved = _share_moved(self.start, some_weights(self.lm))
+            self.start = {}
+
+    def look_again(self) -> None:
+        """Whether the weights move is asked anew, of the next step."""
+        self.moved, self.start = None, some_weights(self.lm)
+
+    def mean(self, key: str) -> float:
+        """Over the recent training records; nan where there are few, or one does not have it."""
+        if len(self.recent) < RECENT:
+            return math.nan
+        return fmean(record.get(key, math.nan) for record in self.recent)
+
+
+def some_weights(lm: LanguageModel) -> dict[str, Tensor]:
+    """Evenly spaced elements of every tensor that is trained."""
+    return {
+        name: p.detach().flatten()[:: max(1, p.numel() // ELEMENTS)].clone()
+        for name, p in lm.model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def _share_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+    changed = sum(int((after[name] != values).sum()) for name, values in before.items())
+    return changed / max(1, sum(values.numel() for values in before.values()))

@@ -1,0 +1,64 @@
+"""Do the weights learn, and against what?"""
+
+from __future__ import annotations
+
+from upweight.trust.finding import Finding
+from upweight.trust.watch.seen import Record, Seen
+
+
+def nothing_learns(seen: Seen, record: Record) -> Finding | None:
+    """No weight has moved after the first step, whose learning rate is never 0."""
+    if seen.moved is None or seen.moved > 0:
+        return None
+    if record.get("advantages/nonzero") == 0:
+        # A first round whose answers all scored the same has no gradient, and the next may.
+        seen.look_again()
+        return None
+    if record["grad_norm"] == 0:
+        cause = "every gradient is 0: no scored token depends on a weight that is trained"
+    else:
+        cause = (
+            f"the updates of a learning rate of {record['learning_rate']:.3g} are smaller than "
+            "what the weights can hold: raise optimizer.learning_rate"
+        )
+    return Finding("UW103", f"step {record['step']:.0f}: no weight has moved; {cause}.")
+
+
+def swallowed(seen: Seen, record: Record) -> Finding | None:
+    """Weights in half precision of which few have moved."""
+    half = [p.dtype for p in seen.lm.model.parameters() if p.requires_grad and p.itemsize < 4]
+    if not half or seen.moved is None or not 0 < seen.moved < seen.limits.moved:
+        return None
+    return Finding(
+        "UW104",
+        f"step {record['step']:.0f}: {seen.moved:.0%} of the weights have moved (watch.moved is "
+        f"{seen.limits.moved:.0%}): they are kept in {str(half[0]).removeprefix('torch.')}, which "
+        "rounds small updates away. Keep them in float32.",
+    )
+
+
+def is_the_reference(seen: Seen, record: Record) -> Finding | None:
+    """The weights move and the margin stays exactly 0."""
+    if record["step"] < 2 or not seen.moved:
+        return None
+    if any(record.get(f"logratios/{side}") != 0 for side in ("chosen", "rejected")):
+        return None
+    return Finding(
+        "UW102",
+        f"step {record['step']:.0f}: the weights have moved, and the policy's log-probs are still "
+        "exactly the reference's: the reference is the policy itself.",
+    )
+
+
+def same_order(seen: Seen, record: Record) -> Finding | None:
+    """An epoch went through the rows as an earlier one did."""
+    if seen.orders.repeated is None:
+        return None
+    epoch, earlier = seen.orders.repeated
+    return Finding(
+        "UW309",
+        f"step {record['step']:.0f}: epoch {epoch} had its {seen.orders.num_rows} rows in the "
+        f"order of epoch {earlier}: the same rows make a step each time, and the last ones weigh "
+        "more. Draw each epoch's order from the seed and the epoch's number.",
+        metric="loss",
+    )

@@ -1,0 +1,362 @@
+"""Each failure of training is planted in a real run, and its code appears; without it none does."""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import upweight.data.stream as stream
+import upweight.recipes.start as run_start
+import upweight.recipes.train as run_train
+import upweight.training.objectives as objectives
+from runs import furnish, plain_rows, rows_of, sentence, train, write_rows
+from tiny import VOCAB_SIZE
+from upweight.cli import main
+from upweight.data.pack import bins
+from upweight.models.load import LanguageModel
+from upweight.models.logprobs import pair_logps, token_logps
+from upweight.training.objectives import pair, pair_metrics
+from upweight.types import Forest, PairLogps, Step, Tree
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    furnish(tmp_path, monkeypatch)
+
+
+def warned(out: str = "run") -> dict[str, dict[str, Any]]:
+    """By code. Each is written once, and stands in the report, on its curve too."""
+    found = [row for row in rows_of(f"{out}/metrics.jsonl") if row["kind"] == "warning"]
+    page = Path(f"{out}/report.html").read_text()
+    for row in found:
+        assert f'<code id="warning-{row["code"].lower()}">' in page
+        assert f'href="#warning-{row["code"].lower()}"' in page, "no curve is marked"
+    assert len({row["code"] for row in found}) == len(found)
+    return {row["code"]: row for row in found}
+
+
+def preferring(chosen: str, rejected: str, num: int = 24) -> list[dict[str, str]]:
+    return [{"prompt": f"question {i}", "chosen": chosen, "rejected": rejected} for i in range(num)]
+
+
+def test_a_run_with_nothing_wrong_raises_nothing():
+    write_rows("pairs.jsonl", plain_rows())
+    assert train("run", "--epochs", "2", "--learning-rate", "1e-4") == 0
+    assert warned() == {}
+    page = Path("run/report.html").read_text()
+    assert 'class="chip-code"' not in page and "<h2>Warnings</h2>" not in page
+
+
+# What the weights do
+
+
+def test_updates_that_the_weights_cannot_hold_are_refused(capsys: pytest.CaptureFixture[str]):
+    assert train("run", "--learning-rate", "1e-30") == 2
+    said = capsys.readouterr().err
+    assert "error[UW103]" in said and "raise optimizer.learning_rate" in said
+
+
+def frozen(*args: Any) -> Callable[..., Step]:
+    """An objective in which no weight has a say."""
+    whole = pair(*args)
+
+    def objective(lm: LanguageModel, forest: Forest) -> Step:
+        step = whole(lm, forest)
+        nothing = sum((p * 0).sum() for p in lm.model.parameters())
+        return Step(step.loss_sum.detach() + nothing, step.count, step.metrics)
+
+    return objective
+
+
+def test_a_step_without_a_gradient_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(run_train, "pair", frozen)
+    assert train("run") == 2
+    said = capsys.readouterr().err
+    assert "error[UW103]" in said and "every gradient is 0" in said
+
+
+def test_half_precision_weights_that_swallow_their_updates_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    trained = run_start._trained
+
+    def rounded(*args: Any) -> LanguageModel:
+        lm = trained(*args)
+        lm.model.to(torch.bfloat16)  # pyright: ignore
+        return lm
+
+    monkeypatch.setattr(run_start, "_trained", rounded)
+    assert train("run", "--learning-rate", "1e-4", "--dtype", "bfloat16", "--samples", "0") == 2
+    said = capsys.readouterr().err
+    assert "error[UW104]" in said and "bfloat16" in said
+
+
+def aliased(
+    reference: object, loss: Callable[[PairLogps], torch.Tensor], beta: float, *rest: Any
+) -> Callable[..., Step]:
+    """The policy of the moment as its own reference."""
+
+    def objective(lm: LanguageModel, forest: Forest) -> Step:
+        tokens = token_logps(lm, forest)
+        logps = pair_logps(tokens, tokens.detach(), forest)
+        return Step(loss(logps).sum(), forest.weight.sum(), pair_metrics(logps, beta))
+
+    return objective
+
+
+def test_a_policy_that_is_its_own_reference_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(run_train, "pair", aliased)
+    assert train("run") == 2
+    said = capsys.readouterr().err
+    assert "error[UW102]" in said and "step 2" in said
+
+
+# How a step is made
+
+
+def test_an_objective_that_takes_means_of_micro_batches_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def of_means(*args: Any) -> Callable[..., Step]:
+        whole = pair(*args)
+
+        def objective(lm: LanguageModel, forest: Forest) -> Step:
+            step = whole(lm, forest)
+            return Step(step.loss_sum / step.count, torch.ones_like(step.count), step.metrics)
+
+        return objective
+
+    monkeypatch.setattr(run_train, "pair", of_means)
+    assert train("run", "--tokens_per_bin", "120") == 2
+    said = capsys.readouterr().err
+    assert "error[UW302]" in said and "micro-batches weigh 4" in said
+
+
+def test_a_packing_that_loses_a_bin_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def losing(trees: list[Tree], capacity: int) -> list[list[Tree]]:
+        return bins(trees, capacity)[:-1]
+
+    monkeypatch.setattr(run_train, "bins", losing)
+    assert train("run", "--tokens_per_bin", "120") == 2
+    said = capsys.readouterr().err
+    assert "error[UW302]" in said and "its rows have 4 preferences" in said
+
+
+def test_one_order_for_all_epochs_is_reported(monkeypatch: pytest.MonkeyPatch):
+    order = stream.epoch_order
+    monkeypatch.setattr(stream, "epoch_order", lambda num, seed, epoch: order(num, seed, 0))
+    write_rows("pairs.jsonl", plain_rows())
+    assert train("run", "--epochs", "3", "--learning-rate", "1e-4") == 0
+    found = warned()
+    assert list(found) == ["UW309"]
+    assert "epoch 2" in found["UW309"]["said"] and "epoch 1" in found["UW309"]["said"]
+    # At the step that ends the second epoch, of three.
+    assert found["UW309"]["step"] == max(
+        row["step"]
+        for row in rows_of("run/metrics.jsonl")
+        if row["kind"] == "train" and row["epoch"] <= 2.001
+    )
+
+
+# What is not a number
+
+
+def test_a_weight_that_is_not_a_number_stops_before_the_optimizer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def spoiled(*args: Any) -> Callable[..., Step]:
+        whole = pair(*args)
+
+        def objective(lm: LanguageModel, forest: Forest) -> Step:
+            with torch.no_grad():
+                next(p for p in lm.model.parameters() if p.ndim == 1)[0] = torch.nan
+            return whole(lm, forest)
+
+        return objective
+
+    monkeypatch.setattr(run_train, "pair", spoiled)
+    assert train("run") == 2
+    said = capsys.readouterr().err
+    assert "error[UW303]" in said and "Its rows: pairs.jsonl:" in said
+    assert "before this step" in said and "layernorm" in said
+
+
+def test_a_loss_that_overflows_stops_before_the_optimizer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def exploding(reference: Any, loss: Any, beta: float, *rest: Any) -> Callable[..., Step]:
+        return pair(reference, lambda logps: loss(logps) * torch.inf, beta, *rest)
+
+    monkeypatch.setattr(run_train, "pair", exploding)
+    assert train("run") == 2
+    assert "error[UW303]: step 1: the loss is inf" in capsys.readouterr().err
+
+
+# What the curves do
+
+
+def test_near_identical_pairs_at_a_large_rate_displace_what_is_chosen():
+    draw = random.Random(4)
+    same = [sentence(draw, 8) for _ in range(40)]
+    rows = [
+        {"prompt": f"question {i}", "chosen": f"{text} is so", "rejected": f"{text} is no"}
+        for i, text in enumerate(same)
+    ]
+    write_rows("pairs.jsonl", rows)
+    assert train("run", "--learning-rate", "3e-2", "--epochs", "3", "--displaced", "0.5") == 0
+    found = warned()["UW304"]
+    assert "share 9" in found["said"] and "data.min_score_gap" in found["said"]
+    assert found["metric"] == "logratios/chosen"
+
+
+def test_pairs_that_a_letter_tells_apart_are_soon_solved():
+    write_rows("pairs.jsonl", preferring("yes", "no"))
+    assert train("run", "--epochs", "14", "--learning-rate", "5e-3", "--shortcut", "0.999") == 0
+    found = warned()["UW306"]
+    assert "nothing is left to learn" in found["said"] and "known by heart" in found["said"]
+
+
+def test_held_out_pairs_that_are_all_right_show_no_improvement():
+    write_rows("pairs.jsonl", preferring("yes", "no", 300))
+    solved = ("--fraction", "0.5", "--learning-rate", "5e-3", "--evaluation.every", "12")
+    assert train("run", *solved, "--shortcut", "0.999", "--samples", "0") == 0
+    found = warned()["UW306"]
+    assert "held-out pairs" in found["said"] and found["set"] == "heldout"
+
+
+def test_rows_learned_by_heart_are_told_from_learning():
+    draw = random.Random(5)
+    rows = [
+        {"prompt": f"q {i}", "chosen": sentence(draw, 3), "rejected": sentence(draw, 3)}
+        for i in range(60)
+    ]
+    write_rows("pairs.jsonl", rows)
+    by_heart = ("--epochs", "12", "--learning-rate", "5e-3", "--fraction", "0.4", "--samples", "0")
+    assert train("run", *by_heart) == 0
+    found = warned()["UW306"]
+    assert "by heart" in found["said"] and found["set"] == "heldout"
+
+
+def test_a_beta_for_means_saturates_sums():
+    write_rows("pairs.jsonl", plain_rows())
+    assert train("run", "--beta", "5", "--learning-rate", "3e-3") == 0
+    found = warned()["UW307"]
+    assert "loss.beta is 5" in found["said"] and "summed over a response" in found["said"]
+
+
+def test_a_learning_rate_that_saturates_the_usual_beta_is_named_instead():
+    write_rows("pairs.jsonl", plain_rows())
+    assert train("run", "--learning-rate", "0.1", "--kl", "10", "--spread", "2") == 0
+    said = warned()["UW307"]["said"]
+    assert "lower optimizer.learning_rate" in said and "nats apart" in said
+
+
+def test_means_in_place_of_sums_leave_margins_at_zero(monkeypatch: pytest.MonkeyPatch):
+    def averaged(*args: Any) -> PairLogps:
+        logps = pair_logps(*args)
+        return PairLogps(
+            logps.policy_chosen / logps.tokens_chosen,
+            logps.policy_rejected / logps.tokens_rejected,
+            logps.reference_chosen / logps.tokens_chosen,
+            logps.reference_rejected / logps.tokens_rejected,
+            logps.tokens_chosen,
+            logps.tokens_rejected,
+        )
+
+    write_rows("pairs.jsonl", plain_rows())
+    usual = ("--learning-rate", "1e-4", "--epochs", "4", "--samples", "0")
+    assert train("right", *usual) == 0
+    assert warned("right") == {}
+    monkeypatch.setattr(objectives, "pair_logps", averaged)
+    assert train("run", *usual) == 0
+    assert "log-probs are averaged over tokens" in warned()["UW307"]["said"]
+
+
+# What the policy says
+
+
+def test_a_huge_learning_rate_runs_away_from_the_reference():
+    write_rows("pairs.jsonl", plain_rows())
+    wild = ("--learning-rate", "0.1", "--samples", "6", "--max_new_tokens", "48")
+    assert train("run", *wild) == 0
+    assert "lower optimizer.learning_rate" in warned()["UW308"]["said"]
+
+
+def test_a_policy_that_learns_to_repeat_itself_is_reported():
+    draw = random.Random(6)
+    rows = [
+        {"prompt": f"question {i}", "chosen": "a" * 40, "rejected": sentence(draw, 6)}
+        for i in range(40)
+    ]
+    write_rows("pairs.jsonl", rows)
+    loose = ("--learning-rate", "1e-2", "--beta", "1e-3", "--epochs", "3", "--kl", "100")
+    said = ("--samples", "6", "--max_new_tokens", "32")
+    assert train("run", *loose, *said, "--shortcut", "0.999") == 0
+    found = warned()
+    assert "four tokens in a row" in found["UW305"]["said"]
+    assert found["UW305"]["metric"] == "repetition" and found["UW305"]["set"] == "heldout"
+
+
+def test_a_small_beta_is_named_where_the_policy_runs_away():
+    write_rows("pairs.jsonl", plain_rows())
+    loose = ("--learning-rate", "0.03", "--beta", "1e-3", "--epochs", "2", "--kl", "25")
+    assert train("run", *loose, "--max_new_tokens", "48") == 0
+    assert "at which that distance costs" in warned()["UW308"]["said"]
+
+
+def even_odds_to_stop() -> None:
+    """model/ says its stop token with about even odds, wherever it is."""
+    model = AutoModelForCausalLM.from_pretrained("model")
+    width, stop = model.config.hidden_size, model.config.eos_token_id
+    with torch.no_grad():
+        # A first channel that is large everywhere is about sqrt(width) after the last norm, and
+        # the logits of the others are about as many as exp(sqrt(width)).
+        model.get_input_embeddings().weight[:, 0] = 50.0
+        model.get_output_embeddings().weight[:, 0] = 0.0
+        model.get_output_embeddings().weight[stop, 0] = math.log(VOCAB_SIZE) / width**0.5
+    model.save_pretrained("model")
+
+
+def test_responses_without_their_stop_token_teach_not_to_stop():
+    even_odds_to_stop()
+    rows = [
+        {
+            "prompt": f"question {i}",
+            "chosen": "stone " * (40 if i % 3 else 2),
+            "rejected": "stone",
+        }
+        for i in range(40)
+    ]
+    write_rows("pairs.jsonl", rows)
+    fast = ("--learning-rate", "3e-2", "--beta", "0.01", "--epochs", "3")
+    cut = ("--max_length", "60", "--truncation", "response", "--cut", "0.95", "--shortcut", "0.999")
+    assert train("run", *cut, "--samples", "8", "--length", "99", *fast) == 0
+    found = warned()["UW305"]
+    assert "end by themselves" in found["said"] and "lack their end" in found["said"]
+    assert found["metric"] == "stopped"
+
+
+def test_a_resumed_run_does_not_say_again_what_it_has_said(capsys: pytest.CaptureFixture[str]):
+    write_rows("pairs.jsonl", plain_rows(24))
+    usual = ("--kl", "0", "--learning-rate", "3e-3", "--checkpoint.every", "1", "--keep", "99")
+    assert train("run", *usual, "--evaluation.every", "1") == 0
+    assert capsys.readouterr().err.count("warning[UW308]") == 1
+    for folder in sorted(Path("run/checkpoints").iterdir())[4:]:
+        shutil.rmtree(folder)
+    assert main(["train", "run/run.yaml", "resume=true"]) == 0
+    assert "warning[UW308]" not in capsys.readouterr().err
+    assert warned()["UW308"]["step"] <= 4
