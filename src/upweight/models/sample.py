@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
-from upweight.data.pack import bins, collate
 from upweight.errors import ConfigError, ModelError
 from upweight.models.attention import native_attention
 from upweight.models.head import logits
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import response_logps, token_logps
+from upweight.models.reading import attempt, read_trees
 from upweight.types import ResponseId, RowId, Tree
 
 KEPT_SHARE = 0.8
@@ -80,13 +81,17 @@ def sample(
     done, drawn = 0, [list[Sample]() for _ in prompts]
     with torch.no_grad(), evaluation_mode(lm), native_attention(lm.causal), lm.compute():
         for group, limit in _batches(lm, prompts, max_new_tokens, max(1, rows_per_batch // num)):
-            ids, mask = _left_padded(lm, [prompts[i] for i in group])
-            upto = replace(draw, max_new_tokens=limit)
-            rows = (
-                _with_cache(lm, upto, ids, mask, noise[group].flatten(0, 1).to(lm.device))
-                if lm.plan.shared
-                else _generate(lm, upto, ids, mask, num, seed + done)
-            )
+            upto, first = replace(draw, max_new_tokens=limit), seed + done
+
+            def answer(
+                numbers: list[int], upto: _Draw = upto, first: int = first
+            ) -> list[list[int]]:
+                asked = [prompts[i] for i in numbers]
+                if lm.plan.shared:
+                    return _with_cache(lm, upto, asked, noise[numbers].flatten(0, 1))
+                return _generate(lm, upto, asked, num, first)
+
+            rows = _as_fits(answer, group)
             for row, tokens in enumerate(rows):
                 drawn[group[row // num]].append(Sample(tuple(tokens), tokens[-1] in stop))
             done += len(group)
@@ -173,10 +178,29 @@ def _left_padded(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> tuple[T
     return ids.to(lm.device), mask.to(lm.device)
 
 
+def _as_fits(answer: Callable[[list[int]], list[list[int]]], numbers: list[int]) -> list[list[int]]:
+    """What `answer` gives for a batch of prompts, in halves where memory runs out."""
+    rows = attempt(functools.partial(answer, numbers))
+    if not isinstance(rows, Exception):
+        return rows
+    middle = len(numbers) // 2
+    if not middle:
+        said = next(iter(str(rows).splitlines()), type(rows).__name__)
+        raise ModelError(
+            f"sample: prompt {numbers[0] + 1} ran out of memory alone ({said}). Needs less: fewer "
+            "responses to a prompt (-n), a smaller evaluation.max_new_tokens, a smaller model."
+        ) from rows
+    return _as_fits(answer, numbers[:middle]) + _as_fits(answer, numbers[middle:])
+
+
 def _with_cache(
-    lm: LanguageModel, draw: _Draw, ids: Tensor, mask: Tensor, noise: Float[Tensor, "rows steps"]
+    lm: LanguageModel,
+    draw: _Draw,
+    prompts: Sequence[Sequence[int]],
+    noise: Float[Tensor, "rows steps"],
 ) -> list[list[int]]:
     """Token by token: a prompt is read once for all its responses, and rows that ended leave."""
+    (ids, mask), noise = _left_padded(lm, prompts), noise.to(lm.device)
     cache = DynamicCache(config=lm.causal.config)
     now = _next_logits(lm, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
     num = len(noise) // len(ids)
@@ -219,9 +243,10 @@ def _next_logits(
 
 
 def _generate(
-    lm: LanguageModel, draw: _Draw, ids: Tensor, mask: Tensor, num: int, seed: int
+    lm: LanguageModel, draw: _Draw, prompts: Sequence[Sequence[int]], num: int, seed: int
 ) -> list[list[int]]:
     """By transformers' generate, which knows each family's own state."""
+    ids, mask = _left_padded(lm, prompts)
     config = GenerationConfig(
         max_new_tokens=draw.max_new_tokens,
         do_sample=draw.temperature > 0,
@@ -280,9 +305,9 @@ def tree_logps(
     where = {id(tree): i for i, tree in enumerate(trees)}
     result: list[list[float]] = [[] for _ in trees]
     with torch.no_grad(), evaluation_mode(lm):
-        for group in bins(list(trees), tokens_per_bin):
-            forest = collate(group)
-            sums = response_logps(token_logps(lm, forest), forest).tolist()
+        asked = functools.partial(token_logps, lm)
+        for forest, logps in read_trees(asked, trees, tokens_per_bin):
+            sums = response_logps(logps, forest).tolist()
             for tree in forest.trees:
                 result[where[id(tree)]] = sums[: len(tree.responses)]
                 del sums[: len(tree.responses)]

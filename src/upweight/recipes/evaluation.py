@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from upweight.evidence.records.ledger import SCHEMA
 from upweight.models.sample import Sample
 from upweight.recipes.best import samples_are_the_policys
 from upweight.recipes.reference import draw, same_reference, sampled_prompts
-from upweight.recipes.state import State, log
+from upweight.recipes.state import State, log, smaller_bins
 from upweight.training.loop import Progress, Record
 from upweight.training.rundir import append_jsonl, write_ledger
 from upweight.types import Tree
@@ -26,11 +27,12 @@ def evaluate_sets(state: State, progress: Progress) -> bool:
     sampled = _sampled(state, sets) if sets and run.evaluation.samples else {}
     is_the_reference = progress.step == 0 and run.reference is None
     policy = None if is_the_reference else state.lm
+    smaller = functools.partial(smaller_bins, state, f"the evaluation after step {progress.step}")
     rows: list[evaluate.Row] = []
     improved = False
     for name, trees in sets.items():
         scored = evaluate.score_trees(
-            policy, trees, state.against.logps, run.loss.beta, state.tokens_per_bin
+            policy, trees, state.against.logps, run.loss.beta, state.tokens_per_bin, smaller
         )
         record: Record = {
             "step": progress.step,

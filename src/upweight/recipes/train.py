@@ -16,7 +16,7 @@ import torch
 
 from upweight.config import Resolved, dump, leaf_values
 from upweight.data.pack import bins, collate, merge_same_prompts
-from upweight.data.stream import batch_for_step
+from upweight.data.stream import batch_for_step, plan_epoch
 from upweight.errors import OutputError
 from upweight.evidence.report import write_report
 from upweight.evidence.track import Target, Tracking, clients, tracking
@@ -31,14 +31,17 @@ from upweight.recipes.screen import Screen, Silent
 from upweight.recipes.start import Start, examined_sets, start
 from upweight.recipes.state import State, go_back, log, make_room, save
 from upweight.training import checkpoint
-from upweight.training.loop import Hooks, Progress, fit
-from upweight.training.objectives import pair
+from upweight.training.loop import Hooks, Progress, fit, rehearse, too_large
+from upweight.training.objectives import Objective, pair
 from upweight.training.optimizer import make_optimizer
 from upweight.training.rundir import RunDir, open_run_dir, require_space, write_atomic
 from upweight.trust.identity import require_quiet, starts_elsewhere
 from upweight.trust.preflight import swapped
 from upweight.trust.watch import Watch
-from upweight.types import Forest
+from upweight.types import Forest, Tree
+
+WORTH_A_TRY = 50
+"""Bins of an epoch from which on its largest is tried before the first step."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +160,11 @@ def _train(state: State, progress: Progress, stop: threading.Event) -> bool:
     run, trees = state.run, state.begun.prepared.trees["train"]
 
     def forests(step: int) -> Sequence[Forest]:
-        capacity = state.tokens_per_bin
         batch = batch_for_step(trees, run.batch.pairs_per_step, run.seed, step)
-        forests = [collate(group) for group in bins(merge_same_prompts(batch, capacity), capacity)]
-        # The largest first: what runs out of memory does so at once.
-        return sorted(forests, key=lambda forest: -forest.num_tokens)
+        return [collate(group) for group in _packed(state, batch)]
+
+    def on_out_of_memory(progress: Progress, batch: Sequence[Forest]) -> bool:
+        return make_room(state, f"step {progress.step + 1}", batch)
 
     loss = functools.partial(
         PAIR_LOSSES[run.objective], beta=run.loss.beta, label_smoothing=run.loss.label_smoothing
@@ -171,10 +174,40 @@ def _train(state: State, progress: Progress, stop: threading.Event) -> bool:
         evaluate=functools.partial(evaluate_sets, state),
         save=functools.partial(save, state),
         should_stop=stop.is_set,
-        on_out_of_memory=functools.partial(make_room, state),
+        on_out_of_memory=on_out_of_memory,
     )
     objective = pair(state.against.logps, loss, run.loss.beta)
+    _try_largest(state, objective, progress.step)
     return fit(state.lm, state.optimizer, objective, forests, state.begun.plan, hooks, progress)
+
+
+def _packed(state: State, trees: Sequence[Tree]) -> list[list[Tree]]:
+    """Bins of a step's trees, the largest first: what runs out of memory does so at once."""
+    capacity = state.tokens_per_bin
+    return sorted(bins(merge_same_prompts(trees, capacity), capacity), key=_num_tokens)
+
+
+def _num_tokens(group: Sequence[Tree]) -> int:
+    return -sum(tree.num_tokens for tree in group)
+
+
+def _try_largest(state: State, objective: Objective, step: int) -> None:
+    """The largest bin of an epoch, before the first step: a run that does not fit into memory
+    finds out in its first minute. Not where it would be more than a fiftieth of the work."""
+    run, trees = state.run, state.begun.prepared.trees["train"]
+    steps = plan_epoch(trees, run.batch.pairs_per_step, run.seed, 0)
+    while True:
+        packed = [_packed(state, [trees[i] for i in numbers]) for numbers in steps]
+        largest = min((groups[0] for groups in packed), key=_num_tokens)
+        first = _packed(state, batch_for_step(trees, run.batch.pairs_per_step, run.seed, step))[0]
+        if _num_tokens(first) <= _num_tokens(largest) or sum(map(len, packed)) < WORTH_A_TRY:
+            return
+        forest = collate(largest)
+        failed = rehearse(state.lm, state.optimizer, objective, forest)
+        if failed is None:
+            return
+        if not make_room(state, "the largest bin of the run", [forest]):
+            raise too_large("the largest bin of the run", [forest], failed)
 
 
 def _finish(state: State, progress: Progress) -> Result:

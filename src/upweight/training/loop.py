@@ -12,7 +12,7 @@ import torch
 
 from upweight.errors import ModelError, Refusal
 from upweight.models.load import LanguageModel
-from upweight.training.memory import is_out_of_memory
+from upweight.models.reading import is_out_of_memory
 from upweight.training.objectives import Objective
 from upweight.training.optimizer import clip
 from upweight.training.schedules import learning_rate_factor
@@ -130,7 +130,7 @@ def fit(
         if isinstance(done, Exception):
             optimizer.zero_grad(set_to_none=True)
             if not hooks.on_out_of_memory(progress, batch):
-                raise _too_large(progress.step, batch, done)
+                raise too_large(f"step {progress.step + 1}", batch, done)
             continue
         loss, count, sums = done
         window.merge(sums)
@@ -157,6 +157,26 @@ def fit(
         if to_keep or _due(progress.step, plan.checkpoint_every) or last:
             hooks.save(progress)
     return True
+
+
+def rehearse(
+    lm: LanguageModel, optimizer: torch.optim.Optimizer, objective: Objective, forest: Forest
+) -> Exception | None:
+    """Forward and backward pass of one bin beside room for AdamW's moments, which the first step
+    makes: the error of an allocation that failed, or None. Leaves everything as it was.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+        try:
+            room = [torch.empty_like(p) for p in parameters for _ in range(2)]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return error.with_traceback(None)
+        done = _accumulate(lm, objective, [forest])
+        del room
+    optimizer.zero_grad(set_to_none=True)
+    return done if isinstance(done, Exception) else None
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -194,11 +214,11 @@ def _accumulate(
     return torch.stack(losses).sum(), torch.stack(counts).sum(), window
 
 
-def _too_large(step: int, batch: Sequence[Forest], error: Exception) -> ModelError:
+def too_large(what: str, batch: Sequence[Forest], error: Exception) -> ModelError:
     largest = max(batch, key=lambda forest: forest.num_tokens)
     said = next(iter(str(error).splitlines()), type(error).__name__)
     failure = ModelError(
-        f"step {step + 1} ran out of memory with {largest.num_tokens:,} tokens at once "
+        f"{what} ran out of memory with {largest.num_tokens:,} tokens at once "
         f"({largest.trees[0].ids[0].row}), and they cannot be fewer ({said}). Needs less: "
         "lora=true, a smaller data.max_length with data.truncation=prompt, a smaller model."
     )

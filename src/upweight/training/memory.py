@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,17 +170,3 @@ def _kept(lm: LanguageModel, times: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         token_logps(lm, collate([_probe()] * times))
     return sum(kept.values())
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch has one exception for it on GPUs, none on the CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
-def free_cached(device: torch.device) -> None:
-    """Gives back what the failed step held, before it is taken again."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
