@@ -16,6 +16,7 @@ from torch import Tensor
 
 from upweight.errors import ModelError, OutputError, Refusal
 from upweight.models import attention
+from upweight.models.adapter import widened
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.proof import TOLERANCE_NATS, one_at_a_time, probe_forest
 from upweight.models.weights import load_weights, quiet_peft
@@ -35,7 +36,7 @@ def export(lm: LanguageModel, folder: Path, *, merge: bool = False) -> list[Path
     made room.
     """
     probe = probe_forest(lm)
-    with evaluation_mode(lm):
+    with evaluation_mode(lm), widened(lm):
         trained = one_at_a_time(lm, probe)
 
     def same(written: Path) -> None:

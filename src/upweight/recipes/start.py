@@ -7,7 +7,7 @@ from pathlib import Path
 
 from upweight.config import Resolved, Run
 from upweight.data.stream import num_steps, plan_epoch
-from upweight.models.adapter import add_lora
+from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.weights import load_tokenizer
 from upweight.recipes.best import Best, best_metric
@@ -105,6 +105,7 @@ def _trained(run: Run, lm: LanguageModel) -> LanguageModel:
             targets=run.lora.targets,
             seed=run.seed,
         )
+        keep_frozen_in_compute_dtype(lm)
     if run.compute.checkpointing:
         checkpoint_layers(lm)
     return lm
