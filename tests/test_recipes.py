@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,23 @@ def test_a_signal_saves_and_prints_the_command_that_goes_on(
         assert train("cut", "--checkpoint.every", "99") == 130
     said = capsys.readouterr().err
     assert "stopped after step 2" in said and "upweight train cut/run.yaml resume=true" in said
+    assert main(["train", "cut/run.yaml", "resume=true"]) == 0
+    assert same_weights_and_steps("whole", "cut")
+
+
+def test_8_bit_moments_resume_bit_identically_or_name_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "bitsandbytes", None)
+        patched.delitem(sys.modules, "bitsandbytes.optim", raising=False)
+        assert train("run", "--moments", "8bit") == 2
+    assert "pip install 'upweight[eightbit]'" in capsys.readouterr().err
+    pytest.importorskip("bitsandbytes")
+    assert train("whole", "--moments", "8bit") == 0
+    with monkeypatch.context() as patched:
+        after_step(2, lambda: signal.raise_signal(signal.SIGINT), patched)
+        assert train("cut", "--moments", "8bit", "--checkpoint.every", "99") == 130
     assert main(["train", "cut/run.yaml", "resume=true"]) == 0
     assert same_weights_and_steps("whole", "cut")
 

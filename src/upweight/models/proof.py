@@ -28,7 +28,12 @@ fp32: sums over a 4096-wide model in another order move a logit by some 1e-4; a 
 wrong ancestor moves by tenths. bf16 weights (8 bits of mantissa) move logits near 10 by 0.04 each.
 """
 
-TOLERANCE_SLOPE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+TOLERANCE_SLOPE = {
+    torch.float64: 1e-7,
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.5,
+    torch.float16: 0.1,
+}
 """Largest difference of the gradient at one token's embedding that rounding explains, relative to
 the gradient's norm there (at least the tokens' mean).
 

@@ -25,6 +25,7 @@ from upweight.recipes.screen import Screen
 from upweight.training.checkpoint import Position
 from upweight.training.loop import Plan
 from upweight.training.memory import plan_memory
+from upweight.training.optimizer import MOMENT_BYTES, require_moments
 from upweight.training.rundir import require_space
 from upweight.trust.preflight import Examined, examine
 
@@ -52,6 +53,7 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     """
     resolved = with_rates(resolved)
     best = best_metric(resolved.run)
+    require_moments(resolved.run.optimizer.moments)
     screen.stage("model")
     lm = load_policy(resolved.run)
     if resolved.run.compute.dtype == "auto":
@@ -77,7 +79,8 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     screen.note(f"model: {lm.name}, {describe(lm)}")
     trees = prepared.trees["train"]
     steps = plan_epoch(trees, run.batch.pairs_per_step, run.seed, 0)
-    memory = plan_memory(lm, trees, steps, run.batch.tokens_per_bin)
+    moment = MOMENT_BYTES[run.optimizer.moments]
+    memory = plan_memory(lm, trees, steps, run.batch.tokens_per_bin, moment)
     screen.note(memory.describe())
     if run.batch.tokens_per_bin is None:
         resolved = resolved.with_value("batch.tokens_per_bin", memory.tokens_per_bin, "resolved")

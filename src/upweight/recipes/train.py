@@ -127,6 +127,7 @@ def _optimizer(begun: Start) -> torch.optim.Optimizer:
         beta1=options.beta1,
         beta2=options.beta2,
         epsilon=options.epsilon,
+        moments=options.moments,
     )
 
 

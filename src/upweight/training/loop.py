@@ -14,7 +14,7 @@ from upweight.errors import ModelError, Refusal
 from upweight.models.load import LanguageModel
 from upweight.models.reading import is_out_of_memory
 from upweight.training.objectives import Objective
-from upweight.training.optimizer import clip
+from upweight.training.optimizer import clip, room_for_moments
 from upweight.training.schedules import learning_rate_factor
 from upweight.types import Forest
 
@@ -162,13 +162,12 @@ def fit(
 def rehearse(
     lm: LanguageModel, optimizer: torch.optim.Optimizer, objective: Objective, forest: Forest
 ) -> Exception | None:
-    """Forward and backward pass of one bin beside room for AdamW's moments, which the first step
-    makes: the error of an allocation that failed, or None. Leaves everything as it was.
+    """Forward and backward pass of one bin beside room for the optimizer's state, which the first
+    step makes: the error of an allocation that failed, or None. Leaves everything as it was.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
         try:
-            room = [torch.empty_like(p) for p in parameters for _ in range(2)]
+            room = room_for_moments(optimizer)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

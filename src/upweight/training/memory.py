@@ -90,9 +90,10 @@ def plan_memory(
     trees: Sequence[Tree],
     steps: Sequence[Sequence[int]],
     tokens_per_bin: int | None = None,
+    moment_bytes: int = 4,
 ) -> MemoryPlan:
     """What training `lm` on `trees` needs, from two small forward passes. `steps` has the trees of
-    each step, by number.
+    each step, by number; `moment_bytes` is what each of AdamW's two takes for a weight.
 
     Without `tokens_per_bin`, bins are as large as fits, up to where larger ones are no faster.
     """
@@ -109,7 +110,7 @@ def plan_memory(
         tokens_per_step=max((sum(trees[i].num_tokens for i in step) for step in steps), default=0),
         weights=_bytes(parameters),
         gradients=_bytes(trained),
-        moments=2 * _bytes(trained),
+        moments=2 * moment_bytes * sum(p.numel() for p in trained),
         fixed=max(0, small - per_token * num_tokens),
         per_token=per_token,
         per_scored=kept_bytes_per_token(lm),
