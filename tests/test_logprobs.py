@@ -25,6 +25,7 @@ from upweight.models.attention import layout_of, native_attention
 from upweight.models.head import head_logps
 from upweight.models.load import checkpoint_layers, load
 from upweight.models.logprobs import pair_logps, response_logps, token_logps
+from upweight.models.proof import find_plan
 
 WAYS = {
     "tiles": dict(attention="tiles"),
@@ -187,9 +188,9 @@ def without_gradient(plant, compute):
             value = value.detach()
         elif plant == "last query":
             query = torch.cat([query[:, :, :-2], query[:, :, -2:].detach()], dim=2)
-        else:  # a prompt's keys hear of the first response and of no other
-            told = key[:, :, 18:].detach()
-            key = torch.cat([key[:, :, :18], told], dim=2)
+        else:  # the last tree's second response hears nothing, its sibling does
+            told = key[:, :, 31:].detach()
+            key = torch.cat([key[:, :, :31], told], dim=2)
         return compute(query, key, value, *rest, **options)
 
     return planted
@@ -219,6 +220,15 @@ def test_a_path_with_a_wrong_gradient_is_not_taken(tmp_path, monkeypatch, path, 
     monkeypatch.setattr(attention, name, without_gradient(plant, compute))
     with pytest.raises(ModelError, match=r"the gradient at a token is \S+ of its size off"):
         load(folder, device="cpu", dtype=dtype, path=path)
+
+
+def test_a_family_without_a_gradient_at_its_embedding_runs_unshared_and_says_so(monkeypatch):
+    lm = loaded()
+    inside = lm.causal.base_model
+    monkeypatch.setattr(inside, "forward", torch.no_grad()(inside.forward))
+    plan = find_plan(lm)
+    assert not plan.shared and "no gradient at its embedding can be had" in plan.describe()
+    assert all(p.requires_grad for p in lm.model.parameters())
 
 
 def test_where_a_gradient_is_wrong_the_next_path_is_taken(tmp_path, monkeypatch):
