@@ -66,6 +66,7 @@ OTHER: dict[str, Any] = {
     "optimizer.beta1": 0.8,
     "optimizer.beta2": 0.95,
     "optimizer.epsilon": 1e-6,
+    "optimizer.moments": "8bit",
     "optimizer.max_grad_norm": None,
     "optimizer.warmup": 0.0,
     "optimizer.schedule": "cosine",

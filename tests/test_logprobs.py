@@ -25,6 +25,7 @@ from upweight.models.attention import layout_of, native_attention
 from upweight.models.head import head_logps
 from upweight.models.load import checkpoint_layers, load
 from upweight.models.logprobs import pair_logps, response_logps, token_logps
+from upweight.models.proof import find_plan
 
 WAYS = {
     "tiles": dict(attention="tiles"),
@@ -175,6 +176,67 @@ def test_a_variable_length_kernel_that_is_wrong_is_not_taken(tmp_path, monkeypat
     monkeypatch.setattr(attention, "varlen_attention", kernel)
     with pytest.raises(ModelError, match=r"a token's log-prob is \S+ nats off"):
         load(save_tiny(str(tmp_path)), device="cpu", dtype="bfloat16", path="varlen")
+
+
+def without_gradient(plant, compute):
+    """Attention whose forward pass is right and whose backward pass leaves something out."""
+
+    def planted(query, key, value, *rest, **options):
+        if plant == "keys":
+            key = key.detach()
+        elif plant == "values":
+            value = value.detach()
+        elif plant == "last query":
+            query = torch.cat([query[:, :, :-2], query[:, :, -2:].detach()], dim=2)
+        else:  # the last tree's second response hears nothing, its sibling does
+            told = key[:, :, 31:].detach()
+            key = torch.cat([key[:, :, :31], told], dim=2)
+        return compute(query, key, value, *rest, **options)
+
+    return planted
+
+
+FULL = ("tiles", "tiled_attention", "float32")
+SLOW = ("dense", "dense_attention", "float32")
+HALF = ("varlen", "varlen_attention", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "dtype", "plant"),
+    [
+        *[(*FULL, plant) for plant in ("keys", "values", "last query", "siblings")],
+        *[(*SLOW, plant) for plant in ("keys", "values", "last query", "siblings")],
+        # One query of one token is less than what bf16 rounds away elsewhere.
+        *[(*HALF, plant) for plant in ("keys", "values", "siblings")],
+    ],
+)
+def test_a_path_with_a_wrong_gradient_is_not_taken(tmp_path, monkeypatch, path, name, dtype, plant):
+    folder = save_tiny(str(tmp_path))
+    compute = getattr(attention, name)
+    if path == "varlen":
+        compute = functools.partial(compute, kernel=half_only)
+    monkeypatch.setattr(attention, name, compute)
+    assert load(folder, device="cpu", dtype=dtype, path=path).plan.attention == path
+    monkeypatch.setattr(attention, name, without_gradient(plant, compute))
+    with pytest.raises(ModelError, match=r"the gradient at a token is \S+ of its size off"):
+        load(folder, device="cpu", dtype=dtype, path=path)
+
+
+def test_a_family_without_a_gradient_at_its_embedding_runs_unshared_and_says_so(monkeypatch):
+    lm = loaded()
+    inside = lm.causal.base_model
+    monkeypatch.setattr(inside, "forward", torch.no_grad()(inside.forward))
+    plan = find_plan(lm)
+    assert not plan.shared and "no gradient at its embedding can be had" in plan.describe()
+    assert all(p.requires_grad for p in lm.model.parameters())
+
+
+def test_where_a_gradient_is_wrong_the_next_path_is_taken(tmp_path, monkeypatch):
+    planted = without_gradient("keys", attention.tiled_attention)
+    monkeypatch.setattr(attention, "tiled_attention", planted)
+    lm = load(save_tiny(str(tmp_path)), device="cpu", dtype="float32")
+    assert lm.plan.shared and lm.plan.attention == "dense"
+    assert all(p.requires_grad and p.grad is None for p in lm.model.parameters())
 
 
 @pytest.mark.parametrize("sharing", [True, False])

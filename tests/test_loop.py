@@ -9,9 +9,10 @@ from oracles import loaded, random_trees
 from upweight.data.pack import bins, collate
 from upweight.errors import ModelError, Refusal
 from upweight.losses.pair import dpo
+from upweight.models.adapter import add_lora
 from upweight.models.load import fingerprint
 from upweight.models.reference import fill, open_reference
-from upweight.training.loop import Hooks, Plan, Progress, Window, fit
+from upweight.training.loop import Hooks, Plan, Progress, Window, fit, rehearse
 from upweight.training.objectives import pair
 from upweight.training.optimizer import make_optimizer
 
@@ -200,6 +201,20 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_in_smaller_bins(tmp_path,
             assert one[key] == other[key], key
     for p, q in zip(wanted.model.parameters(), got.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_rehearsal_finds_what_does_not_fit_and_leaves_everything_as_it_was(tmp_path):
+    lm = add_lora(loaded(), rank=2, alpha=4.0, dropout=0.5, targets="all-linear", seed=0)
+    optimizer = make_optimizer(
+        lm.model, learning_rate=1.0, weight_decay=0.1, beta1=0.9, beta2=0.999, epsilon=1e-3
+    )
+    objective = objective_of(lm, tmp_path)
+    before, dice = fingerprint(lm), torch.get_rng_state()
+    assert rehearse(lm, optimizer, objective, collate(TREES)) is None
+    failed = rehearse(lm, optimizer, fitting(objective, 5), collate(TREES))
+    assert isinstance(failed, torch.OutOfMemoryError) and failed.__traceback__ is None
+    assert fingerprint(lm) == before and torch.equal(torch.get_rng_state(), dice)
+    assert not optimizer.state and all(p.grad is None for p in lm.model.parameters())
 
 
 def test_a_step_that_cannot_be_smaller_is_an_error_that_says_what_to_do(tmp_path):

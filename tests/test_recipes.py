@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from runs import PAIRS, furnish, rows_of, train, write_rows
 from tiny import save_tiny
 from upweight.cli import main
 from upweight.config import load_run
+from upweight.evidence import evaluate
 from upweight.models.load import LanguageModel
 from upweight.recipes import train_model
 from upweight.recipes.best import metrics
@@ -136,6 +138,23 @@ def test_a_signal_saves_and_prints_the_command_that_goes_on(
     assert same_weights_and_steps("whole", "cut")
 
 
+def test_8_bit_moments_resume_bit_identically_or_name_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "bitsandbytes", None)
+        patched.delitem(sys.modules, "bitsandbytes.optim", raising=False)
+        assert train("run", "--moments", "8bit") == 2
+    assert "pip install 'upweight[eightbit]'" in capsys.readouterr().err
+    pytest.importorskip("bitsandbytes")
+    assert train("whole", "--moments", "8bit") == 0
+    with monkeypatch.context() as patched:
+        after_step(2, lambda: signal.raise_signal(signal.SIGINT), patched)
+        assert train("cut", "--moments", "8bit", "--checkpoint.every", "99") == 130
+    assert main(["train", "cut/run.yaml", "resume=true"]) == 0
+    assert same_weights_and_steps("whole", "cut")
+
+
 def test_a_run_that_stops_before_its_first_step_is_evaluated_there_once(
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -195,7 +214,7 @@ def test_a_run_that_does_not_fit_goes_on_with_smaller_bins_and_so_does_its_resum
     assert "memory: weights" in capsys.readouterr().err
     with_room_for(monkeypatch, 120)
     assert train("small", "--checkpoint.every", "1") == 0
-    assert "step 1 ran out of memory with" in capsys.readouterr().err
+    assert "tokens ran out of memory: going on with" in capsys.readouterr().err
     newest = sorted(Path("small/checkpoints").iterdir())[-1]
     for file in newest.iterdir():
         file.unlink()
@@ -223,6 +242,48 @@ def test_what_does_not_fit_alone_is_recomputed_and_then_an_error(
     assert train("none") == 2
     said = capsys.readouterr().err
     assert "ran out of memory" in said and "lora=true" in said and "Traceback" not in said
+
+
+def test_the_largest_bin_of_a_long_run_is_tried_before_its_first_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    long = {"prompt": "question 99", "chosen": "fine " * 30, "rejected": "bad thing " * 9}
+    write_rows("pairs.jsonl", [*PAIRS, long])
+    monkeypatch.setattr(run_train, "WORTH_A_TRY", 5)
+    assert train("run") == 0
+    assert "ran out" not in capsys.readouterr().err
+    with_room_for(monkeypatch, 300)
+    assert train("small") == 0
+    said = capsys.readouterr().err
+    assert "the largest bin of the run with" in said and "step 1 with" not in said
+    assert said.index("the largest bin of the run with") < said.index("step 1/")
+    with_room_for(monkeypatch, 20)
+    assert train("none") == 2
+    assert "the largest bin of the run ran out of memory with" in capsys.readouterr().err
+    assert not rows_of("none/metrics.jsonl") or rows_of("none/metrics.jsonl")[-1]["step"] == 0
+
+
+def test_an_evaluation_that_does_not_fit_goes_on_with_smaller_bins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    made = evaluate.token_logps
+
+    def limited(lm: LanguageModel, forest: Forest) -> torch.Tensor:
+        if forest.num_tokens > 120:
+            raise torch.OutOfMemoryError("out of room")
+        return made(lm, forest)
+
+    assert train("run") == 0
+    monkeypatch.setattr(evaluate, "token_logps", limited)
+    assert train("small") == 0
+    said = capsys.readouterr().err
+    assert said.count("the evaluation after step") == 1 and "going on with bins of" in said
+    for name in ("loss", "rewards/margins"):
+        whole, cut = (
+            [r[name] for r in rows_of(f"{run}/metrics.jsonl") if r["kind"] == "eval"]
+            for run in ("run", "small")
+        )
+        assert cut == pytest.approx(whole, rel=1e-3, abs=1e-5)
 
 
 def test_resuming_with_other_settings_is_refused(capsys: pytest.CaptureFixture[str]):

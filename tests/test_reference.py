@@ -1,3 +1,5 @@
+import os
+import signal
 from itertools import pairwise
 
 import pytest
@@ -46,6 +48,25 @@ def test_a_pass_that_was_cut_off_computes_only_the_rest(tmp_path):
     reference, computed = filled(lm, trees, tmp_path)
     assert 0 < computed <= sum(len(t.responses) for t in trees)
     assert reference.missing(trees) == []
+
+
+def test_a_pass_that_is_killed_leaves_what_it_had_written(tmp_path):
+    lm, trees = loaded(), random_trees([(9, 4, 6)] * 12)
+    child = os.fork()
+    if child == 0:
+
+        def killed(done, total):
+            if done > total / 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        filled(lm, trees, tmp_path, seconds_per_part=0.0, on_progress=killed)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    reference, computed = filled(lm, trees, tmp_path)
+    # Two trees a bin: what was read before the fourth was written.
+    assert computed == 24 - 12
+    assert reference.missing(trees) == []
+    assert verify(reference, lm, trees, num=12) < 1e-4
 
 
 def test_many_answers_to_one_prompt_stay_within_a_bin(tmp_path):

@@ -7,6 +7,7 @@ from tiny import FALLBACK_FAMILIES, FAMILIES, byte_tokenizer
 from upweight.data.render import make_renderer
 from upweight.errors import ConfigError, ModelError
 from upweight.evidence.evaluate import draw
+from upweight.models import sample as sampling
 from upweight.models.adapter import add_lora
 from upweight.models.load import checkpoint_layers
 from upweight.models.sample import _Draw, sample, sample_trees, tree_logps
@@ -230,3 +231,25 @@ def test_neither_dropout_nor_recomputation_reaches_what_is_measured():
     trees = sample_trees(PROMPTS, drawn)
     assert tree_logps(lm, trees) == tree_logps(still, trees)
     assert noisy and all(module.training for module in noisy)
+
+
+def with_room_for(monkeypatch, rows):
+    """A device on which so many rows fit at once."""
+    made = sampling._next_logits
+
+    def limited(lm, ids, *rest):
+        if len(ids) > rows:
+            raise torch.OutOfMemoryError("out of room")
+        return made(lm, ids, *rest)
+
+    monkeypatch.setattr(sampling, "_next_logits", limited)
+
+
+def test_prompts_that_do_not_fit_together_are_answered_in_halves(monkeypatch):
+    lm = loaded()
+    wanted = sample(lm, PROMPTS, num=2, max_new_tokens=6)
+    with_room_for(monkeypatch, 2)
+    assert sample(lm, PROMPTS, num=2, max_new_tokens=6) == wanted
+    with_room_for(monkeypatch, 1)
+    with pytest.raises(ModelError, match=r"prompt 2 ran out of memory alone \(out of room\).*-n"):
+        sample(lm, PROMPTS, num=2, max_new_tokens=6)

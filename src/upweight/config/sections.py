@@ -116,6 +116,11 @@ class Optimizer(Section):
     beta1: Share = Field(default=0.9, description="Decay of AdamW's mean of gradients.")
     beta2: Share = Field(default=0.999, description="Decay of AdamW's mean of squared gradients.")
     epsilon: Positive = Field(default=1e-8, description="AdamW's guard against division by zero.")
+    moments: Literal["float32", "8bit"] = Field(
+        default="float32",
+        description="What AdamW keeps its two means in; 8bit takes a quarter of the memory, rounds "
+        "them, is slow on a CPU, and needs bitsandbytes.",
+    )
     max_grad_norm: Positive | None = Field(
         default=1.0, description="Norm that gradients are clipped to; null: no clipping."
     )

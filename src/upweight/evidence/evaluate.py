@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from upweight.data.pack import bins, collate
 from upweight.data.trees import text_after
 from upweight.evidence.records.ledger import SCHEMA
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import response_logps, token_logps
+from upweight.models.reading import read_trees
 from upweight.models.reference import Reference
 from upweight.models.sample import Sample, sample, sample_trees, tree_logps
 from upweight.models.scalar import tree_scores
@@ -36,46 +36,47 @@ def score_trees(
     reference: Reference | None,
     beta: float,
     tokens_per_bin: int,
+    on_smaller: Callable[[int], None] = lambda tokens_per_bin: None,
 ) -> list[Row]:
     """One row per preference, in the trees' order: the keys of `upweight score`, in nats.
 
     Without a reference the ref_ and reward fields and the margin are None. Without `lm` the policy
     is the reference, as it is before step 1: computed anew in bf16 and packed otherwise it would
-    differ by tenths of a nat, and the signs of such margins are noise.
+    differ by tenths of a nat, and the signs of such margins are noise. `on_smaller` is told of bins
+    that had to be halved.
     """
     if lm is None:
         assert reference is not None
-        return _score(reference.logps, trees, reference, beta, tokens_per_bin)
-    with evaluation_mode(lm):
-        return _score(functools.partial(token_logps, lm), trees, reference, beta, tokens_per_bin)
+        return _score(read_trees(reference.logps, trees, tokens_per_bin), trees, reference, beta)
+    with evaluation_mode(lm), torch.no_grad():
+        asked = functools.partial(token_logps, lm)
+        found = read_trees(asked, trees, tokens_per_bin, on_smaller)
+        return _score(found, trees, reference, beta)
 
 
 def _score(
-    policy_logps: Callable[[Forest], Tensor],
+    read: Iterable[tuple[Forest, Tensor]],
     trees: Sequence[Tree],
     reference: Reference | None,
     beta: float,
-    tokens_per_bin: int,
 ) -> list[Row]:
     where = {id(tree): i for i, tree in enumerate(trees)}
     found: list[list[Row]] = [[] for _ in trees]
-    with torch.no_grad():
-        for group in bins(list(trees), tokens_per_bin):
-            forest = collate(group)
-            policy = response_logps(policy_logps(forest), forest).double().tolist()
-            ref = (
-                response_logps(reference.logps(forest), forest).double().tolist()
-                if reference is not None
-                else None
-            )
-            first = 0
-            for tree in forest.trees:
-                for p in tree.preferences:
-                    c, r = first + p.chosen, first + p.rejected
-                    found[where[id(tree)]].append(
-                        _row(tree, p.chosen, p.rejected, c, r, policy, ref, beta)
-                    )
-                first += len(tree.responses)
+    for forest, logps in read:
+        policy = response_logps(logps, forest).double().tolist()
+        ref = (
+            response_logps(reference.logps(forest), forest).double().tolist()
+            if reference is not None
+            else None
+        )
+        first = 0
+        for tree in forest.trees:
+            for p in tree.preferences:
+                c, r = first + p.chosen, first + p.rejected
+                found[where[id(tree)]].append(
+                    _row(tree, p.chosen, p.rejected, c, r, policy, ref, beta)
+                )
+            first += len(tree.responses)
     return [row for rows in found for row in rows]
 
 

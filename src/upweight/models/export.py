@@ -18,6 +18,7 @@ from upweight.data.pack import collate
 from upweight.data.render import Renderer
 from upweight.errors import ModelError, OutputError, Refusal
 from upweight.models import attention, probes
+from upweight.models.adapter import widened
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.proof import TOLERANCE_NATS, one_at_a_time, probe_forest
 from upweight.models.scalar import one_response_at_a_time, tree_scores
@@ -49,7 +50,7 @@ def export(
     """
     sent = probes.make_probes(renderer) if renderer else None
     probe = collate([*probe_forest(lm).trees, *(probes.probe_trees(sent) if sent else ())])
-    with evaluation_mode(lm):
+    with evaluation_mode(lm), widened(lm):
         trained = one_at_a_time(lm, probe)
     if sent:
         num = sum(len(p.response_ids) for p in sent.probes)
@@ -87,7 +88,8 @@ def export_reward_model(lm: LanguageModel, folder: Path, probes: Sequence[Tree])
     """
     with evaluation_mode(lm):
         trained = [score for scores in tree_scores(lm, probes) for score in scores]
-    model = lm.causal
+    # Frozen matrices may be kept in half precision, where a product of LoRA factors would be lost.
+    model = lm.causal.float()
     merge_adapters(model)
 
     def same(written: Path) -> None:

@@ -71,12 +71,14 @@ class LanguageModel:
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
         """Matrix products in the compute dtype; weights, norms and sums stay as they are."""
-        if (
-            self.compute_dtype == torch.float32
-            or next(self.model.parameters()).dtype != torch.float32
-        ):
+        if self.compute_dtype == torch.float32 or self.dtype != torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights': the embedding's, since frozen matrices may be kept in less."""
+        return next(self.causal.get_input_embeddings().parameters()).dtype
 
     @property
     def vocab_size(self) -> int:
@@ -209,6 +211,8 @@ def fingerprint(lm: LanguageModel) -> str:
             continue
         seen.add(tensor.data_ptr())
         plain = name.replace(".base_layer", "")
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor = tensor.float()  # the same numbers, however they are kept
         digest.update(f"{plain} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

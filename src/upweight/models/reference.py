@@ -9,6 +9,7 @@ On disk: one folder per reference, header.json and Parquet parts of (key, fp32 l
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -27,10 +28,11 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.data.pack import bins, collate, merge_same_prompts
+from upweight.data.pack import collate, merge_same_prompts
 from upweight.errors import OutputError, Refusal
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
+from upweight.models.reading import read_trees
 from upweight.models.weights import cache_dir
 from upweight.types import Forest, Tree
 
@@ -134,12 +136,13 @@ def fill(
     tokens_per_bin: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     seconds_per_part: float = 60.0,
+    on_smaller: Callable[[int], None] = lambda tokens_per_bin: None,
 ) -> int:
     """Compute what is missing with `lm` as it stands; returns the number of responses computed.
 
     `lm` must be the reference: the model before its first step, or its adapter switched off.
     Written about once a minute, so that a pass that is cut off goes on where it was.
-    `on_progress(done, total)` counts tokens.
+    `on_progress(done, total)` counts tokens; `on_smaller` is told of bins that had to be halved.
     """
     todo = merge_same_prompts(reference.missing(trees), tokens_per_bin)
     todo.sort(key=lambda tree: tree.num_tokens, reverse=True)
@@ -147,9 +150,9 @@ def fill(
     done, computed, last = 0, 0, time.monotonic()
     fresh: list[bytes] = []
     with torch.no_grad():
-        for group in bins(todo, tokens_per_bin):
-            forest = collate(group)
-            keys = reference.take(forest, token_logps(lm, forest))
+        asked = functools.partial(token_logps, lm)
+        for forest, logps in read_trees(asked, todo, tokens_per_bin, on_smaller):
+            keys = reference.take(forest, logps)
             fresh += keys
             computed += len(keys)
             done += forest.num_tokens

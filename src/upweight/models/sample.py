@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
-from upweight.data.pack import bins, collate
 from upweight.errors import ConfigError, ModelError
 from upweight.models.attention import native_attention
 from upweight.models.head import at_least_fp32, logits, read
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import response_logps, token_logps
+from upweight.models.reading import attempt, read_trees
 from upweight.types import ResponseId, RowId, Tree
 
 KEPT_SHARE = 0.8
@@ -30,6 +31,10 @@ its padding."""
 
 LOWEST_TEMPERATURE = 1e-6
 """Below it sampling is greedy: logits divided by less leave fp32, and all but ties is decided."""
+
+
+Drawn = tuple[list[int], list[float] | None]
+"""The tokens of a response, and their log-probs where they are known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +87,17 @@ def sample(
     done, drawn = 0, [list[Sample]() for _ in prompts]
     with torch.no_grad(), evaluation_mode(lm), native_attention(lm.causal), lm.compute():
         for group, limit in _batches(lm, prompts, max_new_tokens, max(1, rows_per_batch // num)):
-            ids, mask = _left_padded(lm, [prompts[i] for i in group])
-            upto = replace(draw, max_new_tokens=limit)
-            rows = (
-                _with_cache(lm, upto, ids, mask, noise[group].flatten(0, 1).to(lm.device))
-                if lm.plan.shared
-                else _generate(lm, upto, ids, mask, num, seed + done)
-            )
-            for row, (tokens, logps) in enumerate(rows):
-                found = Sample(
-                    tuple(tokens), tokens[-1] in stop, None if logps is None else tuple(logps)
-                )
+            upto, first = replace(draw, max_new_tokens=limit), seed + done
+
+            def answer(numbers: list[int], upto: _Draw = upto, first: int = first) -> list[Drawn]:
+                asked = [prompts[i] for i in numbers]
+                if lm.plan.shared:
+                    return _with_cache(lm, upto, asked, noise[numbers].flatten(0, 1))
+                return _generate(lm, upto, asked, num, first)
+
+            for row, (tokens, logps) in enumerate(_as_fits(answer, group)):
+                said = None if logps is None else tuple(logps)
+                found = Sample(tuple(tokens), tokens[-1] in stop, said)
                 drawn[group[row // num]].append(found)
             done += len(group)
             on_progress(done, len(prompts))
@@ -183,10 +188,29 @@ def _left_padded(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> tuple[T
     return ids.to(lm.device), mask.to(lm.device)
 
 
+def _as_fits(answer: Callable[[list[int]], list[Drawn]], numbers: list[int]) -> list[Drawn]:
+    """What `answer` gives for a batch of prompts, in halves where memory runs out."""
+    rows = attempt(functools.partial(answer, numbers))
+    if not isinstance(rows, Exception):
+        return rows
+    middle = len(numbers) // 2
+    if not middle:
+        said = next(iter(str(rows).splitlines()), type(rows).__name__)
+        raise ModelError(
+            f"sample: prompt {numbers[0] + 1} ran out of memory alone ({said}). Needs less: fewer "
+            "responses to a prompt (-n), a smaller evaluation.max_new_tokens, a smaller model."
+        ) from rows
+    return _as_fits(answer, numbers[:middle]) + _as_fits(answer, numbers[middle:])
+
+
 def _with_cache(
-    lm: LanguageModel, draw: _Draw, ids: Tensor, mask: Tensor, noise: Float[Tensor, "rows steps"]
-) -> list[tuple[list[int], list[float] | None]]:
+    lm: LanguageModel,
+    draw: _Draw,
+    prompts: Sequence[Sequence[int]],
+    noise: Float[Tensor, "rows steps"],
+) -> list[Drawn]:
     """Token by token: a prompt is read once for all its responses, and rows that ended leave."""
+    (ids, mask), noise = _left_padded(lm, prompts), noise.to(lm.device)
     cache = DynamicCache(config=lm.causal.config)
     now = _next_logits(lm, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
     num = len(noise) // len(ids)
@@ -244,9 +268,10 @@ def first_logps(
 
 
 def _generate(
-    lm: LanguageModel, draw: _Draw, ids: Tensor, mask: Tensor, num: int, seed: int
-) -> list[tuple[list[int], list[float] | None]]:
+    lm: LanguageModel, draw: _Draw, prompts: Sequence[Sequence[int]], num: int, seed: int
+) -> list[Drawn]:
     """By transformers' generate, which knows each family's own state."""
+    ids, mask = _left_padded(lm, prompts)
     config = GenerationConfig(
         max_new_tokens=draw.max_new_tokens,
         do_sample=draw.temperature > 0,
@@ -305,9 +330,9 @@ def tree_logps(
     where = {id(tree): i for i, tree in enumerate(trees)}
     result: list[list[float]] = [[] for _ in trees]
     with torch.no_grad(), evaluation_mode(lm):
-        for group in bins(list(trees), tokens_per_bin):
-            forest = collate(group)
-            sums = response_logps(token_logps(lm, forest), forest).tolist()
+        asked = functools.partial(token_logps, lm)
+        for forest, logps in read_trees(asked, trees, tokens_per_bin):
+            sums = response_logps(logps, forest).tolist()
             for tree in forest.trees:
                 result[where[id(tree)]] = sums[: len(tree.responses)]
                 del sums[: len(tree.responses)]

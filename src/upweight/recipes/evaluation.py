@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from upweight.models.sample import Sample
 from upweight.recipes.best import samples_are_the_policys
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.reference import draw, same_reference, sampled_trees
-from upweight.recipes.state import State, log
+from upweight.recipes.state import State, log, smaller_bins
 from upweight.stats import mean_interval
 from upweight.training.loop import Progress, Record
 from upweight.training.rollout import as_tree
@@ -61,8 +62,9 @@ def _preferences(state: State, progress: Progress, trees: Sequence[Tree]) -> Mea
     run = state.run
     is_the_reference = progress.step == 0 and run.reference is None
     policy = None if is_the_reference else state.lm
+    smaller = functools.partial(smaller_bins, state, f"the evaluation after step {progress.step}")
     scored = evaluate.score_trees(
-        policy, trees, state.against.logps, run.loss.beta, state.tokens_per_bin
+        policy, trees, state.against.logps, run.loss.beta, state.tokens_per_bin, smaller
     )
     prompts = [t.prompt for t in trees for _ in t.preferences]
     return evaluate.summary(scored, prompts, run.loss.beta, run.loss.label_smoothing), scored

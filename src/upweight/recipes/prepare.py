@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -292,7 +293,14 @@ def fill_reference(
     """
     reference = open_reference(fingerprint(model), model)
     known = len(trees) - len(reference.missing(trees))
-    computed = fill(reference, model, trees, tokens_read_at_once(run, model), screen.progress)
+    computed = fill(
+        reference,
+        model,
+        trees,
+        tokens_read_at_once(run, model),
+        screen.progress,
+        on_smaller=functools.partial(note_smaller, screen, "the reference pass"),
+    )
     if known:
         verify(reference, model, trees)
     screen.note(
@@ -300,6 +308,10 @@ def fill_reference(
         f"from before (kept in {reference.folder})"
     )
     return reference
+
+
+def note_smaller(screen: Screen, what: str, tokens_per_bin: int) -> None:
+    screen.note(f"{what} ran out of memory: going on with bins of {tokens_per_bin:,}")
 
 
 def tokens_read_at_once(run: Run, lm: LanguageModel) -> int:

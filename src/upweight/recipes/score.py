@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from upweight.recipes.prepare import (
     account_lines,
     fill_reference,
     load_policy,
+    note_smaller,
     prepare,
     renderer_for,
     tokens_read_at_once,
@@ -51,7 +53,9 @@ def score_file(run: Run, screen: Screen | None = None) -> list[dict[str, object]
     if run.reference is not None:
         with reference_model(run, lm) as model:
             reference = fill_reference(run, model, trees, screen)
-    rows = score_trees(lm, trees, reference, run.loss.beta, tokens_read_at_once(run, lm))
+    smaller = functools.partial(note_smaller, screen, "scoring")
+    at_once = tokens_read_at_once(run, lm)
+    rows = score_trees(lm, trees, reference, run.loss.beta, at_once, smaller)
     _write(run, rows, screen)
     return rows
 

@@ -11,7 +11,7 @@ import torch
 
 from upweight.config import INHERITED, PROBED, RESOLVED, Resolved, Run, require_read, unread
 from upweight.data.stream import num_steps, plan_epoch
-from upweight.models.adapter import add_lora
+from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.logprobs import token_logps
 from upweight.models.reference import Reference
@@ -34,6 +34,7 @@ from upweight.stats import Interval
 from upweight.training.checkpoint import Position
 from upweight.training.loop import Plan
 from upweight.training.memory import MemoryPlan, plan_memory
+from upweight.training.optimizer import MOMENT_BYTES, require_moments
 from upweight.training.rollout import Sizes
 from upweight.training.rundir import require_space
 from upweight.trust.finding import Finding
@@ -77,6 +78,7 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
         resolved = as_begun(resolved)
     resolved = with_rates(resolved)
     best = best_metric(resolved.run)
+    require_moments(resolved.run.optimizer.moments)
     screen.stage("model")
     lm = load_policy(resolved.run)
     resolved = _with_model(resolved, lm)
@@ -107,7 +109,8 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     screen.note(f"model: {lm.name}, {describe(lm)}")
     trees, steps = _learned_from(run, prepared)
     forward = token_logps if KINDS[run.objective].answers else response_scores
-    memory = plan_memory(lm, trees, steps, run.batch.tokens_per_bin, forward)
+    moment = MOMENT_BYTES[run.optimizer.moments]
+    memory = plan_memory(lm, trees, steps, run.batch.tokens_per_bin, moment, forward)
     screen.note(memory.describe())
     if run.batch.tokens_per_bin is None:
         resolved = resolved.with_value("batch.tokens_per_bin", memory.tokens_per_bin, RESOLVED)
@@ -232,6 +235,7 @@ def trained(run: Run, lm: LanguageModel, stop_ids: Collection[int]) -> LanguageM
             targets=run.lora.targets,
             seed=run.seed,
         )
+        keep_frozen_in_compute_dtype(lm)
     if not KINDS[run.objective].answers:
         lm = with_scalar_head(lm, stop_ids, run.seed)
     if run.compute.checkpointing:

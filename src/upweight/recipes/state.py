@@ -14,13 +14,14 @@ from upweight.config import Run
 from upweight.data.stream import StepPlan
 from upweight.evidence.track import Tracking
 from upweight.models.load import LanguageModel, checkpoint_layers
+from upweight.models.reading import free_cached
+from upweight.recipes.prepare import note_smaller
 from upweight.recipes.reference import Against
 from upweight.recipes.resume import data_digests, settings_digest
 from upweight.recipes.screen import Screen
 from upweight.recipes.start import Start
 from upweight.training import checkpoint
 from upweight.training.loop import Progress, Record, Window
-from upweight.training.memory import free_cached
 from upweight.training.objectives import Objective
 from upweight.training.rundir import (
     RunDir,
@@ -204,19 +205,26 @@ def warned_of(rundir: RunDir) -> set[str]:
     return {record["code"] for record in map(json.loads, lines) if record["kind"] == "warning"}
 
 
-def make_room(state: State, progress: Progress, batch: Sequence[Forest]) -> bool:
-    """Smaller bins for a step that ran out of memory, or recomputed layers where a bin is one tree
+def smaller_bins(state: State, what: str, tokens_per_bin: int) -> None:
+    """What did not fit in one pass is not tried in another, nor by a resumed run."""
+    state.tokens_per_bin = tokens_per_bin
+    note_smaller(state.screen, what, tokens_per_bin)
+
+
+def make_room(state: State, what: str, batch: Sequence[Forest]) -> bool:
+    """Smaller bins for `what` ran out of memory, or recomputed layers where a bin is one tree
     already; False where neither is left."""
-    free_cached(state.lm.device)
+    free_cached()
     largest = max(batch, key=lambda forest: forest.num_tokens)
-    happened = f"step {progress.step + 1} ran out of memory with {largest.num_tokens:,} tokens"
+    happened = f"{what} with {largest.num_tokens:,} tokens"
     if len(largest.trees) > 1:
-        state.tokens_per_bin = largest.num_tokens // 2
-        state.screen.note(f"{happened}: going on with bins of {state.tokens_per_bin:,}")
+        smaller_bins(state, happened, largest.num_tokens // 2)
         return True
     if not state.recomputing:
         checkpoint_layers(state.lm)
         state.recomputing = True
-        state.screen.note(f"{happened}, one prompt's: layers are recomputed from here on")
+        state.screen.note(
+            f"{happened}, one prompt's, ran out of memory: layers are recomputed from here on"
+        )
         return True
     return False

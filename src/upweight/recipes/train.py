@@ -16,7 +16,7 @@ import torch
 
 from upweight.config import Resolved, dump, leaf_values
 from upweight.data.pack import bins, collate, merge_same_prompts
-from upweight.data.stream import StepPlan, steps
+from upweight.data.stream import StepPlan, plan_epoch, steps
 from upweight.errors import OutputError
 from upweight.evidence.report import write_report
 from upweight.evidence.track import Target, Tracking, clients, tracking
@@ -46,12 +46,15 @@ from upweight.recipes.state import (
 )
 from upweight.recipes.suspects import write_suspects
 from upweight.training import checkpoint, objectives
-from upweight.training.loop import Hooks, Progress, fit
+from upweight.training.loop import Hooks, Progress, fit, rehearse, too_large
 from upweight.training.objectives import Objective
 from upweight.training.optimizer import make_optimizer
 from upweight.training.rundir import RunDir, open_run_dir, require_space, write_atomic
 from upweight.trust.watch import Told, Watch
-from upweight.types import Forest
+from upweight.types import Forest, Tree
+
+WORTH_A_TRY = 50
+"""Bins of an epoch from which on its largest is tried before the first step."""
 
 VALUE_RATE = 10.0
 """A value model starts from nothing, and learns at so many times the policy's rate."""
@@ -160,6 +163,7 @@ def _optimizer(begun: Start, values: Values | None) -> torch.optim.Optimizer:
         beta1=options.beta1,
         beta2=options.beta2,
         epsilon=options.epsilon,
+        moments=options.moments,
     )
 
 
@@ -175,23 +179,27 @@ def _write_records(state: State) -> None:
 
 def _train(state: State, work: Work, progress: Progress, stop: threading.Event) -> bool:
     def forests(step: int) -> Sequence[Forest]:
-        batch, capacity = work.trees(step), state.tokens_per_bin
-        forests = [collate(group) for group in bins(merge_same_prompts(batch, capacity), capacity)]
+        batch = work.trees(step)
+        forests = [collate(group) for group in _packed(state, batch)]
         plan = None if work.plan is None else work.plan(step)
         state.watch.packed(step, plan, batch, forests)
         state.noting = step if plan is not None and plan.epoch == 0 else None
         state.noted.pop(step, None)
-        # The largest first: what runs out of memory does so at once.
-        return sorted(forests, key=lambda forest: -forest.num_tokens)
+        return forests
+
+    def on_out_of_memory(progress: Progress, batch: Sequence[Forest]) -> bool:
+        return make_room(state, f"step {progress.step + 1}", batch)
 
     hooks = Hooks(
         on_record=functools.partial(log, state),
         evaluate=functools.partial(evaluate_sets, state),
         save=functools.partial(save, state),
         should_stop=stop.is_set,
-        on_out_of_memory=functools.partial(make_room, state),
+        on_out_of_memory=on_out_of_memory,
     )
     plan = state.begun.plan
+    if work.plan is not None:
+        _try_largest(state, work, progress.step)
     return fit(state.lm, state.optimizer, work.objective, forests, plan, hooks, progress)
 
 
@@ -241,6 +249,35 @@ WORK: dict[str, Callable[[State], Work]] = {
     "rloo": online,
 }
 """What each objective has the one loop do."""
+
+
+def _packed(state: State, trees: Sequence[Tree]) -> list[list[Tree]]:
+    """Bins of a step's trees, the largest first: what runs out of memory does so at once."""
+    capacity = state.tokens_per_bin
+    return sorted(bins(merge_same_prompts(trees, capacity), capacity), key=_num_tokens)
+
+
+def _num_tokens(group: Sequence[Tree]) -> int:
+    return -sum(tree.num_tokens for tree in group)
+
+
+def _try_largest(state: State, work: Work, step: int) -> None:
+    """The largest bin of an epoch, before the first step: a run that does not fit into memory
+    finds out in its first minute. Not where it would be more than a fiftieth of the work."""
+    run, trees = state.run, state.begun.prepared.trees["train"]
+    numbers_by_step = plan_epoch(trees, run.batch.pairs_per_step, run.seed, 0)
+    while True:
+        packed = [_packed(state, [trees[i] for i in numbers]) for numbers in numbers_by_step]
+        largest = min((groups[0] for groups in packed), key=_num_tokens)
+        first = _packed(state, work.trees(step))[0]
+        if _num_tokens(first) <= _num_tokens(largest) or sum(map(len, packed)) < WORTH_A_TRY:
+            return
+        forest = collate(largest)
+        failed = rehearse(state.lm, state.optimizer, work.objective, forest)
+        if failed is None:
+            return
+        if not make_room(state, "the largest bin of the run", [forest]):
+            raise too_large("the largest bin of the run", [forest], failed)
 
 
 def _finish(state: State, progress: Progress) -> Result:

@@ -47,6 +47,7 @@ from upweight.training.rundir import (
 
 FORMAT = 3
 _DAMAGED = "damaged-"
+_MEANS = ("exp_avg", "exp_avg_sq")
 _NAME = re.compile(rf"(?:{re.escape(CHECKPOINT)}|{re.escape(REPLACED)})(\d{{8,}})")
 _logger = logging.getLogger(__name__)
 
@@ -120,11 +121,19 @@ def capture(model: nn.Module, optimizer: Optimizer, position: Position) -> Train
         position=position,
         weights={name: parameter.detach() for name, parameter in trainable.items()},
         moments={
-            names[parameter]: {slot: value.detach() for slot, value in slots.items()}
+            names[parameter]: {slot: _as_tensor(value) for slot, value in slots.items()}
             for parameter, slots in optimizer.state.items()
         },
         random=_capture_random(),
     )
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """A slot as safetensors has it. bitsandbytes counts its steps in integers, and all its
+    parameters share one small table of the 256 numbers, which a file holds once for each."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(value)
+    return value.detach().clone() if value.numel() == 256 else value.detach()
 
 
 def restore(model: nn.Module, optimizer: Optimizer, state: TrainState) -> None:
@@ -144,7 +153,10 @@ def restore(model: nn.Module, optimizer: Optimizer, state: TrainState) -> None:
     packed = optimizer.state_dict()
     # Cloned: the optimizer takes tensors that need no conversion as they are, and updates them.
     packed["state"] = {
-        i: {slot: value.clone() for slot, value in state.moments[names[p]].items()}
+        i: {
+            slot: int(value) if value.dtype == torch.int64 else value.clone()
+            for slot, value in state.moments[names[p]].items()
+        }
         for i, p in enumerate(parameters)
         if names[p] in state.moments
     }
@@ -181,8 +193,8 @@ def _require_fit(trainable: Mapping[str, Tensor], state: TrainState) -> None:
 def _shaped(state: TrainState) -> Iterable[tuple[str, Tensor]]:
     yield from state.weights.items()
     for name, slots in state.moments.items():
-        # AdamW's step is a scalar whatever the parameter's shape.
-        yield from ((name, value) for slot, value in slots.items() if slot != "step")
+        # The others' shapes are not the parameter's: a step, the scales of 8-bit blocks.
+        yield from ((name, value) for slot, value in slots.items() if slot in _MEANS)
 
 
 def _form(tensor: Tensor) -> str:

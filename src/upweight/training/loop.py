@@ -12,9 +12,9 @@ import torch
 
 from upweight.errors import ModelError, Refusal
 from upweight.models.load import LanguageModel
-from upweight.training.memory import is_out_of_memory
+from upweight.models.reading import is_out_of_memory
 from upweight.training.objectives import Objective
-from upweight.training.optimizer import clip
+from upweight.training.optimizer import clip, room_for_moments
 from upweight.training.schedules import learning_rate_factor
 from upweight.types import Forest
 
@@ -133,7 +133,7 @@ def fit(
         if isinstance(done, Exception):
             optimizer.zero_grad(set_to_none=True)
             if not hooks.on_out_of_memory(progress, batch):
-                raise _too_large(progress.step, batch, done)
+                raise too_large(f"step {progress.step + 1}", batch, done)
             continue
         loss, count, sums = done
         _refuse_miscounted(count, _total(objective, batch), len(batch), progress.step)
@@ -178,6 +178,25 @@ def _once(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return value.detach(), torch.ones_like(value)
 
 
+def rehearse(
+    lm: LanguageModel, optimizer: torch.optim.Optimizer, objective: Objective, forest: Forest
+) -> Exception | None:
+    """Forward and backward pass of one bin beside room for the optimizer's state, which the first
+    step makes: the error of an allocation that failed, or None. Leaves everything as it was.
+    """
+    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+        try:
+            room = room_for_moments(optimizer)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return error.with_traceback(None)
+        done = _accumulate(lm, objective, [forest])
+        del room
+    optimizer.zero_grad(set_to_none=True)
+    return done if isinstance(done, Exception) else None
+
+
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
@@ -217,11 +236,11 @@ def _total(objective: Objective, batch: Sequence[Forest]) -> float:
     return sum(objective.count(forest) for forest in batch)
 
 
-def _too_large(step: int, batch: Sequence[Forest], error: Exception) -> ModelError:
+def too_large(what: str, batch: Sequence[Forest], error: Exception) -> ModelError:
     largest = max(batch, key=lambda forest: forest.num_tokens)
     said = next(iter(str(error).splitlines()), type(error).__name__)
     failure = ModelError(
-        f"step {step + 1} ran out of memory with {largest.num_tokens:,} tokens at once "
+        f"{what} ran out of memory with {largest.num_tokens:,} tokens at once "
         f"({largest.trees[0].ids[0].row}), and they cannot be fewer ({said}). Needs less: "
         "lora=true, a smaller data.max_length with data.truncation=prompt, a smaller model."
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +90,12 @@ def plan_memory(
     trees: Sequence[Tree],
     steps: Sequence[Sequence[int]],
     tokens_per_bin: int | None = None,
+    moment_bytes: int = 4,
     forward: Callable[[LanguageModel, Forest], Tensor] = token_logps,
 ) -> MemoryPlan:
     """What training `lm` on `trees` needs, from two small forward passes. `steps` has the trees of
-    each step, by number, and `forward` is what is differentiated.
+    each step, by number; `moment_bytes` is what each of AdamW's two takes for a weight, and
+    `forward` what is differentiated.
 
     Without `tokens_per_bin`, bins are as large as fits, up to where larger ones are no faster.
     """
@@ -111,7 +112,7 @@ def plan_memory(
         tokens_per_step=max((sum(trees[i].num_tokens for i in step) for step in steps), default=0),
         weights=_bytes(parameters),
         gradients=_bytes(trained),
-        moments=2 * _bytes(trained),
+        moments=2 * moment_bytes * sum(p.numel() for p in trained),
         fixed=max(0, small - per_token * num_tokens),
         per_token=per_token,
         per_scored=kept_bytes_per_token(lm) if forward is token_logps else 0,
@@ -172,17 +173,3 @@ def _kept(lm: LanguageModel, times: int, forward: Callable[[LanguageModel, Fores
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward(lm, collate([_probe()] * times))
     return sum(kept.values())
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch has one exception for it on GPUs, none on the CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
-def free_cached(device: torch.device) -> None:
-    """Gives back what the failed step held, before it is taken again."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

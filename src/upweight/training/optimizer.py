@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,9 +11,29 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight.errors import ModelError
+from upweight.models.weights import first_lines
 
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 """Where AdamW has a fused kernel: one pass over memory in place of about ten."""
+
+
+MOMENT_BYTES = {"float32": 4, "8bit": 1}
+
+
+def require_moments(moments: str) -> None:
+    """Raises ModelError where 8-bit moments are asked for and bitsandbytes is not there."""
+    if moments == "8bit":
+        _eight_bit()
+
+
+def _eight_bit() -> Any:
+    try:
+        return importlib.import_module("bitsandbytes.optim").AdamW8bit
+    except ImportError as error:
+        raise ModelError(
+            "optimizer.moments=8bit needs the package bitsandbytes, which cannot be imported "
+            f"({first_lines(error, 1)}). Run: pip install 'upweight[eightbit]'"
+        ) from error
 
 
 def make_optimizer(
@@ -23,16 +44,19 @@ def make_optimizer(
     beta1: float,
     beta2: float,
     epsilon: float,
+    moments: str = "float32",
     value_prefix: str | None = None,
     value_rate_factor: float = 1.0,
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) over the model's trainable parameters.
 
     Parameters whose name begins with `value_prefix` are a part of their own, whose rate is the
     others' times a factor (fit() reads both from the groups). Two groups for each part, each with
     its parameters' names: matrices (two dimensions or more, embeddings and LoRA factors among them)
     decay, gains and biases do not. A tied parameter is in it once.
-    Raises ModelError when the model has no trainable parameter.
+    With "8bit" moments, those of 4,096 numbers and more are kept in blocks of 8-bit numbers
+    (Dettmers et al. 2022, arXiv:2110.02861). Raises ModelError when the model has no trainable
+    parameter, or bitsandbytes is missing.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
@@ -55,6 +79,10 @@ def make_optimizer(
             for named, decay in ((matrices, weight_decay), (others, 0.0))
             if named
         ]
+    if moments == "8bit":
+        made = _eight_bit()(groups, lr=learning_rate, betas=(beta1, beta2), eps=epsilon)
+        assert isinstance(made, torch.optim.Optimizer)
+        return made
     return torch.optim.AdamW(
         groups,
         lr=learning_rate,
@@ -62,6 +90,13 @@ def make_optimizer(
         eps=epsilon,
         fused=all(p.device.type in FUSED_DEVICES for _, p in trainable),
     )
+
+
+def room_for_moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """As much memory as the optimizer's state will take, until it is let go."""
+    dtype = torch.float32 if isinstance(optimizer, torch.optim.AdamW) else torch.uint8
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [torch.empty_like(p, dtype=dtype) for p in parameters for _ in range(2)]
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ PAGES: tuple[Page, ...] = (
         guarded_by=(
             "When a model is loaded, each way of packing is held against transformers' own "
             "forward pass, one sequence at a time, on a probe of two prompts with five responses; "
-            "with float32 weights no token may differ by more than 0.002 nats. A way that fails "
+            "with float32 weights no token may differ by more than 0.002 nats, and the gradient "
+            "at no token by more than a thousandth of its size. A way that fails "
             "is not used, and the model line of the run names the one that is. A model that "
             "passes in no way is refused."
         ),

@@ -1,0 +1,1 @@
+"""The parts of gpu.py: checks and speed on a GPU."""

@@ -1,0 +1,117 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from oracles import SHAPES, gradients, loaded, random_trees, weigh
+from upweight.data.pack import collate
+from upweight.models.adapter import (
+    adapter_off,
+    add_lora,
+    keep_frozen_in_compute_dtype,
+    widened,
+)
+from upweight.models.load import fingerprint
+from upweight.models.logprobs import token_logps
+from upweight.models.proof import one_at_a_time, probe_forest
+
+FOREST = collate(random_trees(SHAPES))
+
+
+def adapted(family="llama", compute_dtype=torch.bfloat16, rounded=True):
+    """With an adapter that says something; a base as one that was trained and saved in bf16."""
+    lm = loaded(family)
+    lm.compute_dtype = compute_dtype
+    if rounded:
+        lm.model.to(torch.bfloat16).to(torch.float32)
+    lm = add_lora(lm, rank=4, alpha=8.0, dropout=0.0, targets="all-linear", seed=0)
+    with torch.no_grad():
+        for name, parameter in lm.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.1)
+    return lm
+
+
+def narrow(lm):
+    return {n for n, p in lm.model.named_parameters() if p.dtype == torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "phi3"])
+def test_frozen_matrices_take_half_the_memory_and_give_the_same_numbers(family):
+    wanted, got = adapted(family), adapted(family)
+    keep_frozen_in_compute_dtype(got)
+    kept = narrow(got)
+    assert kept and all("base_layer.weight" in name for name in kept)
+    ends = (got.causal.get_input_embeddings(), got.causal.get_output_embeddings())
+    assert all(end.weight.dtype == torch.float32 for end in ends)
+    ours, theirs = (token_logps(lm, FOREST) for lm in (got, wanted))
+    assert torch.equal(ours, theirs)
+    slopes = [gradients(lm.model, weigh(logps)) for lm, logps in ((got, ours), (wanted, theirs))]
+    trained = [n for n, p in got.model.named_parameters() if p.requires_grad]
+    assert trained and all(torch.equal(slopes[0][n], slopes[1][n]) for n in trained)
+    with adapter_off(got) as one, adapter_off(wanted) as other:
+        assert torch.equal(token_logps(one, FOREST), token_logps(other, FOREST))
+
+
+def test_how_weights_are_kept_does_not_change_whose_they_are():
+    lm = adapted()
+    before = fingerprint(lm)
+    keep_frozen_in_compute_dtype(lm)
+    assert narrow(lm) and fingerprint(lm) == before
+    with torch.no_grad():
+        lm.causal.base_model.layers[0].mlp.up_proj.base_layer.weight[3, 5] += 1.0
+    assert fingerprint(lm) != before
+
+
+def test_a_matrix_that_would_lose_by_it_stays_as_it_is():
+    lm = adapted()
+    layer = lm.causal.base_model.layers[1].self_attn.q_proj.base_layer
+    layer.weight.data[0, 0] = 1 + 2**-12
+    keep_frozen_in_compute_dtype(lm)
+    assert layer.weight.dtype == torch.float32 and len(narrow(lm)) == 13
+    lm = adapted(rounded=False)
+    keep_frozen_in_compute_dtype(lm)
+    assert not narrow(lm)
+
+
+def test_in_fp32_nothing_is_converted():
+    lm = adapted(compute_dtype=torch.float32)
+    keep_frozen_in_compute_dtype(lm)
+    assert not narrow(lm)
+
+
+class Apart(nn.Linear):
+    """A layer that takes no part in autocast."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x.float(), self.weight)
+
+
+class Rounding(Apart):
+    """One that reads its weights with fewer digits where it finds fewer."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return x.float() @ self.weight.float().T * (1 + self.weight.itemsize)
+
+
+@pytest.mark.parametrize("kind", [Apart, Rounding])
+def test_a_family_whose_numbers_would_change_is_left_alone(kind):
+    lm = adapted()
+    lm.causal.base_model.layers[0].mlp.down_proj.base_layer.__class__ = kind
+    before = token_logps(lm, FOREST)
+    keep_frozen_in_compute_dtype(lm)
+    assert not narrow(lm)
+    assert torch.equal(token_logps(lm, FOREST), before)
+
+
+def test_widened_for_a_pass_in_full_precision_and_no_longer():
+    lm = adapted()
+    probe = probe_forest(lm)
+    wanted = one_at_a_time(lm, probe)
+    keep_frozen_in_compute_dtype(lm)
+    kept = narrow(lm)
+    with widened(lm):
+        assert torch.equal(one_at_a_time(lm, probe), wanted)
+    assert narrow(lm) == kept
