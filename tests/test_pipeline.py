@@ -39,6 +39,12 @@ def online(out: str, objective: str, *more: str) -> int:
     return main([*words.split(), *more])
 
 
+def judge(out: str, *more: str) -> int:
+    words = f"train --model model --data pairs.jsonl --objective reward --out {out} --dtype float32"
+    words += " --learning-rate 1e-3 --fraction 0.2 --pairs_per_step 4"
+    return main([*words.split(), *more])
+
+
 def test_sft_learns_the_chosen_responses_and_says_how_likely_they_are():
     assert train("run", "--objective", "sft") == 0
     evals = records("run", "eval")
@@ -67,24 +73,24 @@ def test_sft_takes_every_turn_of_a_conversation_when_told_to():
 
 @pytest.mark.parametrize("lora", [(), ("--lora", "true", "--learning-rate", "3e-2")])
 def test_a_reward_model_learns_to_rank_and_plain_transformers_reads_its_scores(lora):
-    assert train("run", "--objective", "reward", "--epochs", "3", *lora) == 0
+    assert judge("run", "--epochs", "3", *lora) == 0
     evals = records("run", "eval")
     assert evals[-1]["rewards/accuracies"] == 1.0 > evals[0]["rewards/accuracies"] - 1e-9
-    judge = load_reward_model("run/model", dtype="float32")
+    model = load_reward_model("run/model", dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained("run/model")
     ids = [tuple(tokenizer(text)["input_ids"]) for text in ("question 3", "fine ", "bad thing")]
     where = tuple(ResponseId(RowId("x", 1), k) for k in range(2))
     tree = Tree(ids[0], (ids[1], ids[2]), (), where, (False, False))
     plain = AutoModelForSequenceClassification.from_pretrained("run/model").eval()
     assert plain.config.pad_token_id is not None
-    assert tree_scores(judge, [tree])[0] == pytest.approx(one_response_at_a_time(plain, tree))
+    assert tree_scores(model, [tree])[0] == pytest.approx(one_response_at_a_time(plain, tree))
     # In a padded batch too: the score is read at the last token that is not padding.
     rows = [[*ids[0], *ids[1]], [*ids[0], *ids[2]]]
     width = max(map(len, rows))
     padded = torch.tensor([r + [plain.config.pad_token_id] * (width - len(r)) for r in rows])
     with torch.no_grad():
         batch = plain(padded, attention_mask=(padded != plain.config.pad_token_id).long())
-    assert batch.logits[:, 0].tolist() == pytest.approx(tree_scores(judge, [tree])[0], abs=1e-4)
+    assert batch.logits[:, 0].tolist() == pytest.approx(tree_scores(model, [tree])[0], abs=1e-4)
 
 
 @pytest.mark.parametrize("objective", ["ppo", "grpo", "rloo", "online_dpo"])
@@ -140,7 +146,7 @@ def test_a_reward_that_tells_nothing_apart_ends_online_dpo(capsys: pytest.Captur
 
 
 def test_a_value_model_may_start_from_the_reward_model():
-    assert train("judge", "--objective", "reward") == 0
+    assert judge("judge") == 0
     assert online("run", "ppo", "--reward", "judge/model") == 0
     assert records("run", "train")[-1]["value_loss"] >= 0
 

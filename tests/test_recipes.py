@@ -355,7 +355,7 @@ def test_what_checkpoint_best_takes_is_what_an_evaluation_records():
         run = load_run(f"{out}/run.yaml").run
         (record, *_) = (r for r in rows_of(f"{out}/metrics.jsonl") if r["kind"] == "eval")
         numbers = {k for k, v in record.items() if isinstance(v, float)} - {"epoch"}
-        assert set(metrics(run)) == numbers
+        assert set(metrics(run, "heldout")) == numbers
 
 
 def test_a_limit_is_one_on_training_rows():

@@ -38,7 +38,11 @@ _ROWS_LEARNED = (
     "batch.pairs_per_step",
     "preflight",
 )
-_ROUNDS = ("reference", "rollout", "loss.beta", "watch.length", "watch.kl")
+_ANSWERS = (
+    *("evaluation.prompt_files", "evaluation.samples", "evaluation.max_new_tokens"),
+    *("evaluation.temperature", "evaluation.true_reward", "watch.length", "watch.kl"),
+)
+_ROUNDS = ("reference", "rollout", "loss.beta", *_ANSWERS)
 _SURROGATE = tuple(
     f"policy.{name}" for name in ("clip_low", "clip_high", "kl_estimator", "kl_target", "kl_stop")
 )
@@ -54,9 +58,9 @@ _VALUES = ("policy.aggregation",) + tuple(
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "dpo": (
         *("reference", "loss.beta", "loss.label_smoothing", *_ROWS_LEARNED),
-        *("watch.displaced", "watch.solved", "watch.length", "watch.kl"),
+        *("watch.displaced", "watch.solved", *_ANSWERS),
     ),
-    "sft": ("reference", "data.turns", *_ROWS_LEARNED, "watch.length", "watch.kl"),
+    "sft": ("reference", "data.turns", "data.learn", *_ROWS_LEARNED, *_ANSWERS),
     "reward": (
         *("loss.label_smoothing", "loss.margin", "loss.centering", *_ROWS_LEARNED),
         "watch.solved",
@@ -94,7 +98,8 @@ class Need(NamedTuple):
 
 
 def _is_evaluated(run: Run) -> bool:
-    return bool(run.evaluation.sets) or run.evaluation.fraction > 0
+    options = run.evaluation
+    return bool(options.sets or options.prompt_files) or options.fraction > 0
 
 
 def _asks_for_no_samples_or_is_evaluated(run: Run) -> bool:
@@ -117,7 +122,10 @@ def _has_reference(run: Run) -> bool:
     return run.reference is not None
 
 
-_WITHOUT = "has no effect without an evaluation: give evaluation.sets or evaluation.fraction"
+_WITHOUT = (
+    "has no effect without an evaluation: give evaluation.sets, evaluation.fraction or "
+    "evaluation.prompt_files"
+)
 _UNSAMPLED = "has no effect while evaluation.samples is 0"
 _UNLIKE = "has no effect while evaluation.temperature is not 1: samples are then not the policy's"
 _WHOLE = "has no effect without lora: all weights are trained, and there is no adapter to merge"

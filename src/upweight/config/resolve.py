@@ -182,7 +182,10 @@ def _contradictions(held: Mapping[str, Setting], problems: Problems) -> None:
         return held[leaf].settled if leaf in held else None
 
     sets, fraction = given("evaluation.sets"), given("evaluation.fraction")
-    taken = {"train": "is what the training rows are called"}
+    taken = {
+        "train": "is what the training rows are called",
+        "prompts": "is what the rows of evaluation.prompt_files are called",
+    }
     if fraction:
         taken["heldout"] = "is what evaluation.fraction makes"
     for name in taken.keys() & (sets if isinstance(sets, dict) else {}):

@@ -70,6 +70,10 @@ class Data(Section):
         default=None,
         description="Use only the first so many rows; null: all (evaluation sets stay whole).",
     )
+    learn: Literal["chosen", "all"] = Field(
+        default="chosen",
+        description="Which responses of rows with preferences are learned from (sft).",
+    )
     turns: Literal["last", "all"] = Field(
         default="last",
         description="Which of the assistant's turns are responses: the last one, or each (sft).",
@@ -184,6 +188,11 @@ class Evaluation(Section):
     )
     fraction: Share = Field(
         default=0.0, description='Share of the prompts held out of training as the set "heldout".'
+    )
+    prompt_files: Texts | None = Field(
+        default=None,
+        description="Files of prompts that are answered at each evaluation; null: those of the "
+        "sets.",
     )
     every: Count | None = Field(
         default=None, description="Steps between evaluations; null: about ten in a run."

@@ -42,13 +42,15 @@ def each_turn(examples: Sequence[Example], account: Account) -> list[Example]:
     return found
 
 
-def preferred(trees: Iterable[Tree], account: Account) -> list[Tree]:
+def preferred(trees: Iterable[Tree], account: Account, *, everything: bool = False) -> list[Tree]:
     """Of each tree the responses that are chosen and never rejected, without their preferences; all
-    responses where there are no preferences. What is left out is counted."""
+    responses where there are no preferences, or `everything` is wanted. What is left out is
+    counted."""
     found: list[Tree] = []
     for tree in trees:
         chosen = {p.chosen for p in tree.preferences} - {p.rejected for p in tree.preferences}
-        kept = sorted(chosen) if tree.preferences else list(range(len(tree.responses)))
+        whole = everything or not tree.preferences
+        kept = list(range(len(tree.responses))) if whole else sorted(chosen)
         num_left_out = len(tree.responses) - len(kept)
         if not kept:
             account.used -= 1

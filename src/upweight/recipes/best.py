@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from upweight.config import Run
 from upweight.errors import ConfigError, nearest
+from upweight.recipes.kinds import KINDS, PROMPTS
 
 SCORED = (
     "loss",
@@ -27,6 +28,18 @@ SAMPLED = (
 )
 
 
+REWARD = ("reward", "reward_low", "reward_high", "reference_reward")
+MEASURED: dict[tuple[str, bool], tuple[str, ...]] = {
+    ("preferences", True): SCORED,
+    ("preferences", False): tuple(
+        m for m in SCORED if m == "loss" or (m.startswith("rewards/") and m != "rewards/spread")
+    ),
+    ("responses", True): ("loss", "logps/response", "tokens/response"),
+    ("prompts", True): (),
+}
+"""What is recorded of a set, by what its rows are and whether the model answers."""
+
+
 @dataclass(frozen=True)
 class Best:
     """A metric of an evaluation set."""
@@ -42,11 +55,16 @@ class Best:
         return value < best if self.metric in ("loss", *KL, *REPETITION) else value > best
 
 
-def metrics(run: Run) -> tuple[str, ...]:
-    """The numbers that an evaluation of this run records for each set."""
-    if not run.evaluation.samples:
-        return SCORED
-    return (*SCORED, *SAMPLED, *(KL if samples_are_the_policys(run) else ()))
+def metrics(run: Run, name: str) -> tuple[str, ...]:
+    """The numbers that an evaluation of this run records for the set `name`."""
+    kind = KINDS[run.objective]
+    scored = () if name == PROMPTS else MEASURED[kind.rows, kind.answers]
+    answered = kind.answers and run.evaluation.samples > 0
+    if not answered or (run.evaluation.prompt_files is not None and name != PROMPTS):
+        return scored
+    kl = KL if samples_are_the_policys(run) else ()
+    rewarded = run.evaluation.true_reward or run.rollout.reward
+    return (*scored, *SAMPLED, *kl, *(REWARD if rewarded else ()))
 
 
 def samples_are_the_policys(run: Run) -> bool:
@@ -61,15 +79,16 @@ def best_metric(run: Run) -> Best | None:
     if wanted is None:
         return None
     sets = (["heldout"] if run.evaluation.fraction else []) + list(run.evaluation.sets)
-    known = metrics(run)
-    if wanted in known:
-        return Best(sets[0], wanted)
+    sets += [PROMPTS] if run.evaluation.prompt_files else []
+    known = {name: metrics(run, name) for name in sets}
     for name in sets:
-        if wanted.removeprefix(f"{name}/") in known:
-            return Best(name, wanted.removeprefix(f"{name}/"))
-    guess = nearest(wanted, [*known, *(f"{name}/{metric}" for name in sets for metric in known)])
+        for said in (wanted, wanted.removeprefix(f"{name}/")):
+            if said in known[name]:
+                return Best(name, said)
+    pairs = [f"{name}/{metric}" for name in sets for metric in known[name]]
+    guess = nearest(wanted, [*dict.fromkeys(m for found in known.values() for m in found), *pairs])
     raise ConfigError(
         f"checkpoint.best is {wanted}, which no evaluation of this run records.{guess} It takes "
-        f"METRIC (of {sets[0]}) or SET/METRIC. Metrics: {', '.join(known)}. Sets: "
-        f"{', '.join(sets)}."
+        f"METRIC (of the first set that has it) or SET/METRIC. "
+        + " ".join(f"Metrics of {name}: {', '.join(found)}." for name, found in known.items())
     )

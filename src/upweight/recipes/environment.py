@@ -55,7 +55,8 @@ def write_environment(state: State, *, finished: bool) -> None:
 def _data_fingerprint(run: Run) -> str:
     """sha256 of the bytes of all data files, one after the other."""
     digest = hashlib.sha256()
-    for file in [*run.data.path, *(f for s in run.evaluation.sets.values() for f in s)]:
+    sets = (file for files in run.evaluation.sets.values() for file in files)
+    for file in [*run.data.path, *sets, *(run.evaluation.prompt_files or [])]:
         with contextlib.suppress(OSError), open(file, "rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)

@@ -13,8 +13,8 @@ from upweight.evidence import evaluate
 from upweight.evidence.records.ledger import SCHEMA
 from upweight.models.sample import Sample
 from upweight.recipes.best import samples_are_the_policys
-from upweight.recipes.kinds import KINDS
-from upweight.recipes.reference import draw, same_reference, sampled_trees
+from upweight.recipes.kinds import KINDS, PROMPTS
+from upweight.recipes.reference import answered_sets, draw, same_reference, sampled_trees
 from upweight.recipes.state import State, log, smaller_bins
 from upweight.stats import mean_interval
 from upweight.training.loop import Progress, Record
@@ -27,14 +27,14 @@ def evaluate_sets(state: State, progress: Progress) -> bool:
     """Scores every set and samples answers; whether checkpoint.best is better than ever."""
     run, last = state.run, progress.step == state.begun.plan.total_steps
     sets = {n: trees for n, trees in state.begun.prepared.trees.items() if n != "train"}
-    to_sample = run.evaluation.samples and KINDS[run.objective].answers
-    sampled = _sampled(state, sets) if sets and to_sample else {}
+    answered = answered_sets(run, state.begun.prepared)
+    sampled = _sampled(state, answered) if answered else {}
     rows: list[evaluate.Row] = []
     improved = False
     for name, trees in sets.items():
-        measured, scored = MEASURES[KINDS[run.objective].rows, KINDS[run.objective].answers](
-            state, progress, trees
-        )
+        kind = KINDS[run.objective]
+        measure = _answers if name == PROMPTS else MEASURES[kind.rows, kind.answers]
+        measured, scored = measure(state, progress, trees)
         record: Record = {
             "step": progress.step,
             "epoch": progress.step / state.begun.plan.steps_per_epoch,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PROMPTS = "prompts"
+"""The set of evaluation.prompt_files."""
+
 
 @dataclass(frozen=True)
 class Kind:

@@ -26,7 +26,7 @@ from upweight.data.variables import template_variables
 from upweight.errors import ConfigError, Refusal, nearest
 from upweight.models.load import LanguageModel, fingerprint, load
 from upweight.models.reference import Reference, fill, open_reference, verify
-from upweight.recipes.kinds import KINDS
+from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.screen import Screen
 from upweight.stats import Interval
 from upweight.training.memory import TOKENS_PER_BIN
@@ -141,7 +141,9 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
         if kind.draws:
             return plant(rows, renderer, account)
         trees = grow(rows, renderer, account)
-        return preferred(trees, account) if kind.rows == "responses" else trees
+        if kind.rows != "responses":
+            return trees
+        return preferred(trees, account, everything=run.data.learn == "all")
 
     train, account = examples(run.data.path, run.data.limit)
     require_used(account, f"data {', '.join(run.data.path)}")
@@ -154,14 +156,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     for name, paths in run.evaluation.sets.items():
         sets[name] = examples(paths, None)
         loaded.append(sets[name])
-        if both := overlap(train, sets[name][0]):
-            mine, theirs = both[0]
-            raise Refusal(
-                "UW209",
-                f"{len(both)} rows of the evaluation set {name} have a prompt that is trained on "
-                f"too, such as {theirs} and {mine}. Remove them from one side, or use "
-                "evaluation.fraction to split by prompt.",
-            )
+        _require_apart(name, train, sets[name][0])
     if not kind.draws:
         _require_scores(run, loaded)
     trees, accounts = {"train": grown(train, account)}, {"train": account}
@@ -171,9 +166,25 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
         trees[name], accounts[name] = grown(rows, its_account), its_account
         repeats[name] = copies(rows)
         require_used(its_account, f"the evaluation set {name}")
+    if run.evaluation.prompt_files is not None:
+        asked, account = load_prompts(run.evaluation.prompt_files)
+        _require_apart(PROMPTS, train, asked)
+        trees[PROMPTS], accounts[PROMPTS] = plant(asked, renderer, account), account
+        require_used(account, f"evaluation.prompt_files {', '.join(run.evaluation.prompt_files)}")
     rows = tuple(train[:: max(1, len(train) // RENDERED_AGAIN)][:RENDERED_AGAIN])
     texts = {"train": train, **{name: rows for name, (rows, _) in sets.items()}}
     return Prepared(trees, accounts, renderer, repeats, rows=rows, examples=texts)
+
+
+def _require_apart(name: str, train: Sequence[Example], rows: Sequence[Example]) -> None:
+    if both := overlap(train, rows):
+        mine, theirs = both[0]
+        raise Refusal(
+            "UW209",
+            f"{len(both)} rows of the evaluation set {name} have a prompt that is trained on too, "
+            f"such as {theirs} and {mine}. Remove them from one side, or use evaluation.fraction "
+            "to split by prompt.",
+        )
 
 
 def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]]) -> None:

@@ -19,7 +19,7 @@ from upweight.models.load import ForwardPlan, LanguageModel, evaluation_mode, fi
 from upweight.models.logprobs import token_logps
 from upweight.models.reference import Reference
 from upweight.models.sample import Sample
-from upweight.recipes.kinds import KINDS
+from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.prepare import Prepared, fill_reference
 from upweight.recipes.screen import Screen
 from upweight.stats import Interval
@@ -66,8 +66,7 @@ def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Scree
             logps = Reference(fingerprint(model), Path())
         answers = {
             name: draw(run, model, sampled_prompts(run, found), stop_ids)
-            for name, found in prepared.trees.items()
-            if name != "train" and run.evaluation.samples
+            for name, found in answered_sets(run, prepared).items()
         }
         plan = model.plan
     start = logps.fingerprint if run.reference is None else fingerprint(lm)
@@ -80,7 +79,9 @@ def probe_reference(run: Run, lm: LanguageModel, prepared: Prepared) -> tuple[Re
     stop_ids = prepared.renderer.stop_ids
     with _at_start(run, lm) as model, evaluation_mode(model):
         logps = Reference("", Path())
-        for trees in prepared.trees.values():
+        for name, trees in prepared.trees.items():
+            if name == PROMPTS:
+                continue
             forest = collate(_probes(trees))
             with torch.no_grad():
                 logps.take(forest, token_logps(model, forest))
@@ -97,6 +98,15 @@ def _at_start(run: Run, lm: LanguageModel) -> contextlib.AbstractContextManager[
     """The reference before step 1, where without a name or an adapter it is the policy itself."""
     itself = run.reference is None and not lm.has_adapter
     return contextlib.nullcontext(lm) if itself else reference_model(run, lm)
+
+
+def answered_sets(run: Run, prepared: Prepared) -> dict[str, list[Tree]]:
+    """The sets whose prompts policy and reference answer at every evaluation."""
+    if not run.evaluation.samples or not KINDS[run.objective].answers:
+        return {}
+    if PROMPTS in prepared.trees:
+        return {PROMPTS: prepared.trees[PROMPTS]}
+    return {name: trees for name, trees in prepared.trees.items() if name != "train"}
 
 
 def sampled_prompts(run: Run, trees: Sequence[Tree]) -> list[tuple[int, ...]]:

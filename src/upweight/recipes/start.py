@@ -164,8 +164,8 @@ def found_beside(begun: Start) -> dict[str, str]:
 
 def examined_sets(run: Run, prepared: Prepared) -> list[Examined]:
     return [
-        Examined(name, trees, prepared.accounts[name], run.preflight, prepared.copies[name])
-        for name, trees in prepared.trees.items()
+        Examined(name, prepared.trees[name], prepared.accounts[name], run.preflight, copies)
+        for name, copies in prepared.copies.items()
     ]
 
 
