@@ -108,6 +108,16 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("code", nargs="?", metavar="CODE", help="such as UW101")
     explain.set_defaults(run=_explain)
 
+    compare = commands.add_parser(
+        "compare",
+        help="SFT, DPO, reward model and PPO, GRPO from one start; without a file, on the demo",
+        allow_abbrev=False,
+    )
+    compare.add_argument("config", nargs="?", type=Path, metavar="COMPARE.yaml")
+    compare.add_argument("--model", help="the start (the demo's model)")
+    compare.add_argument("--out", help="folder of the runs and the page (runs/compare)")
+    compare.set_defaults(run=_compare)
+
     demo = commands.add_parser("demo", help="the embedded default, start to report")
     demo.add_argument("--model", help="another model than the one that ships as a package")
     demo.add_argument("--out", help="run directory (runs/demo, or the next free one)")
@@ -269,6 +279,22 @@ def _explain(arguments: argparse.Namespace) -> int:
     text = Text(written)
     text.highlight_regex(r"(?m)^\S.*$", "bold")
     console.print(text, soft_wrap=True)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from upweight.demo.run import demo_comparison
+    from upweight.recipes.compare import compare, read_comparison
+    from upweight.terminal import default_screen
+
+    given = {} if arguments.model is None else {"model": arguments.model}
+    out = arguments.out or "runs/compare"
+    with default_screen() as screen:
+        if arguments.config is not None:
+            compare(read_comparison(arguments.config, given), out, screen)
+            return 0
+        with demo_comparison(arguments.model) as comparison:
+            compare(comparison, out, screen)
     return 0
 
 

@@ -16,6 +16,7 @@ from upweight.config.resolve import (
     RESOLVED,
     Resolved,
     dump,
+    flattened,
     leaf_values,
     load_run,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "Watch",
     "called_elsewhere",
     "dump",
+    "flattened",
     "flags",
     "leaf_values",
     "load_run",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -20,6 +21,7 @@ from upweight.models.load import LanguageModel
 from upweight.models.sample import Sample, sample
 from upweight.models.weights import demo_model_path
 from upweight.recipes import Result, train_model
+from upweight.recipes.compare import Comparison, read_comparison
 from upweight.recipes.prepare import load_policy, renderer_for
 from upweight.recipes.screen import Screen
 from upweight.stats import Interval, mean_interval
@@ -134,6 +136,22 @@ def demo(model: str | None, out: str, screen: Screen) -> Outcome | None:
         for i in range(0, len(prompts), max(1, len(prompts) // 3))
     ][:3]
     return Outcome(result, rows, side_by_side)
+
+
+@contextlib.contextmanager
+def demo_comparison(model: str | None) -> Generator[Comparison]:
+    """The embedded comparison: the demo's preferences and held-out prompts, judged by VADER."""
+    _analyzer()
+    with as_file(files("upweight.demo")) as data:
+        heldout = [str(data / "heldout.jsonl")]
+        given = {
+            "model": model or demo_model_path(),
+            "data.path": [str(data / "train.jsonl")],
+            "data.max_length": 256,
+            "evaluation.sets": {"heldout": heldout},
+            "evaluation.prompt_files": heldout,
+        }
+        yield read_comparison(data / "compare.yaml", given)
 
 
 def free_folder(base: str) -> str:

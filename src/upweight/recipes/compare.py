@@ -1,0 +1,265 @@
+"""compare(): several methods from one start, on one set of data, judged by one reward.
+
+compare.yaml is a run.yaml with `methods`: a name for each, and the keys in which it differs. The
+other keys are those of every run. `reward: method:NAME` is the reward model that the method NAME
+trained; `objective: best_of_n` trains nothing and lets `reward` choose among `num` answers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from upweight.config import Resolved, Run, flattened, load_run
+from upweight.config.commands import unread
+from upweight.errors import ConfigError, OutputError, UpweightError
+from upweight.evidence.comparison import claim, write_comparison
+from upweight.models.sample import sample
+from upweight.recipes.kinds import PROMPTS
+from upweight.recipes.prepare import load_policy, prepare
+from upweight.recipes.reference import sampled_trees
+from upweight.recipes.rewarding import make_scorer
+from upweight.recipes.screen import Screen, Silent
+from upweight.recipes.train import train_model
+from upweight.stats import mean_interval
+from upweight.training.rollout import as_tree
+from upweight.training.rundir import write_atomic
+
+BEST_OF_N = "best_of_n"
+OWN_KEYS = ("title", "methods", "note", "num")
+"""What a compare.yaml and its methods say beside the keys of a run."""
+
+POINT = ("step", "length", "kl", "kl_low", "kl_high", "reward", "reward_low", "reward_high")
+"""What is kept of an evaluation."""
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train, or to choose: its name, the keys of its run, and what is said of it."""
+
+    name: str
+    values: Mapping[str, Any]
+    note: str
+    num: int
+
+    @property
+    def objective(self) -> str:
+        return str(self.values.get("objective", "dpo"))
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A compare.yaml: what all methods share, and the methods in their order."""
+
+    title: str
+    shared: Mapping[str, Any]
+    methods: Sequence[Method]
+
+
+def read_comparison(file: Path, given: Mapping[str, Any]) -> Comparison:
+    """Raises ConfigError where the file is no comparison; the keys of runs are checked by them."""
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{file} cannot be read as a compare.yaml: {said}.") from None
+    methods = document.get("methods") if isinstance(document, dict) else None
+    if not isinstance(methods, dict) or not methods:
+        raise ConfigError(f"{file} has no methods. It needs methods: {{NAME: {{objective: ...}}}}.")
+    for name, keys in methods.items():
+        if not isinstance(keys, dict):
+            raise ConfigError(f"{file}: method {name} is {keys!r}; allowed: the keys of a run.")
+    shared = {k: v for k, v in document.items() if k not in OWN_KEYS}
+    found = [
+        Method(
+            str(name),
+            flattened({k: v for k, v in keys.items() if k not in OWN_KEYS}),
+            str(keys.get("note", "")),
+            int(keys.get("num", 8)),
+        )
+        for name, keys in methods.items()
+    ]
+    shared = {**flattened(shared), **flattened(given)}
+    return Comparison(str(document.get("title", file.stem)), shared, found)
+
+
+def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> Path:
+    """Runs every method that has not finished in `out` yet, and writes comparison.html there.
+
+    A method that fails is named with its reason, and the others go on. Raises UpweightError where
+    the comparison itself cannot be made.
+    """
+    screen, folder = screen or Silent(), Path(out)
+    began = time.monotonic()
+    _require_methods(comparison)
+    folder.mkdir(parents=True, exist_ok=True)
+    methods: list[Json] = []
+    start: Json | None = None
+    for method in comparison.methods:
+        screen.note(f"== {method.name}: {method.note}")
+        found: Json = {"name": method.name, "objective": method.objective, "note": method.note}
+        found |= {"seconds": 0.0, "tokens": 0, "points": [], "failed": None}
+        try:
+            found |= (
+                _best_of(comparison, method, folder)
+                if method.objective == BEST_OF_N
+                else (_trained(comparison, method, folder, screen))
+            )
+        except UpweightError as error:
+            found["failed"] = str(error)
+            screen.note(f"{method.name} failed: {error}")
+        start = start or found.pop("start", None)
+        found.pop("start", None)
+        methods.append(found)
+    holds, said = claim(methods)
+    record = {
+        "title": comparison.title,
+        "reward": _shared_run(comparison, folder).evaluation.true_reward,
+        "start": start,
+        "methods": methods,
+        "budget": _budget(comparison),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "seconds": time.monotonic() - began,
+        "claim": {"holds": holds, "said": said},
+    }
+    write_atomic(folder / "comparison.json", json.dumps(record, indent=1))
+    page = write_comparison(folder)
+    screen.note(said)
+    screen.note(f"comparison: {page}")
+    return page
+
+
+def _require_methods(comparison: Comparison) -> None:
+    names = [method.name for method in comparison.methods]
+    for method in comparison.methods:
+        wanted = str(method.values.get("rollout.reward", ""))
+        earlier = names[: names.index(method.name)]
+        if wanted.startswith("method:") and wanted.removeprefix("method:") not in earlier:
+            raise ConfigError(
+                f"method {method.name} takes its reward from {wanted}, and no method before it is "
+                f"called so (before it: {', '.join(earlier) or 'none'})."
+            )
+
+
+def _shared_run(comparison: Comparison, folder: Path) -> Run:
+    return load_run(None, values={**comparison.shared, "out": str(folder)}).run
+
+
+def _resolved(comparison: Comparison, method: Method, folder: Path, *, resume: bool) -> Resolved:
+    values: Json = {**comparison.shared, **method.values, "out": str(folder / method.folder)}
+    if (wanted := str(values.get("rollout.reward", ""))).startswith("method:"):
+        judge = _folder_of(comparison, wanted.removeprefix("method:"))
+        values["rollout.reward"] = str(folder / judge / "model")
+    # What is shared is read by those methods that read it; what a method says itself must be.
+    others = set(unread(method.objective)) - method.values.keys()
+    values = {key: value for key, value in values.items() if key not in others}
+    if resume:
+        values["resume"] = True
+    return load_run(None, values=values, origin_of_values="compare", required=("out",))
+
+
+def _folder_of(comparison: Comparison, name: str) -> str:
+    return next(method.folder for method in comparison.methods if method.name == name)
+
+
+def _trained(comparison: Comparison, method: Method, folder: Path, screen: Screen) -> Json:
+    """What a method's run measured; a run that has finished is read, one that stopped goes on."""
+    out = folder / method.folder
+    if not (out / "report.html").is_file():
+        resume = any((out / "checkpoints").glob("step-*"))
+        result = train_model(_resolved(comparison, method, folder, resume=resume), screen)
+        if not result.finished:
+            raise OutputError(f"stopped after step {result.steps}; run the comparison again")
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    points = [
+        {"step": r["step"], "length": r["length"]}
+        | {
+            key: r[key]
+            for name in ("reward", "kl")
+            for key in (name, f"{name}_low", f"{name}_high")
+        }
+        for r in records
+        if r["kind"] == "eval" and r["set"] == PROMPTS and "reward" in r and "kl" in r
+    ]
+    last = [r for r in records if r["kind"] == "train"][-1]
+    found: Json = {"seconds": last["seconds"], "tokens": last["num_tokens"]}
+    if points and points[0]["step"] == 0:
+        first = points.pop(0)
+        found["start"] = {name: first[name] for name in ("reward", "reward_low", "reward_high")}
+        found["start"] = {
+            key.removeprefix("reward_"): value for key, value in found["start"].items()
+        }
+    return {**found, "points": points}
+
+
+def _best_of(comparison: Comparison, method: Method, folder: Path) -> Json:
+    """The answer of `num` that the method's reward likes best, for every prompt.
+
+    Its KL to the start is at most log n - (n - 1)/n nats (Beirami et al. 2024, arXiv:2401.01879),
+    and close to that where no two answers score the same.
+    """
+    began = time.monotonic()
+    run = _resolved(
+        comparison,
+        Method(method.name, {**method.values, "objective": "grpo"}, method.note, method.num),
+        folder,
+        resume=False,
+    ).run
+    lm = load_policy(run)
+    prepared = prepare(run, lm)
+    asked = sampled_trees(run, prepared.trees[PROMPTS])
+    assert run.rollout.reward is not None and run.evaluation.true_reward is not None
+    choose = make_scorer(run.rollout.reward, run, lm)
+    judge = make_scorer(run.evaluation.true_reward, run, lm)
+    drawn = sample(
+        lm,
+        [tree.prompt for tree in asked],
+        num=method.num,
+        max_new_tokens=run.evaluation.max_new_tokens,
+        seed=run.seed + 1,
+        stop_token_ids=prepared.renderer.stop_ids,
+    )
+    scores = choose([as_tree(tree, answers) for tree, answers in zip(asked, drawn, strict=True)])
+    best = [
+        as_tree(tree, [answers[max(range(len(each)), key=each.__getitem__)]])
+        for tree, answers, each in zip(asked, drawn, scores, strict=True)
+    ]
+    rewards = [score for (score,) in judge(best)]
+    found, kl = mean_interval(rewards), math.log(method.num) - (method.num - 1) / method.num
+    tokens = sum(len(s.tokens) for answers in drawn for s in answers)
+    point = {
+        "step": 0,
+        "kl": kl,
+        "kl_low": kl,
+        "kl_high": kl,
+        "reward": found.value,
+        "reward_low": found.low,
+        "reward_high": found.high,
+        "length": sum(len(tree.responses[0]) for tree in best) / len(best),
+    }
+    return {"seconds": time.monotonic() - began, "tokens": tokens, "points": [point]}
+
+
+def _budget(comparison: Comparison) -> str:
+    return (
+        "every method starts from the same model and sees the same training prompts; those that "
+        "learn from preferences see the same preferences, those that learn from rewards the reward "
+        "model trained on these; seconds and tokens are what each took"
+    )
