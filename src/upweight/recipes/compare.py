@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from upweight.config import Resolved, Run, flattened, load_run
 from upweight.config.commands import unread
+from upweight.config.written import parse
 from upweight.errors import ConfigError, OutputError, UpweightError
 from upweight.evidence.comparison import claim, write_comparison
 from upweight.models.sample import sample
@@ -75,11 +74,15 @@ class Comparison:
 def read_comparison(file: Path, given: Mapping[str, Any]) -> Comparison:
     """Raises ConfigError where the file is no comparison; the keys of runs are checked by them."""
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"{file} cannot be read as a compare.yaml: {said}.") from None
-    methods = document.get("methods") if isinstance(document, dict) else None
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}.") from None
+    parsed = parse(text, str(file))
+    if parsed.problems:
+        line, said = parsed.problems[0]
+        raise ConfigError(f"{file}:{line}: {said}")
+    document = parsed.value if isinstance(parsed.value, dict) else {}
+    methods = document.get("methods")
     if not isinstance(methods, dict) or not methods:
         raise ConfigError(f"{file} has no methods. It needs methods: {{NAME: {{objective: ...}}}}.")
     for name, keys in methods.items():

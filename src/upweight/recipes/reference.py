@@ -52,7 +52,7 @@ def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Scree
     """Everything the reference has to say before step 1. `lm` is the policy at its start, with
     its adapter if it gets one; without a named reference it is the reference itself."""
     kind = KINDS[run.objective]
-    trees = [tree for found in prepared.trees.values() for tree in found]
+    trees = [t for name, found in prepared.trees.items() if name != PROMPTS for t in found]
     stop_ids = prepared.renderer.stop_ids
     if not kind.answers:
         start = fingerprint(lm)
