@@ -19,6 +19,7 @@ from upweight.evidence.report.markup import (
     plural,
     points,
     reading,
+    signed,
 )
 
 _PROMPTS_AT_ONCE = 3
@@ -186,7 +187,7 @@ def _pair_card(row: LedgerRow) -> str:
         "" if row.prompt_text is None else f'<div class="prompt">{passage(row.prompt_text)}</div>'
     )
     return (
-        f'<article class="card pair"><p class="margin {kind}"><b>margin {_signed(row.margin)}</b> '
+        f'<article class="card pair"><p class="margin {kind}"><b>margin {signed(row.margin)}</b> '
         f"<code><bdi>{esc(row.row)}</bdi></code> responses {row.chosen} over {row.rejected}</p>"
         f'{prompt}<div class="sides">'
         + _side("Chosen", "t-chosen", row.chosen_text, row.reward_chosen, row.tokens_chosen)
@@ -199,7 +200,7 @@ def _pair_card(row: LedgerRow) -> str:
 
 def _side(name: str, tone: str, text: str | None, reward: float, tokens: int) -> str:
     return (
-        f'<div class="side {tone}"><h4>{name} <small>reward {_signed(reward)}, '
+        f'<div class="side {tone}"><h4>{name} <small>reward {signed(reward)}, '
         f"{plural(tokens, 'token')}</small></h4>{passage(text or '')}</div>"
     )
 
@@ -231,7 +232,7 @@ def labels(records: Records) -> str:
 def _suspect_card(found: Suspected) -> str:
     return (
         f'<article class="card pair"><p class="margin disagrees"><b>margin '
-        f"{_signed(found.margin)}</b> <code><bdi>{esc(found.row)}</bdi></code> "
+        f"{signed(found.margin)}</b> <code><bdi>{esc(found.row)}</bdi></code> "
         f"<bdi>{esc(found.set)}</bdi></p>"
         f'<p class="reading" dir="auto">{esc(found.why)}</p>'
         f'<div class="prompt">{passage(found.prompt)}</div><div class="sides">'
@@ -239,7 +240,3 @@ def _suspect_card(found: Suspected) -> str:
         f'<div class="side t-rejected"><h4>Labelled rejected</h4>{passage(found.rejected)}</div>'
         "</div></article>"
     )
-
-
-def _signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)

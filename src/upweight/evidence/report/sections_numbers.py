@@ -23,6 +23,7 @@ from upweight.evidence.report.markup import (
     percent_interval,
     plural,
     reading,
+    signed,
     table,
 )
 
@@ -113,8 +114,8 @@ def _evaluation_tiles(records: Records, set_name: str) -> Iterator[str]:
         yield _tile("Answer length", number(length.value), "tokens", below)
     chosen, rejected = latest(rows, "logratios/chosen"), latest(rows, "logratios/rejected")
     if chosen is not None and rejected is not None:
-        below = f"rejected {_signed(rejected.value)}, against the reference"
-        yield _tile("Chosen log-prob", _signed(chosen.value), "nats", below)
+        below = f"rejected {signed(rejected.value)}, against the reference"
+        yield _tile("Chosen log-prob", signed(chosen.value), "nats", below)
 
 
 def _training_tiles(records: Records) -> Iterator[str]:
@@ -136,10 +137,6 @@ def _training_tiles(records: Records) -> Iterator[str]:
     ]
     value = duration(seconds.value) if seconds is not None else plural(step, "step")
     yield _tile("Training", value, "", ", ".join(filter(None, below)))
-
-
-def _signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)
 
 
 def _compact(value: float) -> str:
