@@ -15,6 +15,7 @@ from upweight.evidence.records import Records, read_records
 from upweight.evidence.report.markup import esc
 from upweight.evidence.report.sections_curves import curves
 from upweight.evidence.report.sections_examples import labels, preferences, samples
+from upweight.evidence.report.sections_frontier import reward_against_kl
 from upweight.evidence.report.sections_numbers import comparison, key_numbers
 from upweight.evidence.report.sections_record import config, environment, rows, warnings
 from upweight.evidence.report.verdict import masthead
@@ -23,6 +24,7 @@ SECTIONS: tuple[tuple[str, Callable[[Records], str]], ...] = (
     ("Warnings", warnings),
     ("Before and after", comparison),
     ("Key numbers", key_numbers),
+    ("Reward against KL", reward_against_kl),
     ("Curves", curves),
     ("Samples", samples),
     ("Preferences", preferences),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from upweight.evidence.records import LedgerRow, Records, Sample, Suspected
-from upweight.evidence.report.findings import length_rule, main_set
+from upweight.evidence.report.findings import length_rule, main_set, subject
 from upweight.evidence.report.histogram import histogram
 from upweight.evidence.report.markup import (
     count,
@@ -32,6 +32,8 @@ _SUSPECTS_AT_MOST = 12
 
 def samples(records: Records) -> str:
     """The last answers of reference and policy side by side, the earlier ones folded below."""
+    if not records.samples and subject(records) == "ranking":
+        return ""
     if not records.samples:
         return '<p class="empty">No sampled answers are recorded.</p>'
     histories: dict[tuple[str, str], list[Sample]] = {}
@@ -91,9 +93,12 @@ def _log_ratio(sample: Sample) -> str:
 
 
 def preferences(records: Records) -> str:
-    """The histogram of margins and the preferences at its ends and in its middle."""
+    """The histogram of margins and the preferences at its ends and in its middle; '' where none
+    are judged."""
     set_name = main_set(records)
     sets = list(dict.fromkeys(row.set for row in records.ledger))
+    if not sets and subject(records) != "preferences":
+        return ""
     if not sets:
         return '<p class="empty">No preferences of an evaluation are recorded.</p>'
     # The headline's set comes first.

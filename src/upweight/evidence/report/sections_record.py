@@ -51,6 +51,9 @@ def rows(records: Records) -> str:
     head = ("Set", "Read", "Used", "Dropped", "Prompts cut", "Responses cut", "Stop added")
     head += ("Responses", "Preferences")
     lines = [_account_line(name, account) for name, account in accounts.items()]
+    # Prompts alone have no responses, and responses alone no preferences.
+    while len({line[-1] for line in lines} | {count(0)}) == 1:
+        head, lines = head[:-1], [line[:-1] for line in lines]
     template = ""
     if records.template is not None:
         template = f'<p class="remark">Template: <code>{esc(records.template)}</code>.</p>'
