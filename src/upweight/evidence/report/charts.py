@@ -69,7 +69,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """A text beside a point of the plot, on its side e, w, n or s."""
+    """A text beside a point of the plot, to its ne, nw, se or sw."""
 
     x: float
     y: float

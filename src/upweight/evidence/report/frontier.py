@@ -19,8 +19,8 @@ READING = (
 _LETTER, _LINE = 0.0075, 0.065
 """About what a letter and a line take of a plot's width and height."""
 
-_SIDES = {"e": (0.0, 0.0), "w": (-1.0, 0.0), "n": (-0.5, 0.9), "s": (-0.5, -0.9)}
-"""Where a text stands beside its point, in its own widths and heights."""
+_SIDES = {"ne": (0.0, 0.6), "nw": (-1.0, 0.6), "se": (0.0, -0.6), "sw": (-1.0, -0.6)}
+"""Where a text stands beside its point, in its own widths and heights: between the bars."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ Box = tuple[float, float, float, float]
 def _beside(trails: Sequence[Trail], x: Scale, y: Scale) -> list[Beside]:
     """Every text that has a free side of its spot; the others stand in tooltip and legend."""
     spots = [(x.at(s.kl.value), y.at(s.reward.value)) for t in trails for s in t.spots]
-    taken: list[Box] = [(px - 0.008, px + 0.008, py - 0.02, py + 0.02) for px, py in spots]
+    taken: list[Box] = [(px - 0.005, px + 0.005, py - 0.01, py + 0.01) for px, py in spots]
     placed: list[Beside] = []
     wanted = [
         (rank, trail.tone, spot, text)
@@ -164,8 +164,8 @@ def _beside(trails: Sequence[Trail], x: Scale, y: Scale) -> list[Beside]:
 def _box(px: float, py: float, side: str, text: str) -> Box:
     width = _LETTER * len(text)
     across, up = _SIDES[side]
-    gap = 0.012 if side == "e" else -0.012 if side == "w" else 0.0
-    left, middle = px + across * width + gap, py + up * _LINE
+    px += 0.008 if side.endswith("e") else -0.008
+    left, middle = px + across * width, py + up * _LINE
     return left, left + width, middle - _LINE / 2, middle + _LINE / 2
 
 

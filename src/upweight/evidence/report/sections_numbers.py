@@ -102,7 +102,7 @@ def _tiles(records: Records) -> Iterator[str]:
     train = records.accounts.get("train")
     if train is not None:
         below = f"{count(train.read - train.used)} dropped"
-        if train.preferences:
+        if train.preferences and subject(records) != "likelihood":
             below += f", {plural(train.preferences, 'preference')}"
         yield _tile("Training rows", count(train.used), f"of {count(train.read)} used", below)
 
