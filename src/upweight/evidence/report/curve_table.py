@@ -28,8 +28,8 @@ class Curve:
     """One chart. `train` lines are drawn from the training steps, `evals` once per set.
 
     `about` are the kinds of run that have it, all of them if it names none; an `optional` one is
-    not missed where it was not recorded, nor drawn where training never changes it. `bounds` is
-    the key before _low and _high of the interval that the evaluation lines carry.
+    not missed where it was not recorded, a `steered` one not drawn where it never changes.
+    `bounds` is the key before _low and _high of the interval that the evaluation lines carry.
     """
 
     title: str
@@ -39,6 +39,7 @@ class Curve:
     evals: tuple[Line, ...] = ()
     about: tuple[Subject, ...] = ()
     optional: bool = False
+    steered: bool = False
     bounds: str = ""
     guides: tuple[Guide, ...] = ()
     percent: bool = False
@@ -230,6 +231,7 @@ CURVES = (
         _train("beta"),
         about=("answers",),
         optional=True,
+        steered=True,
     ),
     Curve(
         "Gradient norm",

@@ -57,9 +57,9 @@ def frontier(
     if not shown:
         return ""
     spots = [spot for trail in shown for spot in trail.spots]
-    x, x_ticks = axis([0.0, *(v for s in spots for v in _extent(s.kl))])
+    x, x_ticks = _close([0.0, *(v for s in spots for v in _extent(s.kl))])
     levels = [level] if math.isfinite(level[0]) else []
-    y, y_ticks = axis([v for s in spots for v in _extent(s.reward)] + [at for at, _ in levels])
+    y, y_ticks = _close([v for s in spots for v in _extent(s.reward)] + [at for at, _ in levels])
     plot = frame(
         "".join(_draw(trail, x, y) for trail in shown),
         list(zip(map(x.at, x_ticks), ticks(x_ticks), strict=True)),
@@ -70,6 +70,16 @@ def frontier(
     )
     body = f'{_legend(shown)}{plot}<p class="x-title">KL, nats per answer</p>'
     return f'<div class="wide tall">{figure(title, unit, body, how_to_read)}</div>'
+
+
+def _close(values: Sequence[float]) -> tuple[Scale, list[float]]:
+    """An axis that ends just beyond its values, and the ticks on it: intervals reach far enough."""
+    wide, marks = axis(values)
+    low, high = min(values), max(values)
+    if low == high:
+        return wide, marks
+    around = Scale(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    return around, [t for t in marks if around.low <= t <= around.high]
 
 
 def _finite(trail: Trail) -> Trail:

@@ -44,7 +44,7 @@ def curves(records: Records) -> str:
 def _charts(curve: Curve, records: Records) -> Iterator[Chart]:
     """One chart with all sets, or one per set where their lines would hide each other."""
     trained = tuple(_series(line, records.train) for line in curve.train)
-    if curve.optional and not curve.evals and not any(map(_moves, trained)):
+    if curve.steered and not any(map(_moves, trained)):
         return
     sets = list(records.evals)
     crowded = len(sets) > (_MOST_SETS_IN_ONE if len(curve.evals) == 1 else 1) and curve.evals
