@@ -95,7 +95,7 @@ def _extent(found: Interval) -> list[float]:
 
 def _draw(trail: Trail, x: Scale, y: Scale) -> str:
     line = ""
-    if trail.joined:
+    if trail.joined and len(trail.spots) > 1:
         points = [(s.kl.value, s.reward.value) for s in trail.spots]
         line = f'<path class="line{" dashed" if trail.dashed else ""}" d="{path(points, x, y)}"/>'
     spots = "".join(_spot(spot, trail, x, y) for spot in trail.spots)
