@@ -216,7 +216,7 @@ def test_a_record_that_cannot_be_opened_is_named(tmp_path: Path, monkeypatch: py
 
     # Permissions do not bind root, who runs tests in containers.
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(DataError, match="metrics.jsonl cannot be read: Permission denied"):
+    with pytest.raises(DataError, match="run.yaml cannot be read: Permission denied"):
         read_records(run)
 
 

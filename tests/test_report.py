@@ -155,6 +155,9 @@ class Page(HTMLParser):
             self.loads.append(data)
 
 
+OPTIONAL = ("Before and after", "Reward against KL")
+"""The sections that a run of preferences alone does not have."""
+
 TEXTS = ("set", "row", "prompt", "chosen", "rejected", "why")
 NUMBERS = ("margin", "odds_model", "odds_words")
 
@@ -186,7 +189,7 @@ def test_the_report_of_a_finished_run_has_every_section(tmp_path: Path):
     run = write_run(tmp_path)
     assert write_report(run) == run / "report.html"
     headings = Page((run / "report.html").read_text(encoding="utf-8")).headings
-    assert headings == [title for title, _ in SECTIONS if title != "Before and after"]
+    assert headings == [title for title, _ in SECTIONS if title not in OPTIONAL]
 
 
 def test_warnings_are_shown_with_where_they_were_found(tmp_path: Path):
@@ -283,7 +286,7 @@ def test_a_browser_shows_every_section_and_runs_only_our_script(tmp_path: Path):
     page = write_report(write_run(run))
     dom = _dom(page, tmp_path / "profile")
     for title, _ in SECTIONS:
-        assert (f"<h2>{title}</h2>" in dom) == (title != "Before and after")
+        assert (f"<h2>{title}</h2>" in dom) == (title not in OPTIONAL)
     # Only the script gives legend keys their role.
     assert 'role="button" aria-pressed="true"' in dom
     page.write_text(render(nasty_records()), encoding="utf-8")

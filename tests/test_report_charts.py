@@ -258,7 +258,7 @@ def test_a_metric_that_no_line_has_is_named_as_not_recorded():
 def test_only_dpo_starts_at_ln_2():
     records = Records("run", train=trained(3))
     assert "ln 2" in curves(records)
-    assert "ln 2" not in curves(replace(records, settings=(Setting("objective", "ipo", "flag"),)))
+    assert "ln 2" not in curves(replace(records, settings=(Setting("objective", "sft", "flag"),)))
 
 
 def test_epochs_are_marked_unless_there_are_many():

@@ -146,7 +146,8 @@ def _write_samples(state: State, progress: Progress, name: str, found: _Sampled)
 def _rewards(
     state: State, asked: Sequence[Tree], policy: Sequence[Sample], reference: Sequence[Sample]
 ) -> Record:
-    """The mean reward of the policy's answers with its 95 % interval, and of the reference's."""
+    """The mean reward of the policy's answers and of the reference's, and how much more that is,
+    with 95 % intervals."""
     if state.judge is None:
         return {}
     judge = state.judge
@@ -157,11 +158,16 @@ def _rewards(
 
     ours, theirs = rewards(policy), rewards(reference)
     found = mean_interval(ours)
+    # Prompt by prompt: what both answer well or badly tells nothing about their difference.
+    gain = mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
     return {
         "reward": found.value,
         "reward_low": found.low,
         "reward_high": found.high,
         "reference_reward": sum(theirs) / len(theirs),
+        "reward_gain": gain.value,
+        "reward_gain_low": gain.low,
+        "reward_gain_high": gain.high,
     }
 
 

@@ -65,7 +65,8 @@ class SetAccount:
     """The account of one set's rows: read = used + the dropped, by reason.
 
     `examples` names up to five rows of each reason as (row, detail). `truncated` counts responses
-    by the side that was cut. `lengths` are tokens, by part and percentile.
+    by the side that was cut. `lengths` are tokens, by part and percentile. `left_out` counts the
+    responses of used rows that are not trained on, by reason.
     """
 
     read: int
@@ -77,6 +78,7 @@ class SetAccount:
     preferences: int
     responses: int
     lengths: Mapping[str, Values]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,13 @@ _WITHOUT = {
 }
 
 
+_WRITTEN_FOR = {
+    "ledger.parquet": ("dpo",),
+    "samples.jsonl": ("dpo", "sft", "online_dpo", "ppo", "grpo", "rloo"),
+}
+"""The objectives that write a record which not all of them do."""
+
+
 def read_records(run_dir: Path) -> Records:
     """Read a run directory, finished or not.
 
@@ -44,7 +51,10 @@ def read_records(run_dir: Path) -> Records:
             f"{run_dir} holds no run: it has none of {', '.join(_WITHOUT)}. "
             "Give the folder that a run wrote (its `out`)."
         )
-    notes = [f"{name} is missing: {_WITHOUT[name]}." for name in missing]
+    settings = read_settings(run_dir / "run.yaml")
+    objective = next((s.value for s in settings if s.key == "objective"), "dpo")
+    expected = [name for name in missing if objective in _WRITTEN_FOR.get(name, (objective,))]
+    notes = [f"{name} is missing: {_WITHOUT[name]}." for name in expected]
     train, evals, during = _measurements(run_dir / "metrics.jsonl", notes)
     accounts, template, before = _accounts(run_dir / "account.json")
     environment = json_file(run_dir / "environment.json")
@@ -58,7 +68,7 @@ def read_records(run_dir: Path) -> Records:
         accounts=accounts,
         template=template,
         warnings=(*before, *during),
-        settings=read_settings(run_dir / "run.yaml"),
+        settings=settings,
         environment=environment.fields if environment else {},
         comparison=_comparison(run_dir / "evaluation.json"),
         notes=tuple(notes),
@@ -193,6 +203,7 @@ def _account(entry: JsonObject) -> SetAccount:
         preferences=entry.whole("preferences"),
         responses=entry.whole("responses"),
         lengths={part: lengths.object(part).numbers() for part in lengths.fields},
+        left_out=entry.object("left_out").wholes() if "left_out" in entry.fields else {},
     )
 
 

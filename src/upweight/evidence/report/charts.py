@@ -68,6 +68,17 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """A text beside a point of the plot, to its ne, nw, se or sw."""
+
+    x: float
+    y: float
+    side: str
+    text: str
+    tone: str
+
+
+@dataclass(frozen=True, slots=True)
 class Chart:
     """What a line chart shows. `reading` is the sentence that says how to read it.
 
@@ -150,6 +161,7 @@ def frame(
     guides: Sequence[tuple[float, str]] = (),
     events: Sequence[tuple[float, str]] = (),
     marks: Sequence[tuple[float, Mark]] = (),
+    beside: Sequence[Beside] = (),
     label: str,
 ) -> str:
     """Grid, guides and labels around an SVG shape. Positions are 0..1 from the left and bottom."""
@@ -169,6 +181,12 @@ def frame(
     labels += [_label("x", f"left:{100 * at:.2f}%", text) for at, text in columns]
     labels += [_label("at-guide", f"bottom:{100 * at:.2f}%", text) for at, text in guides]
     labels += [_event_label(at, text) for at, text in events if text]
+    labels += [
+        _label(
+            f"beside {b.side} {b.tone}", f"left:{100 * b.x:.2f}%;bottom:{100 * b.y:.2f}%", b.text
+        )
+        for b in beside
+    ]
     chips, levels = _chips(marks)
     kind = f'plot" style="--levels:{levels}' if levels else "plot"
     return (

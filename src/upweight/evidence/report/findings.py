@@ -5,12 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from upweight.evidence.records import LedgerRow, Measurement, Records
 from upweight.stats import Interval, accuracy_interval, mean_interval, sign_test
 
 ACCURACY = "rewards/accuracies"
 HELD_OUT = "heldout"
+
+Subject = Literal["preferences", "likelihood", "ranking", "answers"]
+
+SUBJECTS: dict[str, Subject] = {
+    "dpo": "preferences",
+    "sft": "likelihood",
+    "reward": "ranking",
+    "online_dpo": "answers",
+    "ppo": "answers",
+    "grpo": "answers",
+    "rloo": "answers",
+}
+"""What a run is about: its policy's preferences, how likely it makes given responses, how a reward
+model ranks, or what its answers earn."""
+
+
+def subject(records: Records) -> Subject:
+    """What the run is about, by its objective; preferences where none is known."""
+    return SUBJECTS.get(records.setting("objective") or "dpo", "preferences")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +98,38 @@ def accuracy_before(records: Records, set_name: str) -> float | None:
     """The accuracy at step 0, if an evaluation was made there."""
     rows = records.evals.get(set_name, ())
     return rows[0].values.get(ACCURACY) if rows and rows[0].step == 0 else None
+
+
+def gain(rows: Sequence[Measurement]) -> Latest | None:
+    """By how much the policy's answers out-earn the reference's at the last evaluation.
+
+    Where the difference prompt by prompt was not recorded, its interval is that of the policy's
+    mean alone, as if the reference's were exact.
+    """
+    found = latest(rows, "reward_gain")
+    if found is not None:
+        return found
+    ours, theirs = latest(rows, "reward"), latest(rows, "reference_reward")
+    if ours is None or theirs is None or ours.step != theirs.step:
+        return None
+    if ours.low is None or ours.high is None:
+        return Latest(ours.value - theirs.value, None, None, ours.step)
+    low, high = ours.low - theirs.value, ours.high - theirs.value
+    return Latest(ours.value - theirs.value, low, high, ours.step)
+
+
+def judge(records: Records) -> str:
+    """What the rewards of an evaluation come from; '' where that is not known."""
+    for key in ("evaluation.true_reward", "rollout.reward"):
+        named = records.setting(key)
+        if named not in (None, "", "~", "null"):
+            return str(named)
+    return ""
+
+
+def num_sampled(records: Records, set_name: str, step: int) -> int:
+    """How many answers the set's evaluation at a step sampled."""
+    return sum(s.set == set_name and s.step == step for s in records.samples)
 
 
 def num_preferences(records: Records, set_name: str) -> int | None:

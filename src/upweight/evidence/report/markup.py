@@ -44,6 +44,10 @@ def number(value: float | int, digits: int = 3) -> str:
     return _MINUS + text[1:] if text.startswith("-") else text
 
 
+def signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value)
+
+
 def ticks(values: Sequence[float]) -> list[str]:
     """The labels of an axis, all with the decimals that the finest of them needs."""
     if any(value and not 1e-3 <= abs(value) < 1e5 for value in values):

@@ -54,8 +54,8 @@ def axis(values: Sequence[float], *, log: bool = False) -> tuple[Scale, list[flo
     """The scale from tick to tick that holds all finite values, and its ticks."""
     low, high = min(values), max(values)
     if low == high:
-        pad = abs(low) / 2 or 1.0
-        low, high = (low / 2, high * 2) if log else (low - pad, high + pad)
+        pad = abs(low) / 2
+        low, high = (low / 2, high * 2) if log else (low - pad, high + (pad or 1.0))
     ticks = log_ticks(low, high) if log else nice_ticks(low, high)
     return Scale(ticks[0], ticks[-1], log), ticks
 

@@ -1,176 +1,32 @@
-"""The curves of a run: a table of charts, each a list of metric keys."""
+"""The curves of a run, drawn from the table of charts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from upweight.evidence.records import Measurement, Records
 from upweight.evidence.report.charts import Chart, Event, Guide, Mark, Series, line_chart
-from upweight.evidence.report.findings import last_step, main_set
+from upweight.evidence.report.curve_table import CURVES, Curve, Line
+from upweight.evidence.report.findings import last_step, main_set, subject
 from upweight.evidence.report.markup import esc, number, reading
 from upweight.evidence.report.scales import running_mean, smoothing_window
 
 _MOST_SETS_IN_ONE = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One metric as a line: the key, what the legend calls it, and its colour class.
-
-    A `smooth` line of many training steps is drawn with its running mean.
-    """
-
-    key: str
-    name: str
-    tone: str
-    dashed: bool = False
-    smooth: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """One chart. `train` lines are drawn from the training steps, `evals` once per set.
-
-    `bounds` is the key before _low and _high of the interval that the evaluation lines carry.
-    """
-
-    title: str
-    unit: str
-    reading: str
-    train: tuple[Line, ...] = ()
-    evals: tuple[Line, ...] = ()
-    bounds: str = ""
-    guides: tuple[Guide, ...] = ()
-    percent: bool = False
-    log: bool = False
-    include: tuple[float, ...] = ()
-
-
-def _train(key: str) -> tuple[Line, ...]:
-    return (Line(key, "train", "t-train"),)
-
-
-CURVES = (
-    Curve(
-        "Loss",
-        "nats per preference",
-        "Lower is better; training falling while an evaluation set rises is overfitting.",
-        _train("loss"),
-        (Line("loss", "", ""),),
-        guides=(Guide(math.log(2), "ln 2: equal to the reference"),),
-    ),
-    Curve(
-        "Reward margin",
-        "beta × nats",
-        "How much more the policy upweighted chosen answers than rejected ones; 0 before training.",
-        _train("rewards/margins"),
-        (Line("rewards/margins", "", ""),),
-        include=(0.0,),
-    ),
-    Curve(
-        "Accuracy",
-        "share of preferences",
-        "Share of preferences whose chosen answer has the higher reward, a tie counting one half; "
-        "the band is its 95 % interval.",
-        _train("rewards/accuracies"),
-        (Line("rewards/accuracies", "", ""),),
-        bounds="rewards/accuracies",
-        guides=(Guide(0.5, "chance"),),
-        percent=True,
-        include=(1.0,),
-    ),
-    Curve(
-        "Sampled KL",
-        "nats per answer",
-        "How far the policy's own answers have moved from the reference; the band is the 95 % "
-        "interval.",
-        evals=(Line("kl", "", ""),),
-        bounds="kl",
-        include=(0.0,),
-    ),
-    Curve(
-        "Gradient norm",
-        "before clipping",
-        "A steady or falling level is healthy; growing spikes mean too high a learning rate.",
-        _train("grad_norm"),
-        log=True,
-    ),
-    Curve(
-        "Learning rate",
-        "",
-        "The schedule as it was applied, warmup included.",
-        (Line("learning_rate", "train", "t-train", smooth=False),),
-        include=(0.0,),
-    ),
-    Curve(
-        "Scored length",
-        "tokens per answer",
-        "Mean scored tokens of the training answers; a lasting gap means that length itself was "
-        "preferred in the data.",
-        (
-            Line("tokens/chosen", "chosen", "t-chosen"),
-            Line("tokens/rejected", "rejected", "t-rejected", dashed=True),
-        ),
-        include=(0.0,),
-    ),
-    Curve(
-        "Sampled length",
-        "tokens per answer",
-        "Mean length of what the policy says against what the reference says to the same prompts.",
-        evals=(
-            Line("length", "policy", "t-policy"),
-            Line("reference_length", "reference", "t-reference", dashed=True),
-        ),
-        include=(0.0,),
-    ),
-    Curve(
-        "Repetition",
-        "share of four tokens in a row",
-        "How much of an answer it has said before; far above the reference's is a policy that goes "
-        "round in circles. The band is the 95 % interval.",
-        evals=(
-            Line("repetition", "policy", "t-policy"),
-            Line("reference_repetition", "reference", "t-reference", dashed=True),
-        ),
-        bounds="repetition",
-        percent=True,
-        include=(0.0,),
-    ),
-    Curve(
-        "Answers that end by themselves",
-        "share of sampled answers",
-        "The others run into evaluation.max_new_tokens; a fall below the reference's is a stop "
-        "token that gets lost. The band is the 95 % interval.",
-        evals=(
-            Line("stopped", "policy", "t-policy"),
-            Line("reference_stopped", "reference", "t-reference", dashed=True),
-        ),
-        bounds="stopped",
-        percent=True,
-        include=(0.0, 1.0),
-    ),
-    Curve(
-        "Throughput",
-        "tokens per second",
-        "Speed of the training steps; a fall means something else took the machine.",
-        _train("tokens_per_second"),
-        include=(0.0,),
-    ),
-)
-
-
 def curves(records: Records) -> str:
-    """Every curve that has a value, in a grid; the others are named."""
+    """Every curve that has a value, in a grid; those that the run's kind usually has are named."""
     if not records.train and not records.evals:
         return '<p class="empty">No step and no evaluation is recorded yet.</p>'
     charts: list[str] = []
     missing: list[str] = []
     for curve in CURVES:
+        if curve.about and subject(records) not in curve.about:
+            continue
         drawn = [c for c in map(line_chart, _charts(curve, records)) if c]
         charts += drawn
-        if not drawn:
+        if not drawn and not curve.optional:
             missing.append(curve.title.lower())
         if curve.title == "Accuracy":
             charts += filter(None, map(line_chart, _log_ratio_charts(records)))
@@ -188,8 +44,9 @@ def curves(records: Records) -> str:
 def _charts(curve: Curve, records: Records) -> Iterator[Chart]:
     """One chart with all sets, or one per set where their lines would hide each other."""
     trained = tuple(_series(line, records.train) for line in curve.train)
+    if curve.steered and not any(map(_moves, trained)):
+        return
     sets = list(records.evals)
-    guides = _guides(curve, records)
     crowded = len(sets) > (_MOST_SETS_IN_ONE if len(curve.evals) == 1 else 1) and curve.evals
     for group in [[name] for name in sets] if crowded else [sets]:
         evaluated = tuple(
@@ -203,14 +60,14 @@ def _charts(curve: Curve, records: Records) -> Iterator[Chart]:
             unit=curve.unit,
             reading=curve.reading,
             series=(*trained, *evaluated),
-            guides=guides,
+            guides=curve.guides,
             events=epochs(records.train),
             marks=_marks(
                 records, {x.key for x in curve.train}, {x.key for x in curve.evals}, group
             ),
             percent=curve.percent,
             log=curve.log,
-            include=(*curve.include, *(guide.value for guide in guides)),
+            include=(*curve.include, *(guide.value for guide in curve.guides)),
             domain=_domain(records),
         )
 
@@ -221,11 +78,9 @@ def _domain(records: Records) -> tuple[float, float]:
     return float(min(starts)), float(last_step(records) or 0)
 
 
-def _guides(curve: Curve, records: Records) -> tuple[Guide, ...]:
-    # ln 2 is where DPO's loss starts; another objective starts elsewhere.
-    if curve.title == "Loss" and records.setting("objective") not in ("dpo", None):
-        return ()
-    return curve.guides
+def _moves(series: Series) -> bool:
+    """Whether there is more to see than one value, repeated."""
+    return len({y for _, y in series.points}) > 1
 
 
 def _series(

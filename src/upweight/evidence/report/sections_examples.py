@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from upweight.evidence.records import LedgerRow, Records, Sample, Suspected
-from upweight.evidence.report.findings import length_rule, main_set
+from upweight.evidence.report.findings import length_rule, main_set, subject
 from upweight.evidence.report.histogram import histogram
 from upweight.evidence.report.markup import (
     count,
@@ -19,6 +19,7 @@ from upweight.evidence.report.markup import (
     plural,
     points,
     reading,
+    signed,
 )
 
 _PROMPTS_AT_ONCE = 3
@@ -31,6 +32,8 @@ _SUSPECTS_AT_MOST = 12
 
 def samples(records: Records) -> str:
     """The last answers of reference and policy side by side, the earlier ones folded below."""
+    if not records.samples and subject(records) == "ranking":
+        return ""
     if not records.samples:
         return '<p class="empty">No sampled answers are recorded.</p>'
     histories: dict[tuple[str, str], list[Sample]] = {}
@@ -90,9 +93,12 @@ def _log_ratio(sample: Sample) -> str:
 
 
 def preferences(records: Records) -> str:
-    """The histogram of margins and the preferences at its ends and in its middle."""
+    """The histogram of margins and the preferences at its ends and in its middle; '' where none
+    are judged."""
     set_name = main_set(records)
     sets = list(dict.fromkeys(row.set for row in records.ledger))
+    if not sets and subject(records) != "preferences":
+        return ""
     if not sets:
         return '<p class="empty">No preferences of an evaluation are recorded.</p>'
     # The headline's set comes first.
@@ -186,7 +192,7 @@ def _pair_card(row: LedgerRow) -> str:
         "" if row.prompt_text is None else f'<div class="prompt">{passage(row.prompt_text)}</div>'
     )
     return (
-        f'<article class="card pair"><p class="margin {kind}"><b>margin {_signed(row.margin)}</b> '
+        f'<article class="card pair"><p class="margin {kind}"><b>margin {signed(row.margin)}</b> '
         f"<code><bdi>{esc(row.row)}</bdi></code> responses {row.chosen} over {row.rejected}</p>"
         f'{prompt}<div class="sides">'
         + _side("Chosen", "t-chosen", row.chosen_text, row.reward_chosen, row.tokens_chosen)
@@ -199,7 +205,7 @@ def _pair_card(row: LedgerRow) -> str:
 
 def _side(name: str, tone: str, text: str | None, reward: float, tokens: int) -> str:
     return (
-        f'<div class="side {tone}"><h4>{name} <small>reward {_signed(reward)}, '
+        f'<div class="side {tone}"><h4>{name} <small>reward {signed(reward)}, '
         f"{plural(tokens, 'token')}</small></h4>{passage(text or '')}</div>"
     )
 
@@ -231,7 +237,7 @@ def labels(records: Records) -> str:
 def _suspect_card(found: Suspected) -> str:
     return (
         f'<article class="card pair"><p class="margin disagrees"><b>margin '
-        f"{_signed(found.margin)}</b> <code><bdi>{esc(found.row)}</bdi></code> "
+        f"{signed(found.margin)}</b> <code><bdi>{esc(found.row)}</bdi></code> "
         f"<bdi>{esc(found.set)}</bdi></p>"
         f'<p class="reading" dir="auto">{esc(found.why)}</p>'
         f'<div class="prompt">{passage(found.prompt)}</div><div class="sides">'
@@ -239,7 +245,3 @@ def _suspect_card(found: Suspected) -> str:
         f'<div class="side t-rejected"><h4>Labelled rejected</h4>{passage(found.rejected)}</div>'
         "</div></article>"
     )
-
-
-def _signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)

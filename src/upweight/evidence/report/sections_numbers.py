@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from upweight.evidence.records import Records
+from upweight.evidence.records import Measurement, Records
 from upweight.evidence.report.findings import (
+    ACCURACY,
+    Subject,
     accuracy,
     accuracy_before,
+    judge,
     latest,
     main_set,
     num_preferences,
+    subject,
 )
 from upweight.evidence.report.markup import (
     count,
@@ -23,10 +27,26 @@ from upweight.evidence.report.markup import (
     percent_interval,
     plural,
     reading,
+    signed,
     table,
 )
 
-_MEASURES = (("Reward margin", "rewards/margins", "beta × nats"), ("Loss", "loss", ""))
+_MEASURES: dict[Subject, tuple[tuple[str, str, str], ...]] = {
+    "preferences": (("Reward margin", "rewards/margins", "beta × nats"), ("Loss", "loss", "")),
+    "ranking": (("Score margin", "rewards/margins", "nats"), ("Loss", "loss", "")),
+    "likelihood": (
+        ("Loss", "loss", "nats per token"),
+        ("Response log-prob", "logps/response", "nats"),
+    ),
+    "answers": (),
+}
+"""The tiles of an evaluation: title, metric, unit."""
+
+_TRAINED: dict[Subject, tuple[tuple[str, str, str], ...]] = {
+    **_MEASURES,
+    "answers": (("Rollout reward", "reward", ""), ("KL of rollouts", "kl", "nats")),
+}
+"""Those of the training steps, where nothing was evaluated."""
 
 
 def comparison(records: Records) -> str:
@@ -58,6 +78,9 @@ def key_numbers(records: Records) -> str:
         + reading(
             "The last recorded values. Brackets are 95 % intervals; a log-prob is the sum over an "
             "answer's scored tokens, in nats."
+            if subject(records) != "ranking"
+            else "The last recorded values. Brackets are 95 % intervals; a score is the model's "
+            "output for an answer, and only differences of scores were learned."
         )
         + (_every_set(records) if len(records.evals) > 1 else "")
     )
@@ -78,14 +101,16 @@ def _tiles(records: Records) -> Iterator[str]:
     yield from _training_tiles(records)
     train = records.accounts.get("train")
     if train is not None:
-        below = (
-            f"{count(train.read - train.used)} dropped, {plural(train.preferences, 'preference')}"
-        )
+        below = f"{count(train.read - train.used)} dropped"
+        if train.preferences and subject(records) != "likelihood":
+            below += f", {plural(train.preferences, 'preference')}"
         yield _tile("Training rows", count(train.used), f"of {count(train.read)} used", below)
 
 
 def _evaluation_tiles(records: Records, set_name: str) -> Iterator[str]:
     rows = records.evals[set_name]
+    if subject(records) == "answers":
+        yield from _reward_tile(records, rows, set_name)
     found = accuracy(records, set_name)
     if found is not None:
         before = accuracy_before(records, set_name)
@@ -95,12 +120,14 @@ def _evaluation_tiles(records: Records, set_name: str) -> Iterator[str]:
             below = f"{percent_interval(found.low, found.high)}, {below}"
             graphic = _interval_bar(found.value, found.low, found.high)
         yield _tile("Accuracy", percent(found.value), "chosen preferred", below, graphic)
-    for name, key, unit in _MEASURES:
+    for name, key, unit in _MEASURES[subject(records)]:
         last = latest(rows, key)
         if last is not None:
             first = rows[0].values.get(key, math.nan)
             before = f", before {number(first)}" if rows[0].step == 0 else ""
             yield _tile(name, number(last.value), unit, f"set {set_name}{before}")
+    if subject(records) != "answers":
+        yield from _reward_tile(records, rows, set_name)
     kl = latest(rows, "kl")
     if kl is not None:
         bounds = (
@@ -113,15 +140,28 @@ def _evaluation_tiles(records: Records, set_name: str) -> Iterator[str]:
         yield _tile("Answer length", number(length.value), "tokens", below)
     chosen, rejected = latest(rows, "logratios/chosen"), latest(rows, "logratios/rejected")
     if chosen is not None and rejected is not None:
-        below = f"rejected {_signed(rejected.value)}, against the reference"
-        yield _tile("Chosen log-prob", _signed(chosen.value), "nats", below)
+        below = f"rejected {signed(rejected.value)}, against the reference"
+        yield _tile("Chosen log-prob", signed(chosen.value), "nats", below)
+
+
+def _reward_tile(records: Records, rows: Sequence[Measurement], set_name: str) -> Iterator[str]:
+    found, reference = latest(rows, "reward"), latest(rows, "reference_reward")
+    if found is None:
+        return
+    bounds = found.low is not None and found.high is not None
+    below = [
+        interval(found.low, found.high) if bounds else "",
+        f"reference {number(reference.value)}" if reference is not None else "",
+        f"set {set_name}",
+    ]
+    yield _tile("Reward", number(found.value), judge(records), ", ".join(filter(None, below)))
 
 
 def _training_tiles(records: Records) -> Iterator[str]:
     if not records.train:
         return
     if not records.evals:
-        for name, key, unit in _MEASURES:
+        for name, key, unit in _TRAINED[subject(records)]:
             last = latest(records.train, key)
             if last is not None:
                 yield _tile(name, number(last.value), unit, f"training step {count(last.step)}")
@@ -136,10 +176,6 @@ def _training_tiles(records: Records) -> Iterator[str]:
     ]
     value = duration(seconds.value) if seconds is not None else plural(step, "step")
     yield _tile("Training", value, "", ", ".join(filter(None, below)))
-
-
-def _signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)
 
 
 def _compact(value: float) -> str:
@@ -160,35 +196,49 @@ def _interval_bar(value: float, low: float, high: float) -> str:
 
 
 def _every_set(records: Records) -> str:
-    def cell(set_name: str, key: str) -> str:
-        found = latest(records.evals[set_name], key)
-        if found is None:
-            return "–"
-        bounds = (
-            f" {interval(found.low, found.high)}" if found.low is not None and found.high else ""
+    """The last evaluation of each set; a column that no set has is left out."""
+    columns: list[tuple[str, list[str]]] = [
+        (title, [_cell(records, name, key) for name in records.evals])
+        for title, key in (
+            ("Preferences", ""),
+            ("Accuracy", ACCURACY),
+            ("Margin", "rewards/margins"),
+            ("Loss", "loss"),
+            ("Reward", "reward"),
+            ("KL, nats", "kl"),
+            ("Length, tokens", "length"),
         )
-        return esc(number(found.value) + bounds)
-
-    rows: list[tuple[str, ...]] = []
-    for name in records.evals:
-        found, n = accuracy(records, name), num_preferences(records, name)
-        right = "–" if found is None else percent(found.value)
-        if found is not None and found.low is not None and found.high is not None:
-            right += f" {percent_interval(found.low, found.high)}"
-        rows.append(
-            (
-                f"<bdi>{esc(name)}</bdi>",
-                "–" if n is None else count(n),
-                right,
-                *(cell(name, key) for key in ("rewards/margins", "loss", "kl", "length")),
-            )
-        )
-    head = ("Set", "Preferences", "Accuracy", "Margin", "Loss", "KL, nats", "Length, tokens")
+    ]
+    columns = [(title, cells) for title, cells in columns if set(cells) != {_ABSENT}]
+    names = [f"<bdi>{esc(name)}</bdi>" for name in records.evals]
+    lines = [(name, *(cells[i] for _, cells in columns)) for i, name in enumerate(names)]
+    chance = "An accuracy whose interval includes 50 % is not told apart from chance; "
+    if not any(title == "Accuracy" for title, _ in columns):
+        chance = ""
     return (
         "<h3>Every evaluation set</h3>"
-        + table(head, rows, "numbers")
-        + reading(
-            "Each set's last evaluation. An accuracy whose interval includes 50 % is not told "
-            "apart from chance; a dash was not measured."
-        )
+        + table(("Set", *(title for title, _ in columns)), lines, "numbers")
+        + reading(f"Each set's last evaluation. {chance}a dash was not measured.")
     )
+
+
+_ABSENT = "–"
+
+
+def _cell(records: Records, set_name: str, key: str) -> str:
+    if not key:
+        n = num_preferences(records, set_name)
+        return count(n) if n else _ABSENT
+    if key == ACCURACY:
+        right = accuracy(records, set_name)
+        if right is None:
+            return _ABSENT
+        bounds = right.low is not None and right.high is not None
+        return percent(right.value) + (
+            f" {percent_interval(right.low, right.high)}" if bounds else ""
+        )
+    found = latest(records.evals[set_name], key)
+    if found is None:
+        return _ABSENT
+    bounds = found.low is not None and found.high is not None
+    return esc(number(found.value) + (f" {interval(found.low, found.high)}" if bounds else ""))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 from upweight.evidence.records import Records, SetAccount, Setting
 from upweight.evidence.report.charts import anchor
+from upweight.evidence.report.findings import subject
 from upweight.evidence.report.markup import (
     count,
     details,
@@ -49,8 +50,13 @@ def rows(records: Records) -> str:
         return '<p class="empty">account.json is not there: the rows are not accounted for.</p>'
     accounts = records.accounts
     head = ("Set", "Read", "Used", "Dropped", "Prompts cut", "Responses cut", "Stop added")
-    head += ("Responses", "Preferences")
+    head += ("Responses", "Left out", "Preferences")
     lines = [_account_line(name, account) for name, account in accounts.items()]
+    # Prompts alone have no responses; what is imitated is not compared.
+    gone = {"Preferences"} if subject(records) == "likelihood" else set[str]()
+    gone |= {t for i, t in enumerate(head) if i > 6 and {line[i] for line in lines} == {count(0)}}
+    kept = [i for i, title in enumerate(head) if title not in gone]
+    head, lines = [head[i] for i in kept], [tuple(line[i] for i in kept) for line in lines]
     template = ""
     if records.template is not None:
         template = f'<p class="remark">Template: <code>{esc(records.template)}</code>.</p>'
@@ -61,10 +67,12 @@ def rows(records: Records) -> str:
             "Every row that was read was either used or dropped for a reason; cut counts "
             "responses that lost tokens to max_length, on the prompt's or the response's side; "
             "stop added counts responses that lacked their stop token."
+            + (" Left out are responses of used rows." if "Left out" in head else "")
         )
         + template
         + "".join(_mismatch(name, account) for name, account in accounts.items())
         + _dropped(accounts.items())
+        + _left_out(accounts)
         + _lengths(accounts.items())
     )
 
@@ -78,6 +86,7 @@ def _account_line(name: str, account: SetAccount) -> tuple[str, ...]:
         account.truncated.get("response", 0),
         account.appended_stop,
         account.responses,
+        sum(account.left_out.values()),
         account.preferences,
     )
     return (f"<bdi>{esc(name)}</bdi>", *map(count, numbers))
@@ -126,6 +135,15 @@ def _dropped(accounts: Iterable[tuple[str, SetAccount]]) -> str:
     )
 
 
+def _left_out(accounts: Mapping[str, SetAccount]) -> str:
+    said = [
+        f"{name}: " + ", ".join(f"{count(n)} {reason}" for reason, n in account.left_out.items())
+        for name, account in accounts.items()
+        if account.left_out
+    ]
+    return f'<p class="remark">Responses left out, {esc("; ".join(said))}.</p>' if said else ""
+
+
 def _lengths(accounts: Iterable[tuple[str, SetAccount]]) -> str:
     lines = [
         (
@@ -134,6 +152,7 @@ def _lengths(accounts: Iterable[tuple[str, SetAccount]]) -> str:
         )
         for name, account in accounts
         for part, values in account.lengths.items()
+        if values
     ]
     if not lines:
         return ""

@@ -1,42 +1,40 @@
-"""The top of the page: whether the policy learned the preferences, in words.
+"""The top of the page: whether the run reached what its objective is about, in words.
 
 The words never say more than the interval: one that includes chance shows nothing, and a run
-without held-out preferences does not know.
+that holds nothing out does not know.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from upweight.evidence.records import Records
+from upweight.evidence.records import Measurement, Records
 from upweight.evidence.report.findings import (
     ACCURACY,
-    HELD_OUT,
-    Latest,
+    Subject,
     accuracy,
-    accuracy_before,
     is_unfinished,
+    judge,
     last_step,
     latest,
     ledger_of,
     length_rule,
     main_set,
-    num_preferences,
+    subject,
 )
+from upweight.evidence.report.judgements import CHANCE, JUDGEMENTS
 from upweight.evidence.report.markup import (
     count,
     esc,
     interval,
     number,
     percent,
-    percent_interval,
     plural,
     points,
 )
 
-CHANCE = 0.5
 _NOTEWORTHY_FALL_NATS = 0.5
 _NOTEWORTHY_LENGTH = 1.25
 _NOTEWORTHY_DROPS = 0.05
@@ -57,68 +55,76 @@ class Verdict:
 def verdict(records: Records) -> Verdict:
     """What the records support saying about the run."""
     set_name = main_set(records)
-    found = accuracy(records, set_name) if set_name is not None else None
+    judged = JUDGEMENTS[subject(records)](records, set_name) if set_name is not None else None
     cautions = tuple(_cautions(records, set_name))
-    if set_name is None or found is None:
+    if set_name is None or judged is None:
         return _unmeasured(records, cautions)
-    tone, label, headline, advice = _judge(records, set_name, found)
-    facts = (*advice, *_facts(records, set_name))
-    return Verdict(tone, label, headline, facts, cautions)
+    facts = (*judged.facts, *_facts(records, set_name))
+    return Verdict(judged.tone, judged.label, judged.headline, facts, cautions)
 
 
-def _judge(records: Records, set_name: str, found: Latest) -> tuple[str, str, str, tuple[str, ...]]:
-    """Tone, label, headline and what else to say, from where the interval lies."""
-    shown = percent(found.value)
-    if found.low is not None and found.high is not None:
-        shown += f"\u00a0{percent_interval(found.low, found.high)}"
-    claim = f"prefers the chosen answer on {shown} of {_preferences(records, set_name)}"
-    before = accuracy_before(records, set_name)
-    then = f"before training {percent(before)}" if before is not None else ""
-    aside = (f"{then[0].upper()}{then[1:]}.",) if then else ()
-    if found.step == 0:
-        headline = f"Only the evaluation before training is recorded: the policy {claim}."
-        return "unknown", "Not trained yet", headline, ()
-    if found.low is None or found.high is None:
-        headline = f"The policy {claim}; no interval is recorded, so chance is not excluded."
-        return "unclear", "No interval", headline, aside
-    if found.low > CHANCE:
-        headline = f"The policy {claim}{f'; {then}' if then else ''}."
-        return "good", "Better than chance", headline, ()
-    if found.high < CHANCE:
-        headline = f"The policy prefers the rejected answers: it {claim}."
-        advice = (*aside, "Check that chosen and rejected are not swapped.")
-        return "bad", "Worse than chance", headline, advice
-    headline = (
-        f"It is not shown that the policy learned the preferences: it {claim}, and that interval "
-        f"includes chance ({percent(CHANCE)})."
-    )
-    return "unclear", "Not told apart from chance", headline, aside
+@dataclass(frozen=True, slots=True)
+class Unmeasured:
+    """What is not known without an evaluation, and what the training steps say: `key` at the first
+    and the last of them, or the mean of the last ones where it is a share."""
+
+    question: str
+    key: str
+    said: str
 
 
-def _preferences(records: Records, set_name: str) -> str:
-    n = num_preferences(records, set_name)
-    if set_name == HELD_OUT:
-        return plural(n, "held-out preference") if n is not None else "the held-out preferences"
-    many = plural(n, "preference") if n is not None else "the preferences"
-    return f"{many} of the set “{set_name}”"
+_UNMEASURED: dict[Subject, Unmeasured] = {
+    "preferences": Unmeasured(
+        "Whether the policy learned the preferences is not known",
+        ACCURACY,
+        "On the training pairs of the last {steps} the policy was right on {share}, which "
+        "memorising reaches too.",
+    ),
+    "ranking": Unmeasured(
+        "Whether the reward model learned the preferences is not known",
+        ACCURACY,
+        "On the training pairs of the last {steps} the reward model was right on {share}, which "
+        "memorising reaches too.",
+    ),
+    "likelihood": Unmeasured(
+        "Whether the policy learned more than its training responses is not known",
+        "loss",
+        "Over the last {steps} the loss on the training responses was {mean} nats per token, after "
+        "{first} at the first; memorising lowers it too.",
+    ),
+    "answers": Unmeasured(
+        "Whether the policy earns more than its reference is not known",
+        "reward",
+        "Over the last {steps} its answers to the training prompts earned {mean}, after {first} at "
+        "the first.",
+    ),
+}
 
 
 def _unmeasured(records: Records, cautions: tuple[str, ...]) -> Verdict:
-    label, unknown = "Not measured", "Whether the policy learned the preferences is not known"
-    if _holds_out(records):
-        headline = f"{unknown}: no evaluation is recorded."
-        return Verdict("unknown", label, headline, (), cautions)
+    about, missing = subject(records), _UNMEASURED[subject(records)]
     facts: list[str] = []
-    recent = [r.values.get(ACCURACY, math.nan) for r in records.train[-_LAST_TRAINING_LINES:]]
-    recent = [value for value in recent if math.isfinite(value)]
+    values = [r.values.get(missing.key, math.nan) for r in records.train]
+    values = [value for value in values if math.isfinite(value)]
+    recent = values[-_LAST_TRAINING_LINES:]
     if recent:
+        mean = math.fsum(recent) / len(recent)
+        steps = plural(len(recent), "logged step")
         facts.append(
-            f"On the training pairs of the last {plural(len(recent), 'logged step')} the policy "
-            f"was right on {percent(sum(recent) / len(recent))}, which memorising reaches too."
+            missing.said.format(
+                steps=steps, share=percent(mean), mean=number(mean), first=number(values[0])
+            )
         )
-    facts.append("Set evaluation.fraction (such as 0.1) or evaluation.sets to find out.")
-    headline = f"{unknown}: none were held out."
-    return Verdict("unknown", label, headline, tuple(facts), cautions)
+    if not _holds_out(records):
+        facts.append("Set evaluation.fraction (such as 0.1) or evaluation.sets to find out.")
+        why = "no prompts were held out" if about == "answers" else "none were held out"
+    elif about == "answers" and records.evals:
+        facts.append("Set evaluation.samples to find out.")
+        why = "no answers to held-out prompts were rewarded"
+    else:
+        # With sets held out, the training steps would stand in for what is still to come.
+        facts, why = [], "no evaluation is recorded"
+    return Verdict("unknown", "Not measured", f"{missing.question}: {why}.", tuple(facts), cautions)
 
 
 def _holds_out(records: Records) -> bool:
@@ -128,19 +134,45 @@ def _holds_out(records: Records) -> bool:
 
 
 def _facts(records: Records, set_name: str) -> Iterator[str]:
-    rows = records.evals[set_name]
+    rows, about = records.evals[set_name], subject(records)
+    if about == "ranking":
+        chosen, rejected = latest(rows, "rewards/chosen"), latest(rows, "rewards/rejected")
+        if chosen is not None and rejected is not None:
+            yield f"Mean score: chosen {number(chosen.value)}, rejected {number(rejected.value)}."
+        return
     kl = latest(rows, "kl")
     if kl is None:
         yield "The distance from the reference (sampled KL) was not measured."
-    else:
+    elif about != "answers" or latest(rows, "reward") is None:
         bounds = (
             f" {interval(kl.low, kl.high)}" if kl.low is not None and kl.high is not None else ""
         )
         yield f"KL {number(kl.value)} nats{bounds} from the reference, per sampled answer."
+    if kl is not None and kl.value < 0:
+        yield (
+            "The KL itself is never negative: an estimate from samples that falls below 0 says "
+            "that the distance is small beside its noise."
+        )
+    if about != "answers":
+        yield from _true_reward(records, rows)
     length, reference = latest(rows, "length"), latest(rows, "reference_length")
     if length is not None:
         before = f" (reference {number(reference.value)})" if reference is not None else ""
         yield f"Mean answer length {number(length.value)} tokens{before}."
+
+
+def _true_reward(records: Records, rows: Sequence[Measurement]) -> Iterator[str]:
+    found, reference = latest(rows, "reward"), latest(rows, "reference_reward")
+    if found is None:
+        return
+    named = f" by {judge(records)}" if judge(records) else ""
+    bounds = (
+        f" {interval(found.low, found.high)}"
+        if found.low is not None and found.high is not None
+        else ""
+    )
+    before = f" (reference {number(reference.value)})" if reference is not None else ""
+    yield f"Mean reward of sampled answers{named} {number(found.value)}{bounds}{before}."
 
 
 def _cautions(records: Records, set_name: str | None) -> Iterator[str]:

@@ -1,0 +1,182 @@
+"""Whether DPO's frontier of reward and KL is not below PPO's, as far as the intervals tell."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from upweight.evidence.comparison.nouns import Method, Start
+from upweight.evidence.report.markup import interval, number
+from upweight.stats import Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Knot:
+    """A place of a frontier: the reward with its interval at a KL, in nats."""
+
+    kl: float
+    reward: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """DPO's reward minus PPO's at one KL."""
+
+    kl: float
+    gap: Interval
+
+
+def claim(methods: Sequence[Method], start: Start | None = None) -> tuple[bool | None, str]:
+    """Whether DPO's frontier is not below PPO's at equal KL, and the sentence that says so.
+
+    Both frontiers are lines through their evaluations by KL, from the start at KL 0 if it is
+    given; they are compared where either has an evaluation, within the KL that both reach. True:
+    somewhere above and nowhere below, by the whole interval of the difference; False: somewhere
+    below; None: neither is shown, or there is nothing to compare.
+    """
+    dpo, ppo = _of(methods, "dpo"), _of(methods, "ppo")
+    for name, found in (("DPO", dpo), ("PPO", ppo)):
+        if found is None:
+            return None, f"DPO and PPO are not compared: {_why_not(methods, name)}."
+    assert dpo is not None and ppo is not None
+    ours, theirs = knots(dpo, start), knots(ppo, start)
+    gaps = compared(ours, theirs)
+    if not gaps:
+        return None, (
+            f"DPO and PPO are not compared: no KL was reached by both (DPO {_reach(ours)}, PPO "
+            f"{_reach(theirs)})."
+        )
+    return _said(gaps, max(ours[0].kl, theirs[0].kl))
+
+
+def _said(gaps: Sequence[Gap], low: float) -> tuple[bool | None, str]:
+    where = f"between KL {number(low)} and {number(gaps[-1].kl)} nats"
+    below = [g for g in gaps if g.gap.high < 0]
+    above = [g for g in gaps if g.gap.low > 0]
+    if below:
+        worst = min(below, key=lambda g: g.gap.value)
+        crossing = ""
+        if above:
+            best = max(above, key=lambda g: g.gap.value)
+            crossing = f" They cross: at KL {number(best.kl)} it is {_by(best)} higher."
+        return False, (
+            f"DPO's frontier is below PPO's: at KL {number(worst.kl)} its reward is {_by(worst)} "
+            f"lower.{crossing}"
+        )
+    widest = max(gaps, key=lambda g: abs(g.gap.value))
+    if above:
+        best = max(above, key=lambda g: g.gap.value)
+        return True, (
+            f"DPO's frontier is not below PPO's at equal KL: {where} its reward is higher by up to "
+            f"{_by(best)}, at KL {number(best.kl)}, and nowhere shown to be lower."
+        )
+    return None, (
+        f"DPO's frontier is not shown to differ from PPO's at equal KL: {where} the largest "
+        f"difference in reward is {_signed(widest)}, at KL {number(widest.kl)}."
+    )
+
+
+def _by(found: Gap) -> str:
+    """The size of a difference whose sign is said in words."""
+    low, high = sorted((abs(found.gap.low), abs(found.gap.high)))
+    return f"{number(abs(found.gap.value))} {interval(low, high)}"
+
+
+def _signed(found: Gap) -> str:
+    if not math.isfinite(found.gap.low + found.gap.high):
+        return f"{number(found.gap.value)} (no interval is known)"
+    return f"{number(found.gap.value)} {interval(found.gap.low, found.gap.high)}"
+
+
+def _of(methods: Sequence[Method], objective: str) -> Method | None:
+    """The method that stands for an objective: of several the one that has just its name."""
+    fit = [m for m in methods if m.objective == objective and m.failed is None and _known(m)]
+    return min(fit, key=lambda m: m.name.lower() != objective, default=None)
+
+
+def _why_not(methods: Sequence[Method], name: str) -> str:
+    tried = [m for m in methods if m.objective == name.lower()]
+    failed = next((m.failed for m in tried if m.failed is not None), None)
+    if failed is not None:
+        return f"{name} failed ({failed.rstrip('.')})"
+    return f"{name} has no evaluation with reward and KL" if tried else f"{name} was not run"
+
+
+def _reach(found: Sequence[Knot]) -> str:
+    return f"from {number(found[0].kl)} to {number(found[-1].kl)} nats"
+
+
+def _known(method: Method) -> list[Knot]:
+    return [Knot(p.kl, p.reward_interval) for p in method.points if math.isfinite(p.kl + p.reward)]
+
+
+def knots(method: Method, start: Start | None) -> list[Knot]:
+    """The frontier by ascending KL. Evaluations of one KL are averaged.
+
+    With a start, what is estimated at or below its KL of 0 is left to it: it was measured there.
+    """
+    found = _known(method)
+    if start is not None:
+        origin = Knot(0.0, Interval(start.reward, start.low, start.high))
+        found = [origin, *(knot for knot in found if knot.kl > 0)]
+    by_kl: dict[float, list[Interval]] = {}
+    for knot in found:
+        by_kl.setdefault(knot.kl, []).append(knot.reward)
+    return [Knot(kl, _mean(by_kl[kl])) for kl in sorted(by_kl)]
+
+
+def _mean(rewards: Sequence[Interval]) -> Interval:
+    n = len(rewards)
+    return Interval(
+        math.fsum(r.value for r in rewards) / n,
+        math.fsum(r.low for r in rewards) / n,
+        math.fsum(r.high for r in rewards) / n,
+    )
+
+
+def at(frontier: Sequence[Knot], kl: float) -> Interval:
+    """Reward and bounds at a KL that the frontier reaches, on the line between its neighbours."""
+    i = min(bisect_right(frontier, kl, key=lambda knot: knot.kl), len(frontier) - 1)
+    a, b = frontier[max(0, i - 1)], frontier[i]
+    share = (kl - a.kl) / (b.kl - a.kl) if b.kl > a.kl else 0.0
+
+    def between(x: float, y: float) -> float:
+        return x + share * (y - x) if 0 < share < 1 else (x if share <= 0 else y)
+
+    return Interval(
+        between(a.reward.value, b.reward.value),
+        between(a.reward.low, b.reward.low),
+        between(a.reward.high, b.reward.high),
+    )
+
+
+def compared(ours: Sequence[Knot], theirs: Sequence[Knot]) -> list[Gap]:
+    """The difference at every evaluation of either within the KL that both reach, by KL.
+
+    Where both are at one start there is no difference to measure. Between two evaluations the
+    difference is a line, so that none is larger than those at the ends.
+    """
+    low = max(ours[0].kl, theirs[0].kl)
+    high = min(ours[-1].kl, theirs[-1].kl)
+    places = sorted({k.kl for k in (*ours, *theirs) if low <= k.kl <= high} | {low, high})
+    if low > high or (ours[0] == theirs[0] and low == high):
+        return []
+    same = ours[0] == theirs[0]
+    return [
+        Gap(kl, difference(at(ours, kl), at(theirs, kl)))
+        for kl in places
+        if not (same and kl == low)
+    ]
+
+
+def difference(a: Interval, b: Interval) -> Interval:
+    """a - b of independent estimates, from their intervals: Zou and Donner 2008, equation 3.
+
+    A difference that lies inside both intervals lies inside this one.
+    """
+    value = a.value - b.value
+    low = value - math.hypot(a.value - a.low, b.high - b.value)
+    high = value + math.hypot(a.high - a.value, b.value - b.low)
+    return Interval(value, low, high)

@@ -1,0 +1,249 @@
+"""comparison.json -> comparison.html: one page that loads nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from upweight.evidence.comparison.nouns import Method, Point, Study
+from upweight.evidence.comparison.read import read_study
+from upweight.evidence.report.document import document, write_page
+from upweight.evidence.report.frontier import READING, Spot, Trail, frontier, shown
+from upweight.evidence.report.markup import (
+    count,
+    duration,
+    esc,
+    number,
+    plural,
+    reading,
+    table,
+)
+from upweight.stats import Interval
+
+_TONES = ("t-1", "t-2", "t-3", "t-4", "t-5")
+_MARKERS = ("dot", "square", "ring", "frame")
+
+_ABOUT = {
+    "sft": "raises the log-prob of the chosen answers; the rejected ones are not looked at.",
+    "dpo": "learns from given pairs, by the policy's own log-probs against the reference's: no "
+    "reward model, and nothing is sampled.",
+    "online_dpo": "DPO on pairs of the policy's own answers, ranked by the reward as it trains.",
+    "ppo": "samples answers and makes tokens likelier that earned more than a value model foresaw, "
+    "less a penalty for KL, in small clipped steps.",
+    "grpo": "as PPO, but an answer is held against the others to the same prompt, not against a "
+    "value model.",
+    "rloo": "as GRPO, each answer held against the mean of the others, without dividing by their "
+    "spread.",
+    "reward": "a model of the preferences, which others are trained against.",
+    "best": "no training: of n answers of the start the one that a reward ranks first; its KL is "
+    "known, log n - (n - 1) / n at most.",
+}
+
+
+def write_comparison(folder: Path) -> Path:
+    """Build comparison.html from `folder`/comparison.json, and return its path.
+
+    The page is written whole or not at all. Raises DataError when the record is missing or
+    malformed and OutputError when the page cannot be written.
+    """
+    page = render(read_study(folder))
+    return write_page(folder / "comparison.html", page, "build the page again")
+
+
+def render(study: Study) -> str:
+    """The whole page."""
+    sections = (
+        ("Reward against KL", _frontier(study)),
+        ("Methods", _methods(study)),
+        ("What each method is", _about(study)),
+        ("How it was measured", _measured(study)),
+        ("Every evaluation", _evaluations(study)),
+    )
+    return document(f"{study.title} · upweight comparison", _masthead(study), sections)
+
+
+_CHIPS = {
+    True: ("good", "▲", "The claim holds"),
+    False: ("bad", "▼", "The claim does not hold"),
+    None: ("unclear", "◆", "Not shown either way"),
+}
+
+
+def _masthead(study: Study) -> str:
+    tone, sign, label = _CHIPS[study.claim.holds]
+    failed = [m for m in study.methods if m.failed is not None]
+    items = "".join(f"<li><bdi>{esc(m.name)}</bdi>: {esc(m.failed or '')}</li>" for m in failed)
+    besides = (
+        f'<aside class="cautions"><h2>{plural(len(failed), "method")} failed</h2>'
+        f"<ul>{items}</ul></aside>"
+        if failed
+        else ""
+    )
+    facts = " · ".join(filter(None, (study.budget, study.machine, duration(study.seconds))))
+    return (
+        f'<header class="masthead"><div><p class="run"><b dir="auto">{esc(study.title)}</b> '
+        f"<span>{esc(facts)}</span></p>"
+        f'<p class="chip {tone}"><span aria-hidden="true">{sign}</span> {label}</p>'
+        f'<h1 class="verdict" dir="auto">{esc(study.claim.said)}</h1>'
+        f'<p class="facts">{plural(len(study.methods), "method")} from one start, by '
+        f"{esc(study.reward)}, at equal distance from the reference.</p></div>{besides}</header>"
+    )
+
+
+def _frontier(study: Study) -> str:
+    trails = [_trail(method, study, i) for i, method in enumerate(study.methods)]
+    if not any(_measured_points(m) for m in study.methods):
+        return '<p class="empty">No method was evaluated.</p>'
+    origin = Trail("Start", "t-reference", [_origin(study)], [""], "ring")
+    return frontier(
+        "Reward against KL",
+        [*trails, origin],
+        f"mean {study.reward}",
+        f"{READING} A line follows one policy from the start through its evaluations, in the order "
+        "of their steps; answers chosen best of n are points. Point at one to read it.",
+        (study.start.reward, ""),
+    )
+
+
+def _measured_points(method: Method) -> list[Point]:
+    return [p for p in method.points if math.isfinite(p.kl + p.reward)]
+
+
+def _origin(study: Study) -> Spot:
+    start = Interval(study.start.reward, study.start.low, study.start.high)
+    return Spot(Interval(0.0, math.nan, math.nan), start, "KL 0")
+
+
+def _trail(method: Method, study: Study, index: int) -> Trail:
+    points = [p for p in method.points if p.step > 0 or not method.is_path]
+    spots = [Spot(p.kl_interval, p.reward_interval, _when(method, p)) for p in points]
+    path = method.is_path
+    texts = ["" for _ in points[:-1]] + [method.name] if path else [f"{p.step}" for p in points]
+    if path and _measured_points(method):
+        spots, texts = [_origin(study), *spots], ["", *texts]
+    return Trail(
+        method.name,
+        _TONES[index % len(_TONES)],
+        spots,
+        texts if points else texts[:1],
+        _MARKERS[index % len(_MARKERS)],
+        joined=path,
+        dashed=index >= len(_TONES),
+    )
+
+
+def _when(method: Method, point: Point) -> str:
+    return f"{'step' if method.is_path else 'n ='} {count(point.step)}"
+
+
+def _methods(study: Study) -> str:
+    level = common_kl(study.methods)
+    head = ["Method", f"Final {esc(study.reward)}", "KL, nats"]
+    if level is not None:
+        head.append(f"Best at KL ≤ {esc(number(level))}")
+    head += ["Length, tokens", "Tokens computed", "Training"]
+    start = Interval(study.start.reward, study.start.low, study.start.high)
+    blank = ["–"] if level is not None else []
+    lines: list[Sequence[str]] = [("Start", esc(shown(start)), "0", *blank, "–", "–", "–")]
+    lines += [_line(method, level) for method in study.methods]
+    return table(head, lines, "numbers methods") + reading(
+        "The last evaluation of each method, with 95 % intervals"
+        + (
+            ""
+            if level is None
+            else "; in between the best of its evaluations within a KL that all of those compared "
+            "reached, which flatters by what luck is in a best"
+        )
+        + ". Tokens are all that training computed, rollouts included."
+    )
+
+
+def _line(method: Method, level: float | None) -> Sequence[str]:
+    note = f"<small>failed: {esc(method.failed)}</small>" if method.failed is not None else ""
+    name = f"<bdi>{esc(method.name)}</bdi>{note}"
+    cost = (count(method.tokens), esc(duration(method.seconds)))
+    points = _measured_points(method)
+    if not points:
+        return (name, "–", "–", *(["–"] if level is not None else []), "–", *cost)
+    last = points[-1]
+    below = [p for p in points if level is not None and p.kl <= level]
+    best = max(below, key=lambda p: p.reward, default=None)
+    cells = [esc(shown(last.reward_interval)), esc(shown(last.kl_interval))]
+    if level is not None:
+        said = "–" if best is None else f"{esc(shown(best.reward_interval))}"
+        at = "" if best is None else f"<small>{_when(method, best)}, KL {number(best.kl)}</small>"
+        cells.append(said + at)
+    return (name, *cells, esc(number(last.length)), *cost)
+
+
+def common_kl(methods: Sequence[Method]) -> float | None:
+    """The largest KL that all compared methods reached: DPO and PPO, or all where one is missing;
+    None where nothing is above 0."""
+    reached = {
+        (m.objective, m.name): max(p.kl for p in _measured_points(m))
+        for m in methods
+        if m.is_path and m.failed is None and _measured_points(m)
+    }
+    compared = {key: kl for key, kl in reached.items() if key[0] in ("dpo", "ppo")}
+    if {objective for objective, _ in compared} != {"dpo", "ppo"}:
+        compared = reached
+    level = min(compared.values(), default=0.0)
+    return level if level > 0 else None
+
+
+def _about(study: Study) -> str:
+    lines = [
+        (
+            f"<bdi>{esc(m.name)}</bdi>",
+            esc(_sentence(m)),
+            f'<span dir="auto">{esc(m.note)}</span>',
+        )
+        for m in study.methods
+    ]
+    return table(("Method", "What it does", "In this comparison"), lines, "about")
+
+
+def _sentence(method: Method) -> str:
+    key = method.objective if method.is_path else "best"
+    said = _ABOUT.get(key, f"objective {method.objective}.")
+    return said[0].upper() + said[1:]
+
+
+def _measured(study: Study) -> str:
+    points = (
+        f"Every method starts from the same policy, which earns {_start(study)} and is the "
+        "reference at KL 0.",
+        f"Reward is the mean of {study.reward} over sampled answers to held-out prompts.",
+        "The KL of a trained policy is sampled too: the mean of log policy - log reference over "
+        "its answers, in nats per answer. As an estimate it can fall below 0, which the KL itself "
+        "never does.",
+        "Frontiers are compared where either has an evaluation, along lines between neighbours. "
+        "The interval of a difference is that of two independent estimates; each has its 95 % for "
+        "itself, and the uncertainty of KL is not in it.",
+        f"Budget: {study.budget}. Machine: {study.machine}. All in all {duration(study.seconds)}.",
+    )
+    items = "".join(f"<li>{esc(text)}</li>" for text in points)
+    return f'<ul class="said">{items}</ul>'
+
+
+def _start(study: Study) -> str:
+    return shown(Interval(study.start.reward, study.start.low, study.start.high))
+
+
+def _evaluations(study: Study) -> str:
+    lines = [
+        (
+            f"<bdi>{esc(method.name)}</bdi>",
+            esc(_when(method, p)),
+            esc(shown(p.kl_interval)),
+            esc(shown(p.reward_interval)),
+            esc(number(p.length)),
+        )
+        for method in study.methods
+        for p in method.points
+    ]
+    if not lines:
+        return ""
+    head = ("Method", "After", "KL, nats", esc(study.reward), "Length, tokens")
+    return table(head, lines, "numbers")

@@ -1,0 +1,67 @@
+"""Read comparison.json."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from upweight.errors import DataError
+from upweight.evidence.comparison.nouns import Claim, Method, Point, Start, Study
+from upweight.evidence.records.objects import JsonObject, json_file
+
+
+def read_study(folder: Path) -> Study:
+    """The study in `folder`/comparison.json; null stands for a number that is not known.
+
+    Raises DataError when it is not there or malformed.
+    """
+    whole = json_file(folder / "comparison.json")
+    if whole is None:
+        raise DataError(
+            f"{folder} has no comparison.json. Give the folder that a comparison was written to."
+        )
+    start, said = whole.object("start"), whole.object("claim")
+    holds = said.fields.get("holds")
+    if holds is not None and not isinstance(holds, bool):
+        raise said.wrong("holds", "true, false or null")
+    return Study(
+        title=whole.text("title"),
+        reward=whole.text("reward"),
+        start=Start(_number(start, "reward"), _number(start, "low"), _number(start, "high")),
+        methods=tuple(map(_method, whole.objects("methods"))),
+        budget=whole.text("budget"),
+        machine=whole.text("machine"),
+        seconds=whole.number("seconds"),
+        claim=Claim(holds, said.text("said")),
+    )
+
+
+def _method(entry: JsonObject) -> Method:
+    return Method(
+        name=entry.text("name"),
+        objective=entry.text("objective"),
+        note=entry.text("note"),
+        seconds=entry.number("seconds"),
+        tokens=entry.whole("tokens"),
+        points=tuple(map(_point, entry.objects("points"))),
+        failed=None if entry.fields.get("failed") is None else entry.text("failed"),
+    )
+
+
+def _point(entry: JsonObject) -> Point:
+    return Point(
+        step=entry.whole("step"),
+        kl=_number(entry, "kl"),
+        kl_low=_number(entry, "kl_low"),
+        kl_high=_number(entry, "kl_high"),
+        reward=_number(entry, "reward"),
+        reward_low=_number(entry, "reward_low"),
+        reward_high=_number(entry, "reward_high"),
+        length=_number(entry, "length"),
+    )
+
+
+def _number(entry: JsonObject, key: str) -> float:
+    if key in entry.fields and entry.fields[key] is None:
+        return math.nan
+    return entry.number(key)

@@ -1,0 +1,204 @@
+"""What a run's main evaluation supports saying, by what the run is about."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from upweight.evidence.records import Measurement, Records
+from upweight.evidence.report.findings import (
+    HELD_OUT,
+    Latest,
+    Subject,
+    accuracy,
+    accuracy_before,
+    gain,
+    judge,
+    latest,
+    num_preferences,
+    num_sampled,
+)
+from upweight.evidence.report.markup import (
+    count,
+    interval,
+    number,
+    percent,
+    percent_interval,
+    plural,
+    signed,
+)
+
+CHANCE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """`tone` is good, unclear, bad or unknown; `label` says it in a few words."""
+
+    tone: str
+    label: str
+    headline: str
+    facts: tuple[str, ...] = ()
+
+
+def of_preferences(records: Records, set_name: str) -> Judgement | None:
+    """Whether the policy prefers the chosen answers more often than chance would."""
+    return _of_accuracy(records, set_name, "policy", "prefers the chosen answer on", "prefers")
+
+
+def of_ranking(records: Records, set_name: str) -> Judgement | None:
+    """Whether the reward model scores the chosen answers higher more often than chance would."""
+    claim = "scores the chosen answer higher on"
+    return _of_accuracy(records, set_name, "reward model", claim, "scores higher")
+
+
+def _of_accuracy(
+    records: Records, set_name: str, who: str, claim: str, does: str
+) -> Judgement | None:
+    found = accuracy(records, set_name)
+    if found is None:
+        return None
+    shown = percent(found.value)
+    if found.low is not None and found.high is not None:
+        shown += f"\u00a0{percent_interval(found.low, found.high)}"
+    claim = f"{claim} {shown} of {_preferences(records, set_name)}"
+    before = accuracy_before(records, set_name)
+    then = f"before training {percent(before)}" if before is not None else ""
+    aside = (f"{then[0].upper()}{then[1:]}.",) if then else ()
+    if found.step == 0:
+        headline = f"Only the evaluation before training is recorded: the {who} {claim}."
+        return Judgement("unknown", "Not trained yet", headline)
+    if found.low is None or found.high is None:
+        headline = f"The {who} {claim}; no interval is recorded, so chance is not excluded."
+        return Judgement("unclear", "No interval", headline, aside)
+    if found.low > CHANCE:
+        headline = f"The {who} {claim}{f'; {then}' if then else ''}."
+        return Judgement("good", "Better than chance", headline)
+    if found.high < CHANCE:
+        headline = f"The {who} {does} the rejected answers: it {claim}."
+        advice = (*aside, "Check that chosen and rejected are not swapped.")
+        return Judgement("bad", "Worse than chance", headline, advice)
+    headline = (
+        f"It is not shown that the {who} learned the preferences: it {claim}, and that interval "
+        f"includes chance ({percent(CHANCE)})."
+    )
+    return Judgement("unclear", "Not told apart from chance", headline, aside)
+
+
+def _preferences(records: Records, set_name: str) -> str:
+    n = num_preferences(records, set_name)
+    if set_name == HELD_OUT:
+        return plural(n, "held-out preference") if n is not None else "the held-out preferences"
+    many = plural(n, "preference") if n is not None else "the preferences"
+    return f"{many} of the set “{set_name}”"
+
+
+def of_likelihood(records: Records, set_name: str) -> Judgement | None:
+    """Whether responses that were not trained on became likelier."""
+    rows = records.evals[set_name]
+    losses = [(row.step, row.values.get("loss", math.nan)) for row in rows]
+    losses = [(step, loss) for step, loss in losses if math.isfinite(loss)]
+    if not losses:
+        return None
+    (first_step, first), (last_step, last) = losses[0], losses[-1]
+    lowest_step, lowest = min(losses, key=lambda found: found[1])
+    where = _responses(rows, set_name)
+    nats = "nats per token"
+    if last_step == 0:
+        headline = (
+            f"Only the evaluation before training is recorded: the loss on {where} is "
+            f"{number(last)} {nats}."
+        )
+        return Judgement("unknown", "Not trained yet", headline)
+    if first_step != 0:
+        headline = (
+            f"The loss on {where} is {number(last)} {nats}; what it was before training is not "
+            "recorded."
+        )
+        return Judgement("unclear", "Nothing to compare with", headline)
+    facts = tuple(_of_losses(first, last, lowest, lowest_step, last_step))
+    change = f"from {number(first)} to {number(last)} {nats}"
+    if last < first:
+        return Judgement("good", "Held-out loss fell", f"The loss on {where} fell {change}.", facts)
+    if last > first:
+        headline = f"The loss on {where} rose {change}: they became less likely."
+        return Judgement("bad", "Held-out loss rose", headline, facts)
+    headline = f"The loss on {where} is what it was, {number(last)} {nats}."
+    return Judgement("unclear", "Held-out loss unchanged", headline, facts)
+
+
+def _of_losses(
+    first: float, last: float, lowest: float, lowest_step: int, last_step: int
+) -> Iterator[str]:
+    if max(first, last) < 20:
+        yield f"Perplexity went from {number(math.exp(first))} to {number(math.exp(last))}."
+    if lowest_step != last_step and number(lowest) != number(last):
+        yield (
+            f"It was lowest at step {count(lowest_step)}, {number(lowest)}: what was learned since "
+            "helps on the training responses only."
+        )
+
+
+def _responses(rows: Sequence[Measurement], set_name: str) -> str:
+    n = latest(rows, "num_responses")
+    if set_name == HELD_OUT:
+        return "the held-out responses" if n is None else plural(int(n.value), "held-out response")
+    many = "the responses" if n is None else plural(int(n.value), "response")
+    return f"{many} of the set “{set_name}”"
+
+
+def of_answers(records: Records, set_name: str) -> Judgement | None:
+    """Whether the policy's answers earn more than the reference's, and at what distance."""
+    rows = records.evals[set_name]
+    ours, found = latest(rows, "reward"), gain(rows)
+    if ours is None:
+        return None
+    theirs, kl = latest(rows, "reference_reward"), latest(rows, "kl")
+    held_out = set_name == HELD_OUT
+    n = num_sampled(records, set_name, ours.step)
+    prompts = plural(n, "held-out prompt" if held_out else "prompt") if n else "held-out prompts"
+    if not held_out:
+        prompts = f"{plural(n, 'prompt') if n else 'prompts'} of the set “{set_name}”"
+    earned = f"{number(ours.value)}{_bounds(ours)}"
+    against = f", the reference's {number(theirs.value)}" if theirs is not None else ""
+    distance = f", at a sampled KL of {number(kl.value)} nats{_bounds(kl)}" if kl else ""
+    claim = f"answers to {prompts} earn {earned} on average{against}{distance}"
+    facts = tuple(_of_rewards(records, found))
+    if ours.step == 0:
+        headline = f"Only the evaluation before training is recorded: {claim}."
+        return Judgement("unknown", "Not trained yet", headline)
+    if found is None or found.low is None or found.high is None:
+        headline = f"The policy's {claim}; how sure that is, is not recorded."
+        return Judgement("unclear", "No interval", headline, facts)
+    if found.low > 0:
+        return Judgement("good", "Above the reference", f"The policy's {claim}.", facts)
+    if found.high < 0:
+        headline = f"The policy earns less than its reference: {claim}."
+        return Judgement("bad", "Below the reference", headline, facts)
+    headline = f"It is not shown that the policy earns more than its reference: {claim}."
+    return Judgement("unclear", "Not told apart from the reference", headline, facts)
+
+
+def _bounds(found: Latest) -> str:
+    known = found.low is not None and found.high is not None
+    return f"\u00a0{interval(found.low, found.high)}" if known else ""
+
+
+def _of_rewards(records: Records, found: Latest | None) -> Iterator[str]:
+    if found is not None and found.low is not None:
+        yield f"The difference is {signed(found.value)}{_bounds(found)}."
+    name, trained = judge(records), records.setting("rollout.reward")
+    if name and name == trained:
+        yield f"The reward is {name}, the one that was trained for."
+    elif name:
+        yield f"The reward is {name}; trained for was {trained}."
+
+
+JUDGEMENTS: dict[Subject, Callable[[Records, str], Judgement | None]] = {
+    "preferences": of_preferences,
+    "likelihood": of_likelihood,
+    "ranking": of_ranking,
+    "answers": of_answers,
+}
+"""None where the set has not been measured."""
