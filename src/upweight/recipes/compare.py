@@ -14,7 +14,7 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from upweight.config import Resolved, Run, flattened, load_run
 from upweight.config.commands import unread
 from upweight.config.written import parse
 from upweight.errors import ConfigError, OutputError, UpweightError
-from upweight.evidence.comparison import claim, write_comparison
+from upweight.evidence import comparison as scored
 from upweight.models.sample import sample
 from upweight.recipes.kinds import PROMPTS
 from upweight.recipes.prepare import load_policy, prepare
@@ -40,6 +40,12 @@ OWN_KEYS = ("title", "methods", "note", "num")
 
 POINT = ("step", "length", "kl", "kl_low", "kl_high", "reward", "reward_low", "reward_high")
 """What is kept of an evaluation."""
+
+BUDGET = (
+    "every method starts from the same model and sees the same training prompts; those that learn "
+    "from preferences see the same preferences, those that learn from rewards the reward model "
+    "that was trained on these; seconds and tokens are what each took"
+)
 
 Json = dict[str, Any]
 
@@ -87,7 +93,7 @@ def read_comparison(file: Path, given: Mapping[str, Any]) -> Comparison:
         raise ConfigError(f"{file} has no methods. It needs methods: {{NAME: {{objective: ...}}}}.")
     for name, keys in methods.items():
         if not isinstance(keys, dict):
-            raise ConfigError(f"{file}: method {name} is {keys!r}; allowed: the keys of a run.")
+            raise ConfigError(f"{file}: method {name} is {keys}; allowed: the keys of a run.")
     shared = {k: v for k, v in document.items() if k not in OWN_KEYS}
     found = [
         Method(
@@ -111,41 +117,54 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> P
     screen, folder = screen or Silent(), Path(out)
     began = time.monotonic()
     _require_methods(comparison)
+    judge = _shared_run(comparison, folder).evaluation.true_reward
+    if judge is None:
+        raise ConfigError("a comparison needs evaluation.true_reward: what judges every method.")
     folder.mkdir(parents=True, exist_ok=True)
-    methods: list[Json] = []
-    start: Json | None = None
+    methods: list[scored.Method] = []
+    start: scored.Start | None = None
     for method in comparison.methods:
         screen.note(f"== {method.name}: {method.note}")
-        found: Json = {"name": method.name, "objective": method.objective, "note": method.note}
-        found |= {"seconds": 0.0, "tokens": 0, "points": [], "failed": None}
         try:
-            found |= (
-                _best_of(comparison, method, folder)
-                if method.objective == BEST_OF_N
-                else (_trained(comparison, method, folder, screen))
-            )
+            found, its_start = _measured(comparison, method, folder, screen)
         except UpweightError as error:
-            found["failed"] = str(error)
             screen.note(f"{method.name} failed: {error}")
-        start = start or found.pop("start", None)
-        found.pop("start", None)
+            found, its_start = _failed(method, str(error)), None
+        start = start or its_start
         methods.append(found)
-    holds, said = claim(methods)
-    record = {
-        "title": comparison.title,
-        "reward": _shared_run(comparison, folder).evaluation.true_reward,
-        "start": start,
-        "methods": methods,
-        "budget": _budget(comparison),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "seconds": time.monotonic() - began,
-        "claim": {"holds": holds, "said": said},
-    }
-    write_atomic(folder / "comparison.json", json.dumps(record, indent=1))
-    page = write_comparison(folder)
+    if start is None:
+        raise OutputError(
+            f"no method of the comparison in {folder} was evaluated at its start; the first "
+            f"failure: {next((m.failed for m in methods if m.failed), 'none')}"
+        )
+    holds, said = scored.claim(methods, start)
+    study = scored.Study(
+        title=comparison.title,
+        reward=judge,
+        start=start,
+        methods=tuple(methods),
+        budget=BUDGET,
+        machine=f"{platform.machine()}, {os.cpu_count()} cores",
+        seconds=time.monotonic() - began,
+        claim=scored.Claim(holds, said),
+    )
+    write_atomic(folder / "comparison.json", json.dumps(asdict(study), indent=1))
+    page = scored.write_comparison(folder)
     screen.note(said)
     screen.note(f"comparison: {page}")
     return page
+
+
+def _measured(
+    comparison: Comparison, method: Method, folder: Path, screen: Screen
+) -> tuple[scored.Method, scored.Start | None]:
+    if method.objective == BEST_OF_N:
+        return _best_of(comparison, method, folder), None
+    return _trained(comparison, method, folder, screen)
+
+
+def _failed(method: Method, why: str) -> scored.Method:
+    return scored.Method(method.name, method.objective, method.note, 0.0, 0, (), why)
 
 
 def _require_methods(comparison: Comparison) -> None:
@@ -181,7 +200,9 @@ def _folder_of(comparison: Comparison, name: str) -> str:
     return next(method.folder for method in comparison.methods if method.name == name)
 
 
-def _trained(comparison: Comparison, method: Method, folder: Path, screen: Screen) -> Json:
+def _trained(
+    comparison: Comparison, method: Method, folder: Path, screen: Screen
+) -> tuple[scored.Method, scored.Start | None]:
     """What a method's run measured; a run that has finished is read, one that stopped goes on."""
     out = folder / method.folder
     if not (out / "report.html").is_file():
@@ -192,27 +213,25 @@ def _trained(comparison: Comparison, method: Method, folder: Path, screen: Scree
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     points = [
-        {"step": r["step"], "length": r["length"]}
-        | {
-            key: r[key]
-            for name in ("reward", "kl")
-            for key in (name, f"{name}_low", f"{name}_high")
-        }
+        scored.Point(**{key: r[key] for key in POINT})
         for r in records
         if r["kind"] == "eval" and r["set"] == PROMPTS and "reward" in r and "kl" in r
     ]
     last = [r for r in records if r["kind"] == "train"][-1]
-    found: Json = {"seconds": last["seconds"], "tokens": last["num_tokens"]}
-    if points and points[0]["step"] == 0:
-        first = points.pop(0)
-        found["start"] = {name: first[name] for name in ("reward", "reward_low", "reward_high")}
-        found["start"] = {
-            key.removeprefix("reward_"): value for key, value in found["start"].items()
-        }
-    return {**found, "points": points}
+    first = points.pop(0) if points and points[0].step == 0 else None
+    start = first and scored.Start(first.reward, first.reward_low, first.reward_high)
+    found = scored.Method(
+        method.name,
+        method.objective,
+        method.note,
+        last["seconds"],
+        last["num_tokens"],
+        tuple(points),
+    )
+    return found, start
 
 
-def _best_of(comparison: Comparison, method: Method, folder: Path) -> Json:
+def _best_of(comparison: Comparison, method: Method, folder: Path) -> scored.Method:
     """The answer of `num` that the method's reward likes best, for every prompt.
 
     Its KL to the start is at most log n - (n - 1)/n nats (Beirami et al. 2024, arXiv:2401.01879),
@@ -247,22 +266,7 @@ def _best_of(comparison: Comparison, method: Method, folder: Path) -> Json:
     rewards = [score for (score,) in judge(best)]
     found, kl = mean_interval(rewards), math.log(method.num) - (method.num - 1) / method.num
     tokens = sum(len(s.tokens) for answers in drawn for s in answers)
-    point = {
-        "step": 0,
-        "kl": kl,
-        "kl_low": kl,
-        "kl_high": kl,
-        "reward": found.value,
-        "reward_low": found.low,
-        "reward_high": found.high,
-        "length": sum(len(tree.responses[0]) for tree in best) / len(best),
-    }
-    return {"seconds": time.monotonic() - began, "tokens": tokens, "points": [point]}
-
-
-def _budget(comparison: Comparison) -> str:
-    return (
-        "every method starts from the same model and sees the same training prompts; those that "
-        "learn from preferences see the same preferences, those that learn from rewards the reward "
-        "model trained on these; seconds and tokens are what each took"
-    )
+    length = sum(len(tree.responses[0]) for tree in best) / len(best)
+    point = scored.Point(method.num, kl, kl, kl, found.value, found.low, found.high, length)
+    seconds = time.monotonic() - began
+    return scored.Method(method.name, BEST_OF_N, method.note, seconds, tokens, (point,))

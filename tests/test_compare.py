@@ -1,0 +1,96 @@
+"""Methods from one start, judged by one reward, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from runs import furnish, write_rows
+from upweight.cli import main
+
+SHARED = """
+title: Small letters
+model: model
+data: pairs.jsonl
+compute.dtype: float32
+learning_rate: 1e-3
+steps: 2
+evaluation:
+  true_reward: letters.py:score
+  prompt_files: prompts.jsonl
+  samples: 3
+  max_new_tokens: 6
+methods:
+"""
+JUDGE = "  judge: {objective: reward, note: ranks}\n"
+DPO = "  dpo: {objective: dpo, pairs_per_step: 4, evaluation.every: 1}\n"
+PPO = "  ppo: {objective: ppo, reward: 'method:judge', prompts_per_round: 4, max_tokens: 6}\n"
+BEST = "  best of 3: {objective: best_of_n, reward: 'method:judge', num: 3}\n"
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    furnish(tmp_path, monkeypatch)
+    Path("letters.py").write_text(
+        "def score(prompt, response, row):\n    return sum(map(str.islower, response)) / 8\n"
+    )
+    write_rows("prompts.jsonl", [{"prompt": f"another question {i}"} for i in range(4)])
+
+
+def compared(methods: str) -> dict:
+    Path("compare.yaml").write_text(SHARED + methods)
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 0
+    return json.loads(Path("out/comparison.json").read_text())
+
+
+def test_each_method_is_judged_on_the_same_prompts_from_the_same_start():
+    found = compared(DPO + JUDGE + PPO + BEST)
+    methods = {method["name"]: method for method in found["methods"]}
+    assert [m["failed"] for m in methods.values()] == [None] * 4
+    assert [p["step"] for p in methods["dpo"]["points"]] == [1, 2]
+    assert [p["step"] for p in methods["ppo"]["points"]] == [1, 2]
+    assert methods["judge"]["points"] == []
+    (best,) = methods["best of 3"]["points"]
+    assert best["kl"] == pytest.approx(math.log(3) - 2 / 3)
+    assert found["start"]["low"] <= found["start"]["reward"] <= found["start"]["high"]
+    assert all(methods[name]["tokens"] > 0 for name in ("dpo", "ppo", "best of 3"))
+    page = Path("out/comparison.html").read_text()
+    assert "Small letters" in page and "best of 3" in page
+
+
+def test_a_method_that_has_finished_is_not_run_again():
+    before = compared(DPO)
+    written = Path("out/dpo/metrics.jsonl").stat().st_mtime_ns
+    assert compared(DPO)["methods"] == before["methods"]
+    assert Path("out/dpo/metrics.jsonl").stat().st_mtime_ns == written
+
+
+def test_a_method_that_fails_is_named_and_the_others_go_on():
+    found = compared("  lost: {objective: grpo, reward: nowhere.py:score}\n" + DPO)
+    lost, dpo = found["methods"]
+    assert "nowhere.py" in lost["failed"] and dpo["failed"] is None
+    assert "nowhere.py" in Path("out/comparison.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (SHARED + PPO, "no method before it is called so"),
+        ("model: model\n", "has no methods"),
+        (SHARED + "  dpo: 3\n", "method dpo is 3; allowed: the keys of a run"),
+        ("methods: [", "compare.yaml"),
+    ],
+)
+def test_a_mistake_in_the_file_is_told(text, said, capsys: pytest.CaptureFixture[str]):
+    Path("compare.yaml").write_text(text)
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_a_file_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]):
+    assert main(["compare", "nowhere.yaml", "--out", "out"]) == 2
+    assert "nowhere.yaml cannot be read" in capsys.readouterr().err
