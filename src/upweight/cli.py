@@ -291,11 +291,11 @@ def _compare(arguments: argparse.Namespace) -> int:
     out = arguments.out or "runs/compare"
     with default_screen() as screen:
         if arguments.config is not None:
-            compare(read_comparison(arguments.config, given), out, screen)
-            return 0
-        with demo_comparison(arguments.model) as comparison:
-            compare(comparison, out, screen)
-    return 0
+            page = compare(read_comparison(arguments.config, given), out, screen)
+        else:
+            with demo_comparison(arguments.model) as comparison:
+                page = compare(comparison, out, screen)
+    return 130 if page is None else 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:

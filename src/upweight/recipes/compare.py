@@ -50,6 +50,10 @@ BUDGET = (
 Json = dict[str, Any]
 
 
+class _Stopped(Exception):
+    """The person asked to stop: what has finished stays, and the same command goes on."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to train, or to choose: its name, the keys of its run, and what is said of it."""
@@ -108,10 +112,11 @@ def read_comparison(file: Path, given: Mapping[str, Any]) -> Comparison:
     return Comparison(str(document.get("title", file.stem)), shared, found)
 
 
-def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> Path:
+def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> Path | None:
     """Runs every method that has not finished in `out` yet, and writes comparison.html there.
 
-    A method that fails is named with its reason, and the others go on. Raises UpweightError where
+    A method that fails is named with its reason, and the others go on; None when it was asked to
+    stop. Raises UpweightError where
     the comparison itself cannot be made.
     """
     screen, folder = screen or Silent(), Path(out)
@@ -127,6 +132,9 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> P
         screen.note(f"== {method.name}: {method.note}")
         try:
             found, its_start = _measured(comparison, method, folder, screen)
+        except _Stopped:
+            screen.note("stopped; the same command goes on with this method")
+            return None
         except UpweightError as error:
             screen.note(f"{method.name} failed: {error}")
             found, its_start = _failed(method, str(error)), None
@@ -209,7 +217,7 @@ def _trained(
         resume = any((out / "checkpoints").glob("step-*"))
         result = train_model(_resolved(comparison, method, folder, resume=resume), screen)
         if not result.finished:
-            raise OutputError(f"stopped after step {result.steps}; run the comparison again")
+            raise _Stopped
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     points = [
