@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,16 @@ def _padding(lm: LanguageModel, stop_ids: Collection[int]) -> int | None:
     return fits[0] if fits else None
 
 
-def load_reward_model(name: str, **options: Any) -> LanguageModel:
+def load_reward_model(
+    name: str,
+    adapt: Callable[[LanguageModel], LanguageModel] = lambda lm: lm,
+    **options: Any,
+) -> LanguageModel:
     """A reward model as `upweight train objective=reward` and others save it, ready for forests.
 
-    `options` are those of load.load. How its trunk runs a forest is proved with the embedding in
-    the place of an output head. Raises ModelError where the folder holds something else.
+    How its trunk runs a forest is proved with the embedding in the place of an output head, and
+    `adapt` may put an adapter on the trunk. `options` are those of load.load. Raises ModelError
+    where the folder holds something else.
     """
     folder = resolve(name)
     if not is_reward_model(folder):
@@ -104,7 +109,7 @@ def load_reward_model(name: str, **options: Any) -> LanguageModel:
     head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
     head.weight = embedding
     causal.set_output_embeddings(head)
-    lm = load(name, weights=causal, **options)
+    lm = adapt(load(name, weights=causal, **options))
     scoring.to(lm.device)  # pyright: ignore[reportArgumentType]
     return replace(lm, model=scoring.eval())
 

@@ -70,16 +70,12 @@ def values_of(run: Run, lm: LanguageModel, stop_ids: Sequence[int]) -> Values | 
         nn.init.zeros_(head.weight)
         return Values(None, head)
     spec = run.rollout.reward
+    as_trained = functools.partial(trained, run, stop_ids=stop_ids)
     if spec is not None and is_reward_model(spec):
-        critic = load_reward_model(
-            spec, device=str(lm.device), dtype=str(lm.compute_dtype).removeprefix("torch.")
-        )
+        dtype = str(lm.compute_dtype).removeprefix("torch.")
+        critic = load_reward_model(spec, as_trained, device=str(lm.device), dtype=dtype)
         return Values(critic, critic.model)
-    critic = with_scalar_head(
-        trained(run.model_copy(update={"seed": run.seed + 1}), load_policy(run), stop_ids),
-        stop_ids,
-        run.seed,
-    )
+    critic = with_scalar_head(as_trained(load_policy(run)), stop_ids, run.seed)
     nn.init.zeros_(score_head(critic.model).weight)
     return Values(critic, critic.model)
 
