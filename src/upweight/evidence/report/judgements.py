@@ -135,9 +135,11 @@ def _of_losses(
         yield f"Perplexity went from {number(math.exp(first))} to {number(math.exp(last))}."
     if lowest_step != last_step and number(lowest) != number(last):
         yield (
-            f"It was lowest at step {count(lowest_step)}, {number(lowest)}: what was learned since "
-            "helps on the training responses only."
+            f"It was lowest at step {count(lowest_step)}, {number(lowest)}, and rose since, as it "
+            "does when training responses are learned by heart: checkpoint.best=loss keeps such a "
+            "checkpoint."
         )
+    yield "No interval is recorded: other responses may have changed by more or less."
 
 
 def _responses(rows: Sequence[Measurement], set_name: str) -> str:
