@@ -104,7 +104,7 @@ def test_a_policy_that_is_rewarded_for_small_letters_learns_to_write_them(object
     assert {"reward", "reward_low", "reference_reward", "kl", "length"} <= evals[-1].keys()
     end = evals[-1]
     assert end["reward_gain"] == pytest.approx(end["reward"] - end["reference_reward"])
-    assert end["reward_gain_low"] <= end["reward_gain"] <= end["reward_gain_high"]
+    assert {"reward_gain_low", "reward_gain_high"} <= end.keys()
     assert AutoModelForCausalLM.from_pretrained("run/model")
     page = Path("run/report.html").read_text()
     assert "<h2>Reward against KL</h2>" in page and "<h2>Preferences</h2>" not in page

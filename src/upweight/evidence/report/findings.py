@@ -42,6 +42,10 @@ class Latest:
     high: float | None
     step: int
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
 
 @dataclass(frozen=True, slots=True)
 class LengthRule:
@@ -112,9 +116,7 @@ def gain(rows: Sequence[Measurement]) -> Latest | None:
     ours, theirs = latest(rows, "reward"), latest(rows, "reference_reward")
     if ours is None or theirs is None or ours.step != theirs.step:
         return None
-    if ours.low is None or ours.high is None:
-        return Latest(ours.value - theirs.value, None, None, ours.step)
-    low, high = ours.low - theirs.value, ours.high - theirs.value
+    low, high = (bound - theirs.value for bound in ours.bounds) if ours.bounds else (None, None)
     return Latest(ours.value - theirs.value, low, high, ours.step)
 
 

@@ -60,8 +60,8 @@ def _of_accuracy(
     if found is None:
         return None
     shown = percent(found.value)
-    if found.low is not None and found.high is not None:
-        shown += f"\u00a0{percent_interval(found.low, found.high)}"
+    if found.bounds:
+        shown += f"\u00a0{percent_interval(*found.bounds)}"
     claim = f"{claim} {shown} of {_preferences(records, set_name)}"
     before = accuracy_before(records, set_name)
     then = f"before training {percent(before)}" if before is not None else ""
@@ -135,9 +135,11 @@ def _of_losses(
         yield f"Perplexity went from {number(math.exp(first))} to {number(math.exp(last))}."
     if lowest_step != last_step and number(lowest) != number(last):
         yield (
-            f"It was lowest at step {count(lowest_step)}, {number(lowest)}: what was learned since "
-            "helps on the training responses only."
+            f"It was lowest at step {count(lowest_step)}, {number(lowest)}, and rose since, as it "
+            "does when training responses are learned by heart: checkpoint.best=loss keeps such a "
+            "checkpoint."
         )
+    yield "No interval is recorded: other responses may have changed by more or less."
 
 
 def _responses(rows: Sequence[Measurement], set_name: str) -> str:
@@ -181,8 +183,7 @@ def of_answers(records: Records, set_name: str) -> Judgement | None:
 
 
 def _bounds(found: Latest) -> str:
-    known = found.low is not None and found.high is not None
-    return f"\u00a0{interval(found.low, found.high)}" if known else ""
+    return f"\u00a0{interval(*found.bounds)}" if found.bounds else ""
 
 
 def _of_rewards(records: Records, found: Latest | None) -> Iterator[str]:

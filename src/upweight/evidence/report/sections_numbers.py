@@ -116,9 +116,9 @@ def _evaluation_tiles(records: Records, set_name: str) -> Iterator[str]:
         before = accuracy_before(records, set_name)
         below = f"set {set_name}" + (f", before {percent(before)}" if before is not None else "")
         graphic = ""
-        if found.low is not None and found.high is not None:
-            below = f"{percent_interval(found.low, found.high)}, {below}"
-            graphic = _interval_bar(found.value, found.low, found.high)
+        if found.bounds:
+            below = f"{percent_interval(*found.bounds)}, {below}"
+            graphic = _interval_bar(found.value, *found.bounds)
         yield _tile("Accuracy", percent(found.value), "chosen preferred", below, graphic)
     for name, key, unit in _MEASURES[subject(records)]:
         last = latest(rows, key)
@@ -130,9 +130,7 @@ def _evaluation_tiles(records: Records, set_name: str) -> Iterator[str]:
         yield from _reward_tile(records, rows, set_name)
     kl = latest(rows, "kl")
     if kl is not None:
-        bounds = (
-            f"{interval(kl.low, kl.high)}, " if kl.low is not None and kl.high is not None else ""
-        )
+        bounds = f"{interval(*kl.bounds)}, " if kl.bounds else ""
         yield _tile("Sampled KL", number(kl.value), "nats", f"{bounds}per answer")
     length, reference = latest(rows, "length"), latest(rows, "reference_length")
     if length is not None:
@@ -148,9 +146,8 @@ def _reward_tile(records: Records, rows: Sequence[Measurement], set_name: str) -
     found, reference = latest(rows, "reward"), latest(rows, "reference_reward")
     if found is None:
         return
-    bounds = found.low is not None and found.high is not None
     below = [
-        interval(found.low, found.high) if bounds else "",
+        interval(*found.bounds) if found.bounds else "",
         f"reference {number(reference.value)}" if reference is not None else "",
         f"set {set_name}",
     ]
@@ -233,12 +230,9 @@ def _cell(records: Records, set_name: str, key: str) -> str:
         right = accuracy(records, set_name)
         if right is None:
             return _ABSENT
-        bounds = right.low is not None and right.high is not None
-        return percent(right.value) + (
-            f" {percent_interval(right.low, right.high)}" if bounds else ""
-        )
+        bounds = f" {percent_interval(*right.bounds)}" if right.bounds else ""
+        return percent(right.value) + bounds
     found = latest(records.evals[set_name], key)
     if found is None:
         return _ABSENT
-    bounds = found.low is not None and found.high is not None
-    return esc(number(found.value) + (f" {interval(found.low, found.high)}" if bounds else ""))
+    return esc(number(found.value) + (f" {interval(*found.bounds)}" if found.bounds else ""))

@@ -144,9 +144,7 @@ def _facts(records: Records, set_name: str) -> Iterator[str]:
     if kl is None:
         yield "The distance from the reference (sampled KL) was not measured."
     elif about != "answers" or latest(rows, "reward") is None:
-        bounds = (
-            f" {interval(kl.low, kl.high)}" if kl.low is not None and kl.high is not None else ""
-        )
+        bounds = f" {interval(*kl.bounds)}" if kl.bounds else ""
         yield f"KL {number(kl.value)} nats{bounds} from the reference, per sampled answer."
     if kl is not None and kl.value < 0:
         yield (
@@ -166,11 +164,7 @@ def _true_reward(records: Records, rows: Sequence[Measurement]) -> Iterator[str]
     if found is None:
         return
     named = f" by {judge(records)}" if judge(records) else ""
-    bounds = (
-        f" {interval(found.low, found.high)}"
-        if found.low is not None and found.high is not None
-        else ""
-    )
+    bounds = f" {interval(*found.bounds)}" if found.bounds else ""
     before = f" (reference {number(reference.value)})" if reference is not None else ""
     yield f"Mean reward of sampled answers{named} {number(found.value)}{bounds}{before}."
 
