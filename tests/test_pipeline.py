@@ -61,7 +61,18 @@ def test_sft_takes_every_turn_of_a_conversation_when_told_to():
     messages = [{"role": role, "content": text} for role, text in turns]
     write_rows("pairs.jsonl", [{"messages": [*messages[:-1], {"role": "assistant", "content": c}]}
                                for c in "abcdefgh"])  # fmt: skip
-    words = "train --model model --data pairs.jsonl --objective sft --dtype float32 --out".split()
+    words = [
+        "train",
+        "--model",
+        "model",
+        "--data",
+        "pairs.jsonl",
+        "--objective",
+        "sft",
+        "--dtype",
+        "float32",
+        "--out",
+    ]
     assert main([*words, "last"]) == 0
     assert main([*words, "all", "--turns", "all"]) == 0
     last, every = (
