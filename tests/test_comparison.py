@@ -106,6 +106,14 @@ def test_the_claim_is_the_headline(holds: bool | None, label: str):
     assert '<h1 class="verdict" dir="auto">DPO and &lt;PPO&gt;.</h1>' in html
 
 
+def test_the_table_has_the_last_evaluation_of_each_method():
+    html = render(study(method("dpo", point(20, 1.23, 0.345), point(40, 3.21, 0.567))))
+    table = html[html.index('id="methods"') : html.index('id="what-each-method-is"')]
+    for cell in ("0.567\u00a0[0.517, 0.617]", "3.21\u00a0[3.11, 3.31]", "70.0"):
+        assert f"<td>{cell}</td>" in table
+    assert "0.345" not in table
+
+
 def test_methods_that_failed_are_named_with_why():
     html = render(study(line("dpo", 0.1, 1), method("ppo", failed="out of memory at step 3")))
     assert "1 method failed" in html
@@ -231,6 +239,8 @@ def test_a_difference_inside_both_intervals_is_not_shown():
     assert said.startswith("DPO's frontier is not shown to differ from PPO's at equal KL")
     assert "is 0.100 [−0.183, 0.383], at KL 2.00" in said
     assert claim([line("dpo", 0.1, 1), line("ppo", 0.1, 1)], START)[0] is None
+    holds, said = claim([line("dpo", 0.05, 2, **wide), line("ppo", 0.1, 2, **wide)], START)
+    assert holds is None and "is −0.100 [−0.383, 0.183], at KL 2.00" in said
 
 
 def test_without_intervals_nothing_is_shown():
@@ -284,3 +294,6 @@ def test_a_frontier_is_a_line_by_kl_whatever_the_order_of_steps():
 def test_a_difference_of_symmetric_intervals_adds_their_squares():
     found = difference(Interval(0.5, 0.2, 0.8), Interval(0.1, -0.3, 0.5))
     assert (found.value, found.low, found.high) == pytest.approx((0.4, -0.1, 0.9))
+    # Lowest where a is low and b is high: 0.3 and 0.4 below; highest by 0.5 and 1.2.
+    found = difference(Interval(0.5, 0.2, 1.0), Interval(0.1, -1.1, 0.5))
+    assert (found.low, found.high) == pytest.approx((0.4 - 0.5, 0.4 + 1.3))
