@@ -107,6 +107,17 @@ def _changed(run: Run, out: Path) -> str:
     return f" ({'; '.join(said)})" if said else ""
 
 
+def require_finished_as_asked(resolved: Resolved) -> None:
+    """Raises ConfigError where a stage that is finished was trained with other settings."""
+    run = as_begun(resolved).run
+    assert run.out is not None
+    if changed := _changed(run, Path(run.out)):
+        raise ConfigError(
+            f"resume: the stage in {run.out} is finished, with other settings{changed}. Put them "
+            "back, or choose another out."
+        )
+
+
 def require_same_models(saved: Position, run: Run, against: Against) -> None:
     """Raises ConfigError for another reference, or another start of the policy."""
     for what, then, now in (
