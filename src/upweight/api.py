@@ -34,7 +34,8 @@ def check(config: str | Path | None = None, **values: Any) -> Checked:
 
 
 def score(**values: Any) -> list[dict[str, object]]:
-    """Log-probs, and with `reference` implicit rewards and margins, per preference, in nats.
+    """Log-probs, and with `reference` implicit rewards and margins, per preference, in nats; of a
+    reward model its scores and margins.
 
     `uw.score(model=..., reference=..., data=..., out="scores.jsonl")`; without `out` nothing is
     written.

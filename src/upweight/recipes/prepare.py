@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from upweight.data.variables import template_variables
 from upweight.errors import ConfigError, Refusal, nearest
 from upweight.models.load import LanguageModel, fingerprint, load
 from upweight.models.reference import Reference, fill, open_reference, verify
+from upweight.models.scalar import load_reward_model
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.screen import Screen
 from upweight.stats import Interval
@@ -70,9 +71,18 @@ class Prepared:
 
 
 def load_policy(run: Run) -> LanguageModel:
+    return _loaded(load, run)
+
+
+def load_scorer(run: Run) -> LanguageModel:
+    """run.model with its scalar head. Raises ModelError where it is no reward model."""
+    return _loaded(load_reward_model, run)
+
+
+def _loaded(read: Callable[..., LanguageModel], run: Run) -> LanguageModel:
     if run.compute.threads:
         torch.set_num_threads(run.compute.threads)
-    return load(
+    return read(
         run.model,
         device=run.compute.device,
         dtype=run.compute.dtype,
