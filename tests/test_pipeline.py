@@ -206,3 +206,25 @@ def test_score_gives_a_reward_models_scores_of_each_preference(
     said = capsys.readouterr().err
     assert "UW109" in said and "reference is model, and run/model is a reward model" in said
     assert not Path("no.jsonl").exists()
+
+
+def test_a_reward_model_is_asked_for_the_rows_margins(capsys: pytest.CaptureFixture[str]):
+    pairs = [
+        {**row, "margin": 4.0 if i % 2 else 0.0} for i, row in enumerate(rows_of("pairs.jsonl"))
+    ]
+    write_rows("margins.jsonl", pairs)
+    more = ["--data", "margins.jsonl", "--objective", "reward", "--steps", "2"]
+    assert train("run", *more, "--loss.margin", "0.5") == 0
+    assert train("none", *more) == 0
+    # Step 1 has the same scores in both: what is added is what -log sigmoid(z - m) adds.
+    asked, plain = (records(run, "train")[0] for run in ("run", "none"))
+    assert asked["rewards/margins"] == plain["rewards/margins"]
+    assert 0.1 < asked["loss"] - plain["loss"] < 2.0
+    unused = json.loads(Path("none/account.json").read_text())["sets"]["train"]["unused_columns"]
+    assert unused == {"margin": 24}  # of the file, before it is split
+    # A margin that a run does not read may be anything.
+    write_rows("words.jsonl", [{**row, "margin": "large"} for row in pairs])
+    assert train("words", "--data", "words.jsonl", "--steps", "1") == 0
+    capsys.readouterr()
+    assert train("no", "--objective", "reward", "--loss.margin", "0.5") == 2
+    assert "loss.margin is 0.5, and no row has a margin, or scores" in capsys.readouterr().err

@@ -144,6 +144,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
             min_gap=run.data.min_score_gap,
             limit=limit,
             require_preferences=kind.rows == "preferences",
+            unread=() if _reads_margins(run) else ("margin",),
         )
         return (each_turn(found, account) if run.data.turns == "all" else found), account
 
@@ -177,6 +178,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     trees, accounts = {"train": grown(train, account)}, {"train": account}
     repeats = {"train": copies(train)}
     require_used(account, f"data {', '.join(run.data.path)}")
+    _require_margins(run, trees["train"])
     for name, (rows, its_account) in sets.items():
         trees[name], accounts[name] = grown(rows, its_account), its_account
         repeats[name] = copies(rows)
@@ -202,6 +204,20 @@ def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]
         "UW109",
         f"{said}, and no row has scores: their preferences are stated. Leave it out.",
     )
+
+
+def _reads_margins(run: Run) -> bool:
+    return run.objective == "reward" and run.loss.margin > 0
+
+
+def _require_margins(run: Run, trees: Sequence[Tree]) -> None:
+    """Raises Refusal UW109 for a share of margins where no row has any."""
+    if _reads_margins(run) and not any(p.margin for tree in trees for p in tree.preferences):
+        raise Refusal(
+            "UW109",
+            f"loss.margin is {write(run.loss.margin)}, and no row has a margin, or scores that "
+            "make its preferences. Give pairs a column margin, or leave it out.",
+        )
 
 
 def account_record(prepared: Prepared) -> dict[str, object]:
