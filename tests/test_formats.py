@@ -164,7 +164,7 @@ def test_scored_responses_make_preferences():
         ],
     }
     example = read(row)
-    assert example.preferences == (Preference(1, 0, 2.0), Preference(1, 2, 1.0))
+    assert example.preferences == (Preference(1, 0, 2.0, 2.0), Preference(1, 2, 1.0, 2.0))
 
 
 def test_responses_may_be_strings_with_scores_beside_them():
@@ -405,7 +405,23 @@ def test_pairings_of_scores(pairing, gap, expected):
 def test_a_gap_means_what_it_says_in_decimals():
     assert 0.8 - 0.6 > 0.2
     assert preferences_from_scores([0.8, 0.6], "all", 0.2) == ()
-    assert preferences_from_scores([0.81, 0.6], "all", 0.2) == (Preference(0, 1),)
+    (found,) = preferences_from_scores([0.81, 0.6], "all", 0.2)
+    assert (found.chosen, found.rejected, found.margin) == (0, 1, pytest.approx(0.21))
+
+
+@pytest.mark.parametrize("pairing", ["all", "adjacent", "extremes"])
+def test_the_gap_of_the_scores_is_the_margin(pairing):
+    for p in preferences_from_scores(SCORES, pairing):
+        assert p.margin == SCORES[p.chosen] - SCORES[p.rejected] > 0
+
+
+def test_a_pair_may_say_how_much_better_its_chosen_response_is():
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    for said, margin in ((None, 0.0), ("", 0.0), (0, 0.0), (1.5, 1.5), ("2", 2.0)):
+        assert pair(row | {"margin": said}, ROW).preferences == (Preference(0, 1, 1.0, margin),)
+    for wrong in (-1, "much", float("inf"), 1e7):
+        with pytest.raises(DataError, match="margin is .*; allowed: a"):
+            pair(row | {"margin": wrong}, ROW)
 
 
 @given(

@@ -48,7 +48,7 @@ def ancestors(forest, i):
 
 
 def test_two_trees_laid_end_to_end():
-    first = tree_of([10, 11], [[12], [13, 14]], [Preference(1, 0, 0.5)])
+    first = tree_of([10, 11], [[12], [13, 14]], [Preference(1, 0, 0.5, 2.0)])
     second = tree_of([20], [[21, 22], [23]], [Preference(0, 1)])
     forest = collate([first, second])
     assert forest.token_ids.tolist() == [10, 11, 12, 13, 14, 20, 21, 22, 23]
@@ -60,6 +60,7 @@ def test_two_trees_laid_end_to_end():
     assert forest.tokens_per_response.tolist() == [1, 2, 2, 1]
     assert forest.chosen.tolist() == [1, 2] and forest.rejected.tolist() == [0, 3]
     assert forest.weight.tolist() == [0.5, 1.0]
+    assert forest.margin.tolist() == [2.0, 0.0]
     assert forest.spans == (Span(0, 2, (1, 2)), Span(5, 1, (2, 1)))
     assert forest.trees == (first, second)
 
@@ -173,12 +174,12 @@ def test_a_tree_longer_than_a_bin_is_alone():
 def test_trees_of_one_prompt_become_one():
     a = tree_of([1, 2], [[3], [4]], [Preference(0, 1)], line=1)
     b = tree_of([9], [[3], [4]], [Preference(1, 0)], line=2)
-    c = tree_of([1, 2], [[3], [5]], [Preference(0, 1, 0.5)], line=3)
+    c = tree_of([1, 2], [[3], [5]], [Preference(0, 1, 0.5, 3.0)], line=3)
     merged, other = merge_same_prompts([a, b, c])
     assert other is b
     assert merged.prompt == (1, 2)
     assert merged.responses == ((3,), (4,), (3,), (5,))
-    assert merged.preferences == (Preference(0, 1), Preference(2, 3, 0.5))
+    assert merged.preferences == (Preference(0, 1), Preference(2, 3, 0.5, 3.0))
     assert [str(i.row) for i in merged.ids] == ["f:1", "f:1", "f:3", "f:3"]
     assert len(merged.stopped) == 4
 

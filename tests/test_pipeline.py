@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import upweight as uw
 from runs import furnish, rows_of, train, write_rows
 from upweight.cli import main
 from upweight.models.load import load
@@ -61,20 +62,9 @@ def test_sft_takes_every_turn_of_a_conversation_when_told_to():
     messages = [{"role": role, "content": text} for role, text in turns]
     write_rows("pairs.jsonl", [{"messages": [*messages[:-1], {"role": "assistant", "content": c}]}
                                for c in "abcdefgh"])  # fmt: skip
-    words = [
-        "train",
-        "--model",
-        "model",
-        "--data",
-        "pairs.jsonl",
-        "--objective",
-        "sft",
-        "--dtype",
-        "float32",
-        "--out",
-    ]
-    assert main([*words, "last"]) == 0
-    assert main([*words, "all", "--turns", "all"]) == 0
+    words = "train --model model --data pairs.jsonl --objective sft --dtype float32 --out"
+    assert main([*words.split(), "last"]) == 0
+    assert main([*words.split(), "all", "--turns", "all"]) == 0
     last, every = (
         json.loads(Path(f"{run}/account.json").read_text())["sets"]["train"]
         for run in ("last", "all")
@@ -176,3 +166,76 @@ def test_the_sampler_says_the_log_probs_of_the_trainer():
     trees, said = draw_answers(lm, [prompt, prompt], 1, Sizes(2, 3, 9, 1, 1, 0), [2])
     found = by_response(lambda forest: token_logps(lm, forest), trees, 64)
     assert len(found) == 6 and largest_gap(found, said) < 1e-5
+
+
+def test_score_gives_a_reward_models_scores_of_each_preference(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert train("run", "--objective", "reward") == 0
+    group = [{"text": "fine", "score": 3}, {"text": "so so", "score": 1}, {"text": "bad thing"}]
+    write_rows(
+        "scored.jsonl",
+        [
+            {"prompt": "one", "responses": ["fine fine", "bad"], "preferences": [[0, 1]]},
+            {"prompt": "two", "responses": group, "preferences": [[0, 2], [1, 2]]},
+            {"prompt": "three", "responses": group},
+        ],
+    )
+    words = "score --model run/model --data scored.jsonl --dtype float32 --out"
+    assert main([*words.split(), "scores.jsonl"]) == 0
+    rows = rows_of("scores.jsonl")
+    assert [(r["row"], r["chosen"], r["rejected"]) for r in rows] == [
+        ("scored.jsonl:1", 0, 1),
+        ("scored.jsonl:2", 0, 2),
+        ("scored.jsonl:2", 1, 2),
+        ("scored.jsonl:3", 0, 1),
+    ]
+    tokenizer = AutoTokenizer.from_pretrained("run/model")
+    plain = AutoModelForSequenceClassification.from_pretrained("run/model").eval()
+
+    def score(prompt: str, answer: str) -> tuple[float, int]:
+        asked = [{"role": "user", "content": prompt}]
+        start = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        ids, own = (tokenizer(text)["input_ids"] for text in (start, f"{answer}<|im_end|>"))
+        with torch.no_grad():
+            return plain(torch.tensor([[*ids, *own]])).logits.item(), len(own)
+
+    for row, prompt, chosen, rejected in zip(
+        rows,
+        ["one", "two", "two", "three"],
+        ["fine fine", "fine", "so so", "fine"],
+        ["bad", "bad thing", "bad thing", "so so"],
+        strict=True,
+    ):
+        (c, tokens_chosen), (r, tokens_rejected) = score(prompt, chosen), score(prompt, rejected)
+        assert row["score_chosen"] == pytest.approx(c, abs=1e-5)
+        assert row["score_rejected"] == pytest.approx(r, abs=1e-5)
+        assert row["margin"] == row["score_chosen"] - row["score_rejected"]
+        assert (row["tokens_chosen"], row["tokens_rejected"]) == (tokens_chosen, tokens_rejected)
+    assert uw.score(model="run/model", data="scored.jsonl", dtype="float32") == rows
+    assert main([*words.split(), "no.jsonl", "--reference", "model"]) == 2
+    said = capsys.readouterr().err
+    assert "UW109" in said and "reference is model, and run/model is a reward model" in said
+    assert not Path("no.jsonl").exists()
+
+
+def test_a_reward_model_is_asked_for_the_rows_margins(capsys: pytest.CaptureFixture[str]):
+    pairs = [
+        {**row, "margin": 4.0 if i % 2 else 0.0} for i, row in enumerate(rows_of("pairs.jsonl"))
+    ]
+    write_rows("margins.jsonl", pairs)
+    more = ["--data", "margins.jsonl", "--objective", "reward", "--steps", "2"]
+    assert train("run", *more, "--loss.margin", "0.5") == 0
+    assert train("none", *more) == 0
+    # Step 1 has the same scores in both: what is added is what -log sigmoid(z - m) adds.
+    asked, plain = (records(run, "train")[0] for run in ("run", "none"))
+    assert asked["rewards/margins"] == plain["rewards/margins"]
+    assert 0.1 < asked["loss"] - plain["loss"] < 2.0
+    unused = json.loads(Path("none/account.json").read_text())["sets"]["train"]["unused_columns"]
+    assert unused == {"margin": 24}  # of the file, before it is split
+    # A margin that a run does not read may be anything.
+    write_rows("words.jsonl", [{**row, "margin": "large"} for row in pairs])
+    assert train("words", "--data", "words.jsonl", "--steps", "1") == 0
+    capsys.readouterr()
+    assert train("no", "--objective", "reward", "--loss.margin", "0.5") == 2
+    assert "loss.margin is 0.5, and no row has a margin, or scores" in capsys.readouterr().err

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from upweight.config import load_run
-from upweight.recipes import Result, sample_file, score_file, train_model
-from upweight.recipes import check as check_recipe
+from upweight.config import load_run, load_stages
+from upweight.recipes import Result, check_stages, sample_file, score_file, train_stages
 from upweight.recipes.check import Checked
 from upweight.terminal import default_screen
 
@@ -18,11 +17,12 @@ __all__ = ["check", "sample", "score", "train"]
 def train(config: str | Path | None = None, **values: Any) -> Result:
     """Align a model with preferences; every key of run.yaml is a keyword, short names included.
 
-    `uw.train(model=..., data=..., beta=0.1, out="runs/a")`. Raises UpweightError.
+    `uw.train(model=..., data=..., beta=0.1, out="runs/a")`. Of several `stages` the result is that
+    of the last, or of the one that was stopped. Raises UpweightError.
     """
 
     with default_screen() as screen:
-        return train_model(load_run(config, values=values, required=("out",)), screen)
+        return train_stages(load_stages(config, values=values, required=("out",)), screen)
 
 
 def check(config: str | Path | None = None, **values: Any) -> Checked:
@@ -30,11 +30,12 @@ def check(config: str | Path | None = None, **values: Any) -> Checked:
     suspicious, the first rows as they are scored. Raises UpweightError for what train refuses."""
 
     with default_screen() as screen:
-        return check_recipe(load_run(config, values=values), screen)
+        return check_stages(load_stages(config, values=values), screen)
 
 
 def score(**values: Any) -> list[dict[str, object]]:
-    """Log-probs, and with `reference` implicit rewards and margins, per preference, in nats.
+    """Log-probs, and with `reference` implicit rewards and margins, per preference, in nats; of a
+    reward model its scores and margins.
 
     `uw.score(model=..., reference=..., data=..., out="scores.jsonl")`; without `out` nothing is
     written.

@@ -16,6 +16,7 @@ from upweight.config import (
     called_elsewhere,
     flags,
     load_run,
+    load_stages,
     values_from_flags,
 )
 from upweight.errors import UpweightError, nearest
@@ -150,14 +151,15 @@ def _add_config(parser: argparse.ArgumentParser, command: str, overrides: bool) 
         )
 
 
-def _resolve(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> Resolved:
+def _resolve(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> list[Resolved]:
+    """What is asked for: a run, or the stages of a file that has some."""
     said: list[str] = list(getattr(arguments, "config", []))
     files = [word for word in said if _is_file(word)]
     if len(files) > 1:
         raise UpweightError(f"one RUN.yaml at a time; found: {', '.join(files)}")
     known = {flag.key for flag in flags()}
     texts = {key: value for key, value in vars(arguments).items() if key in known}
-    return load_run(
+    return load_stages(
         files[0] if files else None,
         [word for word in said if not _is_file(word)],
         values_from_flags(texts),
@@ -172,12 +174,12 @@ def _is_file(word: str) -> bool:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    resolved = _resolve(arguments, required=("out",))
-    from upweight.recipes import train_model
+    stages = _resolve(arguments, required=("out",))
+    from upweight.recipes import train_stages
     from upweight.terminal import default_screen
 
     with default_screen() as screen:
-        result = train_model(resolved, screen)
+        result = train_stages(stages, screen)
     return 0 if result.finished else 130
 
 
@@ -190,12 +192,12 @@ def _check(arguments: argparse.Namespace) -> int:
         with default_screen(stderr=False) as screen:
             _check_model(arguments, screen)
         return 0
-    resolved = _resolve(arguments)
-    from upweight.recipes import check
+    stages = _resolve(arguments)
+    from upweight.recipes import check_stages
     from upweight.terminal import default_screen
 
     with default_screen(stderr=False) as screen:
-        check(resolved, screen)
+        check_stages(stages, screen)
     return 0
 
 
@@ -227,10 +229,10 @@ def _check_as_json(arguments: argparse.Namespace) -> int:
         if _is_model_alone(arguments):
             record: dict[str, object] = {"largest_difference": _check_model(arguments)}
         else:
-            resolved = _resolve(arguments)
-            from upweight.recipes import check
+            stages = _resolve(arguments)
+            from upweight.recipes import check_stages
 
-            record = check(resolved).to_json()
+            record = check_stages(stages).to_json()
         print(json.dumps(record, ensure_ascii=False, indent=1))
     except UpweightError as error:
         print(json.dumps({"error": {"code": error.code, "message": str(error)}}, indent=1))
@@ -239,7 +241,7 @@ def _check_as_json(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    resolved = _resolve(arguments, required=("out",))
+    (resolved,) = _resolve(arguments, required=("out",))
     from upweight.recipes import score_file
     from upweight.terminal import default_screen
 
@@ -249,7 +251,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    resolved = _resolve(arguments, required=("out",))
+    (resolved,) = _resolve(arguments, required=("out",))
     from upweight.recipes import sample_file
     from upweight.terminal import default_screen
 

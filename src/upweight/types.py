@@ -48,11 +48,15 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Response `chosen` is preferred to response `rejected` (indices into the responses)."""
+    """Response `chosen` is preferred to response `rejected` (indices into the responses).
+
+    `margin` is how much better it is: what the row says, or the gap of its scores.
+    """
 
     chosen: int
     rejected: int
     weight: float = 1.0
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,7 @@ class Forest:
     chosen: Int[Tensor, " pairs"]
     rejected: Int[Tensor, " pairs"]
     weight: Float[Tensor, " pairs"]
+    margin: Float[Tensor, " pairs"]
     spans: tuple[Span, ...]
     trees: tuple[Tree, ...]
 

@@ -1,8 +1,8 @@
 """run.yaml, flags and key=value overrides -> one frozen Run, each value with its origin.
 
 sections.py holds the keys, keys.py their names and flags, written.py YAML in and out, settings.py
-what was said and where, resolve.py what follows from it, commands.py which command reads which
-key. Nothing here imports torch.
+what was said and where, resolve.py what follows from it, stages.py runs one after the other,
+commands.py which command reads which key. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from upweight.config.sections import (
     Section,
     Watch,
 )
+from upweight.config.stages import load_stages
 from upweight.config.written import write
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "flags",
     "leaf_values",
     "load_run",
+    "load_stages",
     "require_read",
     "unread",
     "values_from_flags",

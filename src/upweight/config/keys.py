@@ -14,6 +14,9 @@ from upweight.errors import nearest
 SWITCHED = "lora"
 """The one section that may be off; its own name is a key too, true or false."""
 
+STAGES = "stages"
+"""What is no key of a run: a list of runs, one after the other (stages.py)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
@@ -201,8 +204,10 @@ def called_elsewhere(typed: str) -> str:
 def unknown_key(typed: str, objective: str) -> str:
     """What is wrong with a key that is none, and what may have been meant."""
     section, _, name = typed.rpartition(".")
+    if typed == STAGES:
+        return "stages stands in a run.yaml, or among the keywords of uw.train and uw.check."
     if section not in SECTIONS:
-        words = [*keys(), *SECTIONS, *(key.name for key in keys().values())]
+        words = [*keys(), *SECTIONS, STAGES, *(key.name for key in keys().values())]
         guess = called_elsewhere(typed) or nearest(typed, words)
         guess = guess or f" The keys are: {', '.join([*_top_level(), *SECTIONS])}."
         return f"{typed} is not a key of a run.{guess}"

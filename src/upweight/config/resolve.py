@@ -61,7 +61,7 @@ class Resolved:
         if self.run.lora is not None:
             before.append(Setting(SWITCHED, SWITCHED, True, Layer(0, DEFAULT)))
         after = collect({key: value}, Layer(1, origin), problems)
-        return _resolve([*before, *after], problems)
+        return resolve([*before, *after], problems)
 
 
 def load_run(
@@ -80,14 +80,25 @@ def load_run(
     Raises ConfigError with one line for each problem there is.
     """
     problems = Problems()
+    settings = said(file, overrides, values, origin_of_values, problems)
+    return resolve(settings, problems, required, f"{file}: " if file is not None else "")
+
+
+def said(
+    file: Path | str | None,
+    overrides: Sequence[str],
+    values: Mapping[str, Any] | None,
+    origin_of_values: str,
+    problems: Problems,
+) -> list[Setting]:
+    """All settings, in the order of their layers."""
     settings = read_file(Path(file), problems) if file is not None else []
     prefix = "--" if origin_of_values == "flag" else ""
     layer = Layer(1, origin_of_values, prefix=prefix, command=True)
     settings += collect(values or {}, layer, problems)
     for rank, override in enumerate(overrides, start=2):
         settings += read_override(override, rank, problems)
-    where = f"{file}: " if file is not None else ""
-    return _resolve(settings, problems, required, where)
+    return settings
 
 
 def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,9 +112,13 @@ def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
     return {setting.leaf or setting.typed: setting.value for setting in settings}
 
 
-def _resolve(
+def resolve(
     settings: Sequence[Setting], problems: Problems, required: Sequence[str] = (), where: str = ""
 ) -> Resolved:
+    """What the settings come to; those of a higher layer stand behind those of a lower one.
+
+    Raises ConfigError with all `problems`, those found before among them.
+    """
     named = [setting for setting in settings if setting.leaf]
     held = _overlay(named, problems)
     objective = held["objective"].settled if "objective" in held else "dpo"

@@ -90,7 +90,9 @@ class Loss(Section):
         default=0.0, description="Probability that a preference is flipped (conservative DPO)."
     )
     margin: NotNegative = Field(
-        default=0.0, description="By how much a chosen response's score is to be higher (reward)."
+        default=0.0,
+        description="How much of a row's margin, or of the gap of its scores, the scores of chosen "
+        "and rejected are to differ by (reward).",
     )
     centering: NotNegative = Field(
         default=0.0, description="Weight of the squared sum of a pair's scores (reward)."

@@ -21,7 +21,7 @@ class Layer:
     itself. `lines` are the lines of a file's keys, and `prefix` is what a user types before a key.
     """
 
-    rank: int
+    rank: float | int
     origin: str
     file: str = ""
     lines: Mapping[tuple[str, ...], int] = field(default_factory=dict[tuple[str, ...], int])
@@ -59,7 +59,7 @@ class Setting:
 
 
 class Problem(NamedTuple):
-    rank: float
+    rank: float | int
     line: int
     text: str
 

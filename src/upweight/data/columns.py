@@ -28,9 +28,10 @@ class Columns:
 
 
 _MOST_LEVELS = 100
+_MOST_MARGIN = 1e6
 _TEMPLATE = ("tools", "template_options", "chat_template_kwargs")
 COLUMNS: dict[str, Columns] = {
-    "pair": Columns(("chosen", "rejected"), ("prompt", "weight", *_TEMPLATE)),
+    "pair": Columns(("chosen", "rejected"), ("prompt", "weight", "margin", *_TEMPLATE)),
     "responses": Columns(("prompt", "responses"), ("scores", "preferences", *_TEMPLATE)),
     "messages": Columns(("messages",), _TEMPLATE),
 }
@@ -178,6 +179,19 @@ def weight(value: Any, where: str, row_id: RowId) -> float:
         raise DataError(
             f"{row_id}: {where} is {shown(value)}; allowed: a number above 0. "
             "Remove what should not count."
+        )
+    return found
+
+
+def margin(value: Any, row_id: RowId) -> float:
+    """How much better the chosen response is, 0 where nothing is said."""
+    if value is None or value == "":
+        return 0.0
+    found = number(value, "margin", row_id)
+    if not 0 <= found <= _MOST_MARGIN:
+        raise DataError(
+            f"{row_id}: margin is {shown(value)}; allowed: a number from 0 to {_MOST_MARGIN:g}. "
+            "Swap chosen and rejected where it is negative."
         )
     return found
 

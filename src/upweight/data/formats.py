@@ -6,9 +6,9 @@
                preferences: [[chosen, rejected], ...]
     messages   {messages}: the last message, the assistant's, is the response
 
-Every layout also takes tools and template_options (or chat_template_kwargs), and pair a weight. A
-row that is not what its layout says is a DataError; a row that is, but cannot be learned from, is a
-Dropped.
+Every layout also takes tools and template_options (or chat_template_kwargs), and pair a weight and
+a margin. A row that is not what its layout says is a DataError; a row that is, but cannot be
+learned from, is a Dropped.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from upweight.data.columns import (
     conversation,
     list_of,
     listed,
+    margin,
     message,
     number,
     printable,
@@ -56,7 +57,8 @@ def pair(row: Row, row_id: RowId) -> Example | Dropped:
     if isinstance(split, Dropped):
         return split
     prompt, (chosen, rejected) = split
-    preference = Preference(0, 1, weight(row.get("weight"), "weight", row_id))
+    own_weight = weight(row.get("weight"), "weight", row_id)
+    preference = Preference(0, 1, own_weight, margin(row.get("margin"), row_id))
     answers = (Response(chosen), Response(rejected))
     return _example(row, row_id, prompt, answers, (preference,))
 

@@ -124,11 +124,12 @@ def collate(trees: Sequence[Tree]) -> Forest:
     )
     scored = is_response.repeat_interleave(lengths).nonzero().squeeze(1)
     pairs = [
-        (p.chosen + offset, p.rejected + offset, p.weight)
+        (p.chosen + offset, p.rejected + offset, p.weight, p.margin)
         for tree, offset in zip(trees, _offsets(trees), strict=True)
         for p in tree.preferences
     ]
-    chosen, rejected, weight = zip(*pairs, strict=True) if pairs else ((), (), ())
+    columns = zip(*pairs, strict=True) if pairs else ((), (), (), ())
+    chosen, rejected, weight, margin = columns
     return Forest(
         token_ids=torch.tensor(list(chain.from_iterable(segments)), dtype=torch.long),
         parent=parent,
@@ -139,6 +140,7 @@ def collate(trees: Sequence[Tree]) -> Forest:
         chosen=torch.tensor(chosen, dtype=torch.long),
         rejected=torch.tensor(rejected, dtype=torch.long),
         weight=torch.tensor(weight, dtype=torch.float32),
+        margin=torch.tensor(margin, dtype=torch.float32),
         spans=_spans(trees),
         trees=tuple(trees),
     )
@@ -169,5 +171,9 @@ def unshared(forest: Forest) -> Forest:
         for k, ids in enumerate(tree.responses)
     ]
     return replace(
-        collate(alone), chosen=forest.chosen, rejected=forest.rejected, weight=forest.weight
+        collate(alone),
+        chosen=forest.chosen,
+        rejected=forest.rejected,
+        weight=forest.weight,
+        margin=forest.margin,
     )

@@ -20,7 +20,8 @@ def preferences_from_scores(
 
     all: every such pair. adjacent: each response against the best of those more than the gap below
     it (all of them where several tie). extremes: one pair, the best against the worst, the first
-    of each where several tie. A response without a score (None) is in no preference.
+    of each where several tie. A response without a score (None) is in no preference. The margin of
+    a preference is the gap of its scores.
     """
     scored = [(s, i) for i, s in enumerate(scores) if s is not None]
 
@@ -32,14 +33,16 @@ def preferences_from_scores(
         if not scored:
             return ()
         best, worst = max(scored, key=lambda x: (x[0], -x[1])), min(scored)
-        return (Preference(best[1], worst[1]),) if above(best[0], worst[0]) else ()
+        gap = float(best[0] - worst[0])
+        made = (Preference(best[1], worst[1], margin=gap),)
+        return made if above(best[0], worst[0]) else ()
     found: list[Preference] = []
     for score, i in scored:
         below = [(s, j) for s, j in scored if above(score, s)]
         if pairing == "adjacent" and below:
             top = max(s for s, _ in below)
             below = [(s, j) for s, j in below if s == top]
-        found += [Preference(i, j) for _, j in below]
+        found += [Preference(i, j, margin=float(score - s)) for s, j in below]
     return tuple(found)
 
 

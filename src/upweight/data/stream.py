@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any
@@ -33,11 +33,13 @@ def load_examples(
     min_gap: float | int = 0.0,
     limit: int | None = None,
     require_preferences: bool = True,
+    unread: Collection[str] = (),
 ) -> tuple[list[Example], Account]:
     """The rows of the files that can be learned from, in order, and the account of all of them.
 
     `layout` is a key of FORMATS, or auto: that of each file's first row. `limit` takes the first
-    rows of all files together. Raises DataError for files and rows that cannot be read.
+    rows of all files together. `unread` columns are passed over, and counted as what no layout
+    reads. Raises DataError for files and rows that cannot be read.
     """
     if layout != "auto" and layout not in FORMATS:
         raise ConfigError(
@@ -52,8 +54,9 @@ def load_examples(
         if row_id.source not in layouts:
             layouts[row_id.source] = detect(row, row_id) if layout == "auto" else layout
         found = layouts[row_id.source]
-        for name in map(printable, row.keys() - set(COLUMNS[found].all)):
+        for name in map(printable, row.keys() - (set(COLUMNS[found].all) - set(unread))):
             account.unused_columns[name] = account.unused_columns.get(name, 0) + 1
+        row = {name: value for name, value in row.items() if name not in unread}
         example = example_of(row, row_id, found, pairing=pairing, min_gap=min_gap)
         if isinstance(example, Example):
             example = unusable(example, require_preferences=require_preferences) or example

@@ -111,6 +111,32 @@ def _row(
     }
 
 
+def rank_trees(
+    lm: LanguageModel,
+    trees: Sequence[Tree],
+    tokens_per_bin: int,
+    on_smaller: Callable[[int], None] = lambda tokens_per_bin: None,
+) -> list[Row]:
+    """One row per preference, in the trees' order: the keys of `upweight score` of a reward model,
+    whose scores have no unit."""
+    return [
+        {
+            "row": str(tree.ids[p.chosen].row),
+            "chosen": tree.ids[p.chosen].index,
+            "rejected": tree.ids[p.rejected].index,
+            "score_chosen": scores[p.chosen],
+            "score_rejected": scores[p.rejected],
+            "margin": scores[p.chosen] - scores[p.rejected],
+            "tokens_chosen": len(tree.responses[p.chosen]),
+            "tokens_rejected": len(tree.responses[p.rejected]),
+        }
+        for tree, scores in zip(
+            trees, tree_scores(lm, trees, tokens_per_bin, on_smaller), strict=True
+        )
+        for p in tree.preferences
+    ]
+
+
 def summary(
     rows: Sequence[Row], prompts: Sequence[object], beta: float, label_smoothing: float
 ) -> Row:
@@ -157,13 +183,9 @@ def likelihood(lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int) ->
 
 def ranking(lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int) -> Row:
     """How a reward model ranks preferences: accuracy with its 95 % interval, scores, margins."""
-    scores = tree_scores(lm, trees, tokens_per_bin)
-    pairs = [
-        (found[p.chosen], found[p.rejected])
-        for tree, found in zip(trees, scores, strict=True)
-        for p in tree.preferences
-    ]
-    margins = [chosen - rejected for chosen, rejected in pairs]
+    rows = rank_trees(lm, trees, tokens_per_bin)
+    pairs = [(row["score_chosen"], row["score_rejected"]) for row in rows]
+    margins = [row["margin"] for row in rows]
     accuracy = accuracy_interval(margins, [t.prompt for t in trees for _ in t.preferences])
     losses = -F.logsigmoid(torch.tensor(margins, dtype=torch.float64))
     return {

@@ -97,7 +97,9 @@ class LanguageModel:
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Every id that ends generation, by the generation config and the tokenizer."""
-        generation = getattr(self.causal.generation_config, "eos_token_id", None)
+        # A reward model answers nothing, and has no generation config.
+        settings = getattr(self.causal, "generation_config", None)
+        generation = getattr(settings, "eos_token_id", None)
         ids = generation if isinstance(generation, list) else [generation]
         return tuple({i for i in (*ids, self.tokenizer.eos_token_id) if isinstance(i, int)})
 

@@ -39,7 +39,8 @@ def read_trees(
     tokens_per_bin: int,
     on_smaller: Callable[[int], None] = lambda tokens_per_bin: None,
 ) -> Iterator[tuple[Forest, Float[Tensor, " scored"]]]:
-    """Every tree once, bin by bin: the bin's forest and its token log-probs.
+    """Every tree once, bin by bin: the bin's forest and its token log-probs, or whatever else
+    `logps` gives in the order of the responses.
 
     Bins that do not fit into memory are halved, of which `on_smaller` is told; a tree that does not
     fit is read some responses at a time. Raises ModelError where one response does not fit.

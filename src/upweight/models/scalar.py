@@ -7,6 +7,7 @@ saved is read by plain transformers (and by everything that reads its reward mod
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -22,10 +23,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from upweight.data.pack import bins, collate
 from upweight.errors import ModelError
 from upweight.models.load import LanguageModel, evaluation_mode, load
 from upweight.models.logprobs import scored_hidden
+from upweight.models.reading import read_trees
 from upweight.models.weights import load_weights, resolve
 from upweight.types import Forest, Tree
 
@@ -141,15 +142,20 @@ def _apply(head: nn.Linear, hidden: Float[Tensor, "rows width"]) -> Float[Tensor
 
 
 def tree_scores(
-    lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int = 2048
+    lm: LanguageModel,
+    trees: Sequence[Tree],
+    tokens_per_bin: int = 2048,
+    on_smaller: Callable[[int], None] = lambda tokens_per_bin: None,
 ) -> list[list[float]]:
-    """The score of every response of every tree, in the trees' order."""
+    """The score of every response of every tree, in the trees' order; `on_smaller` is told of bins
+    that had to be halved."""
     where = {id(tree): i for i, tree in enumerate(trees)}
     result: list[list[float]] = [[] for _ in trees]
+    asked = functools.partial(response_scores, lm)
     with torch.no_grad(), evaluation_mode(lm):
-        for group in bins(list(trees), tokens_per_bin):
-            scores = response_scores(lm, collate(group)).tolist()
-            for tree in group:
+        for forest, found in read_trees(asked, trees, tokens_per_bin, on_smaller):
+            scores = found.tolist()
+            for tree in forest.trees:
                 result[where[id(tree)]] = scores[: len(tree.responses)]
                 del scores[: len(tree.responses)]
     return result

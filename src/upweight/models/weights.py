@@ -292,6 +292,8 @@ def _load_merged(
         )
         merged = wrapped.merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
+    # peft froze the base, and leaves it so: merged, it may be trained as any other model.
+    merged.requires_grad_(True)  # pyright: ignore[reportUnknownMemberType]
     return merged
 
 

@@ -22,6 +22,7 @@ from upweight.models.probes import FILE, Probes, probe_trees, read_probes, requi
 from upweight.models.proof import TOLERANCE_NATS, one_at_a_time
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import (
+    Prepared,
     account_lines,
     account_record,
     describe,
@@ -30,8 +31,10 @@ from upweight.recipes.prepare import (
 )
 from upweight.recipes.reference import probe_reference
 from upweight.recipes.screen import Screen, Silent
-from upweight.recipes.start import Start, start, with_reference
+from upweight.recipes.start import start, with_reference
 from upweight.training import checkpoint
+from upweight.training.loop import Plan
+from upweight.training.memory import MemoryPlan
 from upweight.training.rundir import require_run_dir
 from upweight.trust.finding import Finding
 from upweight.trust.preflight import Figures
@@ -40,46 +43,55 @@ from upweight.types import Tree
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known before step 1. Prints as what the terminal says of it."""
+    """What is known before step 1, of a run or of the first of several stages; `later` are the
+    others. Prints as what the terminal says of it."""
 
-    begun: Start
+    prepared: Prepared
+    model: Mapping[str, str]
+    plan: Plan
+    memory: MemoryPlan
     shown: tuple[Shown, ...]
+    later: tuple[Checked, ...] = ()
 
     @property
     def trees(self) -> Mapping[str, list[Tree]]:
-        return self.begun.prepared.trees
+        return self.prepared.trees
 
     @property
     def accounts(self) -> Mapping[str, Account]:
-        return self.begun.prepared.accounts
+        return self.prepared.accounts
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        return self.begun.prepared.findings
+        return self.prepared.findings
 
     @property
     def figures(self) -> Mapping[str, Figures]:
-        return self.begun.prepared.figures
+        return self.prepared.figures
 
     def __repr__(self) -> str:
-        lines = account_lines(self.begun.prepared) + figure_lines(self.figures)
-        return "\n".join([*lines, *map(str, self.findings), *map(str, self.shown)])
+        lines = account_lines(self.prepared) + figure_lines(self.figures)
+        lines += [*map(str, self.findings), *map(str, self.shown), *map(repr, self.later)]
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """What figures.FIELDS describes."""
-        lm, memory = self.begun.lm, self.begun.memory
-        return {
-            **account_record(self.begun.prepared),
-            "model": {"name": lm.name, "description": describe(lm)},
-            "plan": asdict(self.begun.plan),
-            "memory": {**asdict(memory), "needed": memory.needed},
+        record: dict[str, Any] = {
+            **account_record(self.prepared),
+            "model": self.model,
+            "plan": asdict(self.plan),
+            "memory": {**asdict(self.memory), "needed": self.memory.needed},
             "rows": [asdict(shown) for shown in self.shown],
         }
+        later = [stage.to_json() for stage in self.later]
+        return {**record, "later_stages": later} if later else record
 
 
-def check(resolved: Resolved, screen: Screen | None = None, num_shown: int = 3) -> Checked:
+def check(
+    resolved: Resolved, screen: Screen | None = None, num_shown: int = 3, *, ask: bool = True
+) -> Checked:
     """Everything that can be known before step 1: trackers, out, model, rows, adapter, room on the
-    disk, and what the reference says of a few rows of each set.
+    disk, and, where it is to `ask`, what the reference says of a few rows of each set.
 
     Raises what training would raise for it.
     """
@@ -92,7 +104,7 @@ def check(resolved: Resolved, screen: Screen | None = None, num_shown: int = 3) 
         newest = checkpoint.latest(out / "checkpoints") if run.resume else None
         saved = checkpoint.load(newest, verified=True).position if newest is not None else None
     begun = start(resolved, screen, saved)
-    if KINDS[begun.run.objective].by_reference:
+    if ask and KINDS[begun.run.objective].by_reference:
         screen.stage("reference")
         reference, own = probe_reference(begun.run, begun.lm, begun.prepared)
         begun = with_reference(begun, reference, own, screen, fresh=True)
@@ -101,7 +113,9 @@ def check(resolved: Resolved, screen: Screen | None = None, num_shown: int = 3) 
     shown = tuple(show(t, begun.lm.tokenizer) for t in begun.prepared.trees["train"][:num_shown])
     for row in shown:
         screen.row(row)
-    return Checked(begun, shown)
+    lm = begun.lm
+    model = {"name": lm.name, "description": describe(lm)}
+    return Checked(begun.prepared, model, begun.plan, begun.memory, shown)
 
 
 def check_model(run: Run, screen: Screen | None = None) -> float:

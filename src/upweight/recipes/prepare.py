@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from upweight.data.variables import template_variables
 from upweight.errors import ConfigError, Refusal, nearest
 from upweight.models.load import LanguageModel, fingerprint, load
 from upweight.models.reference import Reference, fill, open_reference, verify
+from upweight.models.scalar import load_reward_model
 from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.screen import Screen
 from upweight.stats import Interval
@@ -70,9 +71,18 @@ class Prepared:
 
 
 def load_policy(run: Run) -> LanguageModel:
+    return _loaded(load, run)
+
+
+def load_scorer(run: Run) -> LanguageModel:
+    """run.model with its scalar head. Raises ModelError where it is no reward model."""
+    return _loaded(load_reward_model, run)
+
+
+def _loaded(read: Callable[..., LanguageModel], run: Run) -> LanguageModel:
     if run.compute.threads:
         torch.set_num_threads(run.compute.threads)
-    return load(
+    return read(
         run.model,
         device=run.compute.device,
         dtype=run.compute.dtype,
@@ -134,6 +144,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
             min_gap=run.data.min_score_gap,
             limit=limit,
             require_preferences=kind.rows == "preferences",
+            unread=() if _reads_margins(run) else ("margin",),
         )
         return (each_turn(found, account) if run.data.turns == "all" else found), account
 
@@ -162,6 +173,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     trees, accounts = {"train": grown(train, account)}, {"train": account}
     repeats = {"train": copies(train)}
     require_used(account, f"data {', '.join(run.data.path)}")
+    _require_margins(run, trees["train"])
     for name, (rows, its_account) in sets.items():
         trees[name], accounts[name] = grown(rows, its_account), its_account
         repeats[name] = copies(rows)
@@ -203,6 +215,20 @@ def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]
         "UW109",
         f"{said}, and no row has scores: their preferences are stated. Leave it out.",
     )
+
+
+def _reads_margins(run: Run) -> bool:
+    return run.objective == "reward" and run.loss.margin > 0
+
+
+def _require_margins(run: Run, trees: Sequence[Tree]) -> None:
+    """Raises Refusal UW109 for a share of margins where no row has any."""
+    if _reads_margins(run) and not any(p.margin for tree in trees for p in tree.preferences):
+        raise Refusal(
+            "UW109",
+            f"loss.margin is {write(run.loss.margin)}, and no row has a margin, or scores that "
+            "make its preferences. Give pairs a column margin, or leave it out.",
+        )
 
 
 def account_record(prepared: Prepared) -> dict[str, object]:

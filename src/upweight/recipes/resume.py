@@ -74,7 +74,7 @@ def data_digests(prepared: Prepared) -> dict[str, str]:
 def _digest(trees: Sequence[Tree]) -> str:
     digest = hashlib.sha256()
     for tree in trees:
-        preferences = [(p.chosen, p.rejected, p.weight) for p in tree.preferences]
+        preferences = [(p.chosen, p.rejected, p.weight, p.margin) for p in tree.preferences]
         digest.update(json.dumps([tree.prompt, tree.responses, preferences]).encode())
     return digest.hexdigest()
 
@@ -105,6 +105,17 @@ def _changed(run: Run, out: Path) -> str:
     keys = [k for k in now if k not in FREE_TO_CHANGE and then.get(k) != now[k]]
     said = [f"{key} is {now[key]} here and was {then.get(key)}" for key in keys]
     return f" ({'; '.join(said)})" if said else ""
+
+
+def require_finished_as_asked(resolved: Resolved) -> None:
+    """Raises ConfigError where a stage that is finished was trained with other settings."""
+    run = as_begun(resolved).run
+    assert run.out is not None
+    if changed := _changed(run, Path(run.out)):
+        raise ConfigError(
+            f"resume: the stage in {run.out} is finished, with other settings{changed}. Put them "
+            "back, or choose another out."
+        )
 
 
 def require_same_models(saved: Position, run: Run, against: Against) -> None:

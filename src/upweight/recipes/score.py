@@ -10,14 +10,16 @@ from pathlib import Path
 from upweight.config import Run, require_read
 from upweight.data.stream import load_prompts
 from upweight.data.trees import prompt_ids, text_after
-from upweight.errors import ConfigError, DataError
-from upweight.evidence.evaluate import score_trees
+from upweight.errors import ConfigError, DataError, Refusal
+from upweight.evidence.evaluate import rank_trees, score_trees
 from upweight.models.sample import sample, sample_trees, tree_logps
-from upweight.models.weights import load_tokenizer
+from upweight.models.scalar import is_reward_model
+from upweight.models.weights import load_tokenizer, resolve
 from upweight.recipes.prepare import (
     account_lines,
     fill_reference,
     load_policy,
+    load_scorer,
     note_smaller,
     prepare,
     renderer_for,
@@ -31,6 +33,7 @@ from upweight.types import Dropped
 
 def score_file(run: Run, screen: Screen | None = None) -> list[dict[str, object]]:
     """Log-probs, implicit rewards and margins per preference, in nats; written to run.out if set.
+    Of a reward model's folder its scores and margins.
 
     Without run.reference the ref_ and reward fields are None. Raises ConfigError for settings that
     scoring does not read.
@@ -38,8 +41,15 @@ def score_file(run: Run, screen: Screen | None = None) -> list[dict[str, object]
     screen = screen or Silent()
     require_read("score", run)
     _require_out(run)
+    judges = is_reward_model(resolve(run.model))
+    if judges and run.reference is not None:
+        raise Refusal(
+            "UW109",
+            f"reference is {run.reference}, and {run.model} is a reward model: its scores are not "
+            "measured against another model. Leave it out.",
+        )
     screen.stage("model")
-    lm = load_policy(run)
+    lm = load_scorer(run) if judges else load_policy(run)
     if run.reference is not None:
         trusted = run.compute.trust_remote_code
         require_same_tokens(run, lm, load_tokenizer(run.reference, trust_remote_code=trusted))
@@ -49,13 +59,16 @@ def score_file(run: Run, screen: Screen | None = None) -> list[dict[str, object]
         screen.note(line)
     trees = prepared.trees["train"]
     screen.stage("scores")
-    reference = None
-    if run.reference is not None:
-        with reference_model(run, lm) as model:
-            reference = fill_reference(run, model, trees, screen)
     smaller = functools.partial(note_smaller, screen, "scoring")
     at_once = tokens_read_at_once(run, lm)
-    rows = score_trees(lm, trees, reference, run.loss.beta, at_once, smaller)
+    if judges:
+        rows = rank_trees(lm, trees, at_once, smaller)
+    else:
+        reference = None
+        if run.reference is not None:
+            with reference_model(run, lm) as model:
+                reference = fill_reference(run, model, trees, screen)
+        rows = score_trees(lm, trees, reference, run.loss.beta, at_once, smaller)
     _write(run, rows, screen)
     return rows
 

@@ -232,11 +232,10 @@ def reward(state: State) -> Work:
     options = state.run.loss
     loss = functools.partial(
         bradley_terry,
-        margin=options.margin,
         label_smoothing=options.label_smoothing,
         centering=options.centering,
     )
-    return _from_rows(state, objectives.reward(loss))
+    return _from_rows(state, objectives.reward(loss, options.margin))
 
 
 WORK: dict[str, Callable[[State], Work]] = {

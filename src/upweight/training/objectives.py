@@ -125,18 +125,22 @@ def sft() -> Objective:
     return Objective("scored", lambda forest: float(forest.scored.shape[0]), step)
 
 
-def reward(
-    loss: Callable[[Float[Tensor, " pairs"], Float[Tensor, " pairs"]], Float[Tensor, " pairs"]],
-) -> Objective:
+def reward(loss: Callable[..., Float[Tensor, " pairs"]], margin: float | int = 0.0) -> Objective:
     """Preferred pairs by the scores of a reward model: `lm` has a scalar head (scalar.py). The
-    forest scores all K responses of a prompt in one pass, whatever pairs they make."""
+    forest scores all K responses of a prompt in one pass, whatever pairs they make.
+
+    `loss(chosen, rejected, margin=)` is given scores, and `margin` times the pairs' own margins.
+    """
 
     def step(lm: LanguageModel, forest: Forest) -> Step:
         scores = response_scores(lm, forest)
         chosen, rejected = scores[forest.chosen], scores[forest.rejected]
         weight = forest.weight.to(scores.device)
         metrics = _summed(_ranked(chosen.detach(), rejected.detach()))
-        return Step((loss(chosen, rejected) * weight).sum(), weight.sum(), metrics)
+        # Not read where it has no weight: gaps of scores may be beyond what fp32 holds.
+        asked = margin * forest.margin.to(scores.device) if margin else torch.zeros_like(chosen)
+        losses = loss(chosen, rejected, margin=asked)
+        return Step((losses * weight).sum(), weight.sum(), metrics)
 
     return Objective("pairs", _pair_weight, step)
 

@@ -31,6 +31,7 @@ FIELDS: dict[str, str] = {
     "memory": "bytes of weights, gradients and moments, tokens of a bin, what is needed and free",
     "rows": "the first three training rows as they are scored: row, prompt, prompt_tokens, and for "
     "each response its role, scored text, stop token (null where it was cut off) and tokens",
+    "later_stages": "of a run.yaml with stages: the same object for each stage after the first",
 }
 """The object that `upweight check --json` prints with status 0."""
 

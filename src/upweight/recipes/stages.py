@@ -1,0 +1,108 @@
+"""The stages of a run.yaml, one after the other: each goes on with the model of the one before."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from upweight.config import Resolved, require_read
+from upweight.errors import UpweightError
+from upweight.recipes.check import Checked, check
+from upweight.recipes.resume import require_finished_as_asked
+from upweight.recipes.screen import Screen, Silent
+from upweight.recipes.train import Result, train_model
+from upweight.training.rundir import require_run_dir
+
+
+def train_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Result:
+    """Train each stage as train_model does; the result of the last, or of one that was stopped.
+
+    With `resume` the stages that are finished are left as they are, and the first that is not goes
+    on, or begins. Settings and folders of all stages are looked at before the first begins. Raises
+    UpweightError children, whose messages name the stage.
+    """
+    if len(stages) == 1:
+        return train_model(stages[0], screen)
+    screen = screen or Silent()
+    for stage in stages:
+        with _named(stage):
+            require_read("train", stage.run)
+            if not stage.run.resume:
+                require_run_dir(_folder(stage), False)
+    *earlier, last = stages
+    for number, stage in enumerate(earlier, 1):
+        said = f"stage {number} of {len(stages)}, {_name(stage)}"
+        with _named(stage):
+            if stage.run.resume and is_finished(_folder(stage)):
+                require_finished_as_asked(stage)
+                screen.note(f"{said}: finished before")
+                continue
+            screen.note(said)
+            result = train_model(_going_on(stage, number == 1), screen)
+        if not result.finished:
+            screen.note("The stages after it:  the same command with resume=true")
+            return result
+        gc.collect()  # the model of one stage is gone before that of the next is there
+    screen.note(f"stage {len(stages)} of {len(stages)}, {_name(last)}")
+    with _named(last):
+        return train_model(_going_on(last, False), screen)
+
+
+def check_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Checked:
+    """check() of the first stage, and of each later one what can be known without the model that
+    it starts from: where that is not trained yet, the first stage's stands in its place, and is
+    not asked about the rows."""
+    first, *rest = stages
+    if not rest:
+        return check(first, screen)
+    screen = screen or Silent()
+    found: list[Checked] = []
+    for number, stage in enumerate(stages, 1):
+        screen.note(f"stage {number} of {len(stages)}, {_name(stage)}")
+        ask = number == 1 or Path(stage.run.model).is_dir()
+        if not ask:
+            stage = stage.with_value("model", first.run.model, "the first stage's")
+        with _named(stage):
+            found.append(check(_going_on(stage, number == 1), screen, ask=ask))
+        gc.collect()
+    return replace(found[0], later=tuple(found[1:]))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run in this folder came to its end."""
+    try:
+        record = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(record.get("finished")) and (folder / "model").is_dir()
+
+
+def _going_on(stage: Resolved, first: bool) -> Resolved:
+    """A stage that has not begun yet begins, unless it is the first: then there is nothing to go
+    on with, which open_run_dir says."""
+    if first or not stage.run.resume or (_folder(stage) / "checkpoints").is_dir():
+        return stage
+    return stage.with_value("resume", False, stage.origins["resume"])
+
+
+def _folder(stage: Resolved) -> Path:
+    assert stage.run.out is not None
+    return Path(stage.run.out)
+
+
+def _name(stage: Resolved) -> str:
+    return stage.run.objective if stage.run.out is None else _folder(stage).name
+
+
+@contextlib.contextmanager
+def _named(stage: Resolved) -> Generator[None]:
+    """Errors inside of the block say which stage they are of."""
+    try:
+        yield
+    except UpweightError as error:
+        error.args = (f"stage {_name(stage)}: {error}",)
+        raise
