@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from upweight.config import Resolved, Run, flattened, load_run
-from upweight.config.commands import unread
+from upweight.config.objectives import unread
 from upweight.config.written import parse
 from upweight.errors import ConfigError, OutputError, UpweightError
 from upweight.evidence import comparison as scored
