@@ -92,21 +92,25 @@ def export_reward_model(lm: LanguageModel, folder: Path, probes: Sequence[Tree])
     model = lm.causal.float()
     merge_adapters(model)
 
-    def same(written: Path) -> None:
-        again = load_weights(str(written), str(written), lm.trust_remote_code, scalar=True)
-        read = [s for tree in probes for s in one_response_at_a_time(again.eval(), tree)]
-        worst = max(abs(a - b) for a, b in zip(read, trained, strict=True))
-        # A score is one product of the width more: it is off by as much as a log-prob is.
-        tolerance = TOLERANCE_NATS[lm.compute_dtype]
-        if not worst <= tolerance:
-            raise Refusal(
-                "UW401",
-                f"the export is not the trained reward model: read back, it gives a response a "
-                f"score {worst:.3g} off (rounding: {tolerance}). Nothing was exported; the run's "
-                "last checkpoint has the trained weights.",
-            )
+    return _write(
+        folder, lm, model, lambda written: _require_same_scores(lm, written, probes, trained)
+    )
 
-    return _write(folder, lm, model, same)
+
+def _require_same_scores(
+    lm: LanguageModel, written: Path, probes: Sequence[Tree], trained: Sequence[float]
+) -> None:
+    again = load_weights(str(written), str(written), lm.trust_remote_code, scalar=True)
+    read = [s for tree in probes for s in one_response_at_a_time(again.eval(), tree)]
+    worst = max(abs(a - b) for a, b in zip(read, trained, strict=True))
+    # A score is one product of the width more: it is off by as much as a log-prob is.
+    tolerance = TOLERANCE_NATS[lm.compute_dtype]
+    if not worst <= tolerance:
+        raise Refusal(
+            "UW401",
+            f"the export is not the trained reward model: read back, it gives a response a score "
+            f"{worst:.3g} off (rounding: {tolerance}). {KEPT}",
+        )
 
 
 def merge_adapters(model: nn.Module) -> None:

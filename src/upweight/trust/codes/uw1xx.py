@@ -22,7 +22,9 @@ PAGES: tuple[Page, ...] = (
             "response is held against the reference's log-probs: 0.001 nats per token are allowed "
             "in float32, 0.1 in bfloat16. With `reference` null a difference is refused. With a "
             "`reference` that you named it is reported: the first `loss` in `metrics.jsonl` is "
-            "then not ln 2 = 0.6931."
+            "then not ln 2 = 0.6931. A run that learns from its own answers compares, in every "
+            "round, the log-probs that the sampler drew tokens with and the trainer's: more than "
+            "that rounding per token is refused."
         ),
         guarded_by=(
             "While `reference` is null, the reference log-probs are computed from the policy "
@@ -42,7 +44,10 @@ PAGES: tuple[Page, ...] = (
             "compare rewards only with runs that have the same reference.",
         ),
         source="Rafailov et al. 2023, section 4 (arXiv:2305.18290)",
-        detectors=("upweight.trust.identity:starts_elsewhere",),
+        detectors=(
+            "upweight.trust.identity:starts_elsewhere",
+            "upweight.recipes.online:_require_same_policy",
+        ),
     ),
     Page(
         code="UW102",
@@ -297,6 +302,8 @@ PAGES: tuple[Page, ...] = (
             "upweight.config.commands:require_read",
             "upweight.recipes.prepare:_require_template_reads",
             "upweight.recipes.prepare:_require_scores",
+            "upweight.recipes.prepare:_require_margins",
+            "upweight.recipes.score:score_file",
         ),
     ),
 )

@@ -297,7 +297,7 @@ PAGES: tuple[Page, ...] = (
             "Use `evaluation.fraction`, which holds out whole prompts, in place of a set.",
             "Remove the shared prompts from one side.",
         ),
-        detectors=("upweight.recipes.prepare:prepare",),
+        detectors=("upweight.recipes.prepare:_require_apart",),
     ),
     Page(
         code="UW210",

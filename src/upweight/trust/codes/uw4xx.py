@@ -20,7 +20,8 @@ PAGES: tuple[Page, ...] = (
             "when a token's log-prob differs from the trained model's by more than 0.002 nats. "
             "The conversations travel with the model, with their ids and log-probs, in "
             "`probes.json`: `upweight check --model FOLDER` compares a copy or a conversion "
-            "with them, and allows 0.3 nats where the weights are stored in bfloat16."
+            "with them, and allows 0.3 nats where the weights are stored in bfloat16. A reward "
+            "model is read back too, and must score four training prompts' responses as it did."
         ),
         guarded_by=(
             "Each folder of the export appears whole or not at all. An adapter is merged into its "
@@ -42,7 +43,11 @@ PAGES: tuple[Page, ...] = (
             "After each copy or conversion, before the model is served, run `upweight check "
             "--model FOLDER` with `probes.json` in that folder (beside a .gguf file).",
         ),
-        detectors=("upweight.models.export:rescore", "upweight.recipes.check:check_model"),
+        detectors=(
+            "upweight.models.export:rescore",
+            "upweight.models.export:_require_same_scores",
+            "upweight.recipes.check:check_model",
+        ),
     ),
     Page(
         code="UW402",
