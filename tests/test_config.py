@@ -31,6 +31,7 @@ from upweight.config import (
     values_from_flags,
 )
 from upweight.config.keys import keys
+from upweight.config.objectives import objectives_reading
 from upweight.config.sections import SECTIONS
 from upweight.config.written import parse, parse_value, settle, write
 from upweight.errors import ConfigError, Refusal
@@ -42,6 +43,7 @@ OTHER: dict[str, Any] = {
     "model": "other",
     "reference": "sft",
     "out": "runs/a",
+    "objective": "sft",
     "epochs": 2.5,
     "steps": 7,
     "seed": 3,
@@ -57,8 +59,11 @@ OTHER: dict[str, Any] = {
     "data.pairing": "extremes",
     "data.min_score_gap": 0.5,
     "data.limit": 100,
+    "data.turns": "all",
     "loss.beta": 0.05,
     "loss.label_smoothing": 0.1,
+    "loss.margin": 0.5,
+    "loss.centering": 0.01,
     "batch.pairs_per_step": 8,
     "batch.tokens_per_bin": 1024,
     "optimizer.learning_rate": 3e-5,
@@ -82,12 +87,35 @@ OTHER: dict[str, Any] = {
     "compute.threads": 2,
     "compute.checkpointing": True,
     "compute.trust_remote_code": True,
+    "rollout.reward": "vader",
+    "rollout.prompts_per_round": 4,
+    "rollout.responses": 3,
+    "rollout.max_tokens": 32,
+    "rollout.stop_penalty": 1.0,
+    "rollout.passes": 2,
+    "rollout.minibatches": 2,
+    "rollout.renew_reference": 5,
+    "policy.clip_low": 0.1,
+    "policy.clip_high": 0.28,
+    "policy.kl_estimator": "k3",
+    "policy.advantages": "dr_grpo",
+    "policy.aggregation": "constant",
+    "policy.value": "shared",
+    "policy.value_coefficient": 0.5,
+    "policy.value_clip": None,
+    "policy.value_learning_rate": 1e-5,
+    "policy.discount": 0.99,
+    "policy.trace": 1.0,
+    "policy.whiten": False,
+    "policy.kl_target": 6.0,
+    "policy.kl_stop": 0.02,
     "evaluation.sets": {"easy": ["easy.jsonl"]},
     "evaluation.fraction": 0.1,
     "evaluation.every": 5,
     "evaluation.samples": 0,
     "evaluation.max_new_tokens": 16,
     "evaluation.temperature": 0.7,
+    "evaluation.true_reward": "number",
     "checkpoint.every": 20,
     "checkpoint.keep": 5,
     "checkpoint.best": "rewards/accuracies",
@@ -121,10 +149,21 @@ CONTEXT: dict[str, dict[str, Any]] = {
     "evaluation.samples": EVALUATED,
     "evaluation.max_new_tokens": EVALUATED,
     "evaluation.temperature": EVALUATED,
+    "evaluation.true_reward": EVALUATED,
     "watch.length": EVALUATED,
+    "watch.repetition": EVALUATED,
+    "watch.stopped": EVALUATED,
+    "watch.easy": EVALUATED,
     "watch.kl": EVALUATED,
     "export.merge": {"lora": True},
+    "policy.value_coefficient": {"policy.value": "shared"},
 }
+
+
+def context_of(key: str) -> dict[str, Any]:
+    """What a run says beside a key for the key to have a say."""
+    reading = objectives_reading(key)
+    return CONTEXT.get(key, {}) | ({} if "dpo" in reading else {"objective": reading[0]})
 
 
 def needed_beside(*given: str) -> dict[str, Any]:
@@ -161,7 +200,7 @@ def reloaded(text: str, folder: Path) -> Run:
 
 
 def test_every_key_has_another_value_in_this_file() -> None:
-    assert set(OTHER) == set(keys()) - {"objective"}, "dpo is the only objective"
+    assert set(OTHER) == set(keys())
 
 
 def test_sections_are_the_sections_of_run() -> None:
@@ -185,7 +224,7 @@ def test_every_key_is_described_in_one_sentence(key: Any) -> None:
 
 @pytest.mark.parametrize("key", OTHER)
 def test_no_accepted_key_is_lost(key: str) -> None:
-    context = CONTEXT.get(key, {})
+    context = context_of(key)
     before = load_run(None, values=NEEDED | context)
     by_value = load_run(None, values=needed_beside(key) | context | {key: OTHER[key]})
     by_override = load_run(None, [f"{key}={write(OTHER[key])}"], NEEDED | context)
@@ -202,7 +241,7 @@ def test_no_accepted_key_is_lost(key: str) -> None:
 @pytest.mark.parametrize("key", OTHER)
 def test_every_key_works_under_every_flag_name(key: str) -> None:
     flag = next(flag for flag in flags() if flag.key == key)
-    context = needed_beside(key) | CONTEXT.get(key, {})
+    context = needed_beside(key) | context_of(key)
     expected = load_run(None, values=context | {key: OTHER[key]}).run
     words = OTHER[key] if isinstance(OTHER[key], list) else [OTHER[key]]
     texts = [word if isinstance(word, str) else write(word) for word in words]
@@ -328,7 +367,7 @@ def test_a_command_takes_exactly_the_values_that_it_reads(command: str, key: str
     # With a reference beta is read; without one, score says so.
     beside = {"reference": "sft"} if (command, key) == ("score", "loss.beta") else {}
     reads = key in READS[command]
-    context = {k: v for k, v in CONTEXT.get(key, {}).items() if not reads or k in READS[command]}
+    context = {k: v for k, v in context_of(key).items() if not reads or k in READS[command]}
     run = run_of(**{key: OTHER[key]} | context | beside)
     if reads:
         require_read(command, run)
@@ -355,6 +394,9 @@ def test_score_reads_beta_only_with_a_reference() -> None:
         (["fraction=.2", "samples=0", "temperature=.5"], "while evaluation.samples is 0"),
         (["fraction=.2", "temperature=0", "watch.kl=9"], "while evaluation.temperature is not 1"),
         (["merge=true"], "export.merge is true, and it has no effect without lora"),
+        (["watch.easy=.9"], "watch.easy is 0.9, and it has no effect without an evaluation"),
+        (["objective=ppo", "value_coefficient=1"], "has no effect while policy.value is own"),
+        (["objective=grpo", "kl_stop=1", "log_every=2"], "only after a step that is logged"),
     ],
 )
 def test_a_key_that_waits_for_another_is_refused_without_it(said: list[str], why: str) -> None:
@@ -373,25 +415,31 @@ def test_a_key_that_the_objective_does_not_read_names_those_that_do(
 ) -> None:
     monkeypatch.setitem(OBJECTIVES, "other", ("preflight.swapped",))
     monkeypatch.setitem(OBJECTIVES, "third", ("loss.beta",))
-    run = run_of("beta=0.2", "label_smoothing=0.1", "reference=sft", "cut=0.3")
+    run = run_of("beta=0.2", "label_smoothing=0.1", "reference=sft", "swapped=0.3")
     require_read("train", run)
     for command in ("train", "check"):
         with pytest.raises(Refusal) as caught:
             require_read(command, run.model_copy(update={"objective": "other"}))
         assert str(caught.value).splitlines()[:-1] == [
-            "reference is sft, and objective other does not read it: dpo does.",
-            "loss.beta is 0.2, and objective other does not read it: dpo and third do.",
-            "loss.label_smoothing is 0.1, and objective other does not read it: dpo does.",
+            f"{said}, and objective other does not read it: {readers} do."
+            for said, readers in (
+                ("reference is sft", "dpo, sft, ppo, grpo, rloo and online_dpo"),
+                ("loss.beta is 0.2", "dpo, ppo, grpo, rloo, online_dpo and third"),
+                ("loss.label_smoothing is 0.1", "dpo, reward and online_dpo"),
+            )
         ]
-    assert unread("other") == ["reference", "loss.beta", "loss.label_smoothing"]
-    assert unread("dpo") == ["preflight.swapped"]
+    assert {"reference", "loss.beta", "policy.trace"} <= set(unread("other"))
+    assert not {"preflight.swapped", "seed", "watch.moved"} & set(unread("other"))
 
 
 def test_the_table_of_objectives_has_each_of_them_and_names_keys_or_sections() -> None:
     assert list(OBJECTIVES) == list(keys()["objective"].choices)
     named = {name for own in OBJECTIVES.values() for name in own}
     assert named <= {*keys(), *SECTIONS}
-    assert unread("dpo") == []
+    assert unread("dpo") == [
+        *("data.turns", "loss.margin", "loss.centering"),
+        *(key.full for key in keys().values() if key.section in ("rollout", "policy")),
+    ]
 
 
 def test_one_key_under_two_names_in_one_place_is_refused(tmp_path: Path) -> None:
@@ -444,6 +492,12 @@ def test_unknown_keys_name_their_neighbours(tmp_path: Path) -> None:
         'loss.betta is not an option of "dpo", which takes: beta, label_smoothing. '
         "Did you mean beta?"
     )
+    assert error_of("loss.betta=1", "objective=grpo") == (
+        'loss.betta is not an option of "grpo", which takes: beta. Did you mean beta?'
+    )
+    assert error_of("loss.betta=1", "objective=sft") == (
+        'loss.betta is not an option of "sft", which takes none.'
+    )
     assert error_of(betta=1) == "betta is not a key of a run. Did you mean beta?"
     assert error_in(tmp_path, "optimiser: {beta1: 0}\n") == (
         "run.yaml:3: optimiser is not a key of a run. Did you mean optimizer?"
@@ -454,8 +508,8 @@ def test_unknown_keys_name_their_neighbours(tmp_path: Path) -> None:
     )
     assert error_of("zzz=1") == (
         "zzz is not a key of a run. The keys are: model, reference, out, objective, epochs, steps, "
-        "seed, resume, track, log_every, data, loss, batch, optimizer, lora, compute, evaluation, "
-        "checkpoint, export, preflight, watch."
+        "seed, resume, track, log_every, data, loss, batch, optimizer, lora, compute, rollout, "
+        "policy, evaluation, checkpoint, export, preflight, watch."
     )
 
 
@@ -485,7 +539,10 @@ WRONG = {
     "dtype=flot32": (
         'dtype must be auto, float32 or bfloat16, found "flot32". Did you mean float32?'
     ),
-    "objective=pdo": 'objective must be dpo, found "pdo". Did you mean dpo?',
+    "objective=ddpo": (
+        "objective must be dpo, sft, reward, ppo, grpo, rloo or online_dpo, "
+        'found "ddpo". Did you mean dpo?'
+    ),
     "data=[]": "data must be a list of texts (not empty), found [].",
     "track=[wandb, mlfow]": (
         "track must be a list of tensorboard, wandb, mlflow or trackio, found [wandb, mlfow]."
@@ -503,7 +560,9 @@ WRONG = {
         "sets must be a mapping {name: text or a list of texts}, "
         r'found {"a\u0000b": f}. Take the NUL character out.'
     ),
-    "loss=0.1": "loss must be a section with the keys beta, label_smoothing; found 0.1.",
+    "loss=0.1": (
+        "loss must be a section with the keys beta, label_smoothing, margin, centering; found 0.1."
+    ),
     "lora=yes": (
         "lora must be true, false or a section with the keys rank, alpha, dropout, targets; "
         'found "yes".'

@@ -22,7 +22,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_adapter_that_does_not_start_at_zero_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    made = run_start._trained
+    made = run_start.trained
 
     def stirred(run: Run, lm: LanguageModel) -> LanguageModel:
         lm = made(run, lm)
@@ -33,7 +33,7 @@ def test_an_adapter_that_does_not_start_at_zero_is_refused(
         return lm
 
     assert train("run", "--lora", "true") == 0
-    monkeypatch.setattr(run_start, "_trained", stirred)
+    monkeypatch.setattr(run_start, "trained", stirred)
     assert train("stirred", "--lora", "true") == 2
     said = capsys.readouterr().err
     assert "error[UW101]" in said and "nats per token" in said and "Traceback" not in said
@@ -53,7 +53,7 @@ def test_another_reference_that_was_named_is_reported(capsys: pytest.CaptureFixt
 def test_a_model_that_says_something_else_each_time_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    made = run_start._trained
+    made = run_start.trained
 
     def noisy(run: Run, lm: LanguageModel) -> LanguageModel:
         lm = made(run, lm)
@@ -61,7 +61,7 @@ def test_a_model_that_says_something_else_each_time_is_refused(
         embedding.register_forward_hook(lambda _, __, out: torch.nn.functional.dropout(out, 0.1))
         return lm
 
-    monkeypatch.setattr(run_start, "_trained", noisy)
+    monkeypatch.setattr(run_start, "trained", noisy)
     assert train("run") == 2
     assert "error[UW106]" in capsys.readouterr().err
 

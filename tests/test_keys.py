@@ -25,7 +25,7 @@ from upweight.models.load import LanguageModel
 from upweight.models.sample import Sample
 from upweight.recipes import train_model
 from upweight.training import checkpoint
-from upweight.trust.watch import Watch
+from upweight.trust.watch.seen import Seen
 
 BASE: Mapping[str, Any] = {
     "model": "model", "data.path": "plain.jsonl", "out": "run", "steps": 2,
@@ -172,20 +172,20 @@ def _scored() -> list[dict[str, Any]]:
 
 def _in_half(patched: pytest.MonkeyPatch) -> None:
     """Weights kept in half precision, which no run does."""
-    made = run_start._trained
+    made = run_start.trained
 
     def halved(run: Run, lm: LanguageModel) -> LanguageModel:
         lm = made(run, lm)
         lm.model.to(torch.bfloat16)  # pyright: ignore
         return lm
 
-    patched.setattr(run_start, "_trained", halved)
+    patched.setattr(run_start, "trained", halved)
 
 
 def _learned_by_heart(patched: pytest.MonkeyPatch) -> None:
     """Training that has told nearly all pairs apart, by making all responses improbable."""
     means = {"rewards/accuracies": 0.98, "loss": 0.001, "logratios/chosen": -30.0}
-    patched.setattr(Watch, "mean", lambda watch, key: means.get(key, 10.0))
+    patched.setattr(Seen, "mean", lambda seen, key: means.get(key, 10.0))
 
 
 def _short_answers(patched: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ PAINS = {
     "labels that are all noise": ("--label_smoothing 0.5", "must be a number >= 0 and < 0.5"),
     "a variant that is no objective": (
         "--objective ddpo",
-        "must be dpo, found",
+        "must be dpo, sft, reward, ppo, grpo, rloo or online_dpo, found",
     ),
     "the loss by its name elsewhere": (
         "loss_type=sigmoid",

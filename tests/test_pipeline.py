@@ -55,9 +55,9 @@ def test_sft_takes_every_turn_of_a_conversation_when_told_to():
     messages = [{"role": role, "content": text} for role, text in turns]
     write_rows("pairs.jsonl", [{"messages": [*messages[:-1], {"role": "assistant", "content": c}]}
                                for c in "abcdefgh"])  # fmt: skip
-    words = "train --model model --data pairs.jsonl --objective sft --dtype float32 --out".split()
-    assert main([*words, "last"]) == 0
-    assert main([*words, "all", "--turns", "all"]) == 0
+    words = "--model model --data pairs.jsonl --objective sft --dtype float32 --out"
+    assert main(["train", *words.split(), "last"]) == 0
+    assert main(["train", *words.split(), "all", "--turns", "all"]) == 0
     last, every = (
         json.loads(Path(f"{run}/account.json").read_text())["sets"]["train"]
         for run in ("last", "all")

@@ -181,7 +181,7 @@ def test_no_family_hears_its_neighbours(family: str):
 
 
 def test_noise_is_refused_by_check_too(monkeypatch: pytest.MonkeyPatch):
-    made = run_start._trained
+    made = run_start.trained
 
     def noisy(run: Run, lm: LanguageModel) -> LanguageModel:
         lm = made(run, lm)
@@ -189,7 +189,7 @@ def test_noise_is_refused_by_check_too(monkeypatch: pytest.MonkeyPatch):
         embedding.register_forward_hook(lambda _, __, out: nn.functional.dropout(out, 0.1))
         return lm
 
-    monkeypatch.setattr(run_start, "_trained", noisy)
+    monkeypatch.setattr(run_start, "trained", noisy)
     with pytest.raises(Refusal, match="UW106"):
         check()
 

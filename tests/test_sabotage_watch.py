@@ -88,14 +88,14 @@ def test_a_step_without_a_gradient_is_refused(
 def test_half_precision_weights_that_swallow_their_updates_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    trained = run_start._trained
+    trained = run_start.trained
 
     def rounded(*args: Any) -> LanguageModel:
         lm = trained(*args)
         lm.model.to(torch.bfloat16)  # pyright: ignore
         return lm
 
-    monkeypatch.setattr(run_start, "_trained", rounded)
+    monkeypatch.setattr(run_start, "trained", rounded)
     assert train("run", "--learning-rate", "1e-4", "--dtype", "bfloat16", "--samples", "0") == 2
     said = capsys.readouterr().err
     assert "error[UW104]" in said and "bfloat16" in said

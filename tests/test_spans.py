@@ -302,7 +302,7 @@ def test_many_rows_with_the_same_text_twice_are_reported():
         return row | {"chosen": row["rejected"]}
 
     said = findings(some(6, same))["UW206"]
-    assert "6 of 60 rows have the same text as chosen and as rejected" in said
+    assert "in 6 of 60 rows chosen and rejected are the same" in said
     assert "Rows: rows.jsonl:1, rows.jsonl:2" in said
     assert findings(some(2, same)) == {}
 

@@ -1,14 +1,15 @@
 """run.yaml, flags and key=value overrides -> one frozen Run, each value with its origin.
 
 sections.py holds the keys, keys.py their names and flags, written.py YAML in and out, settings.py
-what was said and where, resolve.py what follows from it, commands.py which command reads which
-key. Nothing here imports torch.
+what was said and where, resolve.py what follows from it, objectives.py and commands.py who reads
+which key. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from upweight.config.commands import OBJECTIVES, READS, require_read, unread
+from upweight.config.commands import READS, require_read
 from upweight.config.keys import Flag, called_elsewhere, flags, values_from_flags
+from upweight.config.objectives import OBJECTIVES, unread
 from upweight.config.resolve import (
     FILLED_IN,
     INHERITED,

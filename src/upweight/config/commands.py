@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from upweight.config.keys import keys
+from upweight.config.objectives import objectives_reading, of_section, unread
 from upweight.config.resolve import leaf_values
 from upweight.config.sections import Data, Run
 from upweight.config.written import write
@@ -32,56 +33,6 @@ READS: dict[str, frozenset[str]] = {
     ),
 }
 """The full names of the keys that each command reads."""
-
-_ROWS_LEARNED = (
-    *(f"data.{name}" for name in ("format", "truncation", "pairing", "min_score_gap")),
-    "batch.pairs_per_step",
-    "preflight",
-)
-_ROUNDS = ("reference", "rollout", "loss.beta", "watch.length", "watch.kl")
-_SURROGATE = tuple(
-    f"policy.{name}" for name in ("clip_low", "clip_high", "kl_estimator", "kl_target", "kl_stop")
-)
-_GROUP = ("policy.advantages", "policy.aggregation")
-_VALUES = ("policy.aggregation",) + tuple(
-    f"policy.{name}"
-    for name in (
-        *("value", "value_coefficient", "value_clip", "value_learning_rate"),
-        *("discount", "trace", "whiten"),
-    )
-)
-
-OBJECTIVES: dict[str, tuple[str, ...]] = {
-    "dpo": (
-        *("reference", "loss.beta", "loss.label_smoothing", *_ROWS_LEARNED),
-        *("watch.displaced", "watch.solved", "watch.length", "watch.kl"),
-    ),
-    "sft": ("reference", "data.turns", *_ROWS_LEARNED, "watch.length", "watch.kl"),
-    "reward": (
-        *("loss.label_smoothing", "loss.margin", "loss.centering", *_ROWS_LEARNED),
-        "watch.solved",
-    ),
-    "online_dpo": (*_ROUNDS, "loss.label_smoothing", "watch.displaced", "watch.solved"),
-    "ppo": (*_ROUNDS, *_SURROGATE, *_VALUES),
-    "grpo": (*_ROUNDS, *_SURROGATE, *_GROUP),
-    "rloo": (*_ROUNDS, *_SURROGATE, *_GROUP),
-}
-"""The keys, or whole sections, that not every objective reads, beside each objective that does.
-
-A key that no line names is read by every objective, in `train` and `check`.
-"""
-
-
-def objectives_reading(key: str) -> list[str]:
-    """The objectives that read the key with this full name."""
-    names = {key, keys()[key].section}
-    own = [objective for objective, said in OBJECTIVES.items() if names.intersection(said)]
-    return own or list(OBJECTIVES)
-
-
-def unread(objective: str) -> list[str]:
-    """The keys that this objective does not read."""
-    return [key for key in keys() if objective not in objectives_reading(key)]
 
 
 class Need(NamedTuple):
@@ -113,6 +64,14 @@ def _has_adapter(run: Run) -> bool:
     return run.lora is not None
 
 
+def _has_a_trunk_in_common(run: Run) -> bool:
+    return run.policy.value == "shared"
+
+
+def _logs_every_step(run: Run) -> bool:
+    return run.log_every == 1
+
+
 def _has_reference(run: Run) -> bool:
     return run.reference is not None
 
@@ -121,16 +80,23 @@ _WITHOUT = "has no effect without an evaluation: give evaluation.sets or evaluat
 _UNSAMPLED = "has no effect while evaluation.samples is 0"
 _UNLIKE = "has no effect while evaluation.temperature is not 1: samples are then not the policy's"
 _WHOLE = "has no effect without lora: all weights are trained, and there is no adapter to merge"
+_APART = "has no effect while policy.value is own: the two losses then move different weights"
+_UNLOGGED = "ends a round only after a step that is logged: leave log_every at 1"
 _ALONE = "has no effect: score reads it only with a reference"
 _TRAINING = ("train", "check")
-_SAMPLED = ("evaluation.max_new_tokens", "evaluation.temperature", "watch.length", "watch.kl")
+_SAMPLED = (
+    *of_section("evaluation", "max_new_tokens", "temperature", "true_reward"),
+    *of_section("watch", "length", "repetition", "stopped", "kl"),
+)
 
 NEEDS: tuple[Need, ...] = (
-    Need(_TRAINING, ("evaluation.every", *_SAMPLED), _is_evaluated, _WITHOUT),
+    Need(_TRAINING, ("evaluation.every", "watch.easy", *_SAMPLED), _is_evaluated, _WITHOUT),
     Need(_TRAINING, ("evaluation.samples",), _asks_for_no_samples_or_is_evaluated, _WITHOUT),
     Need(_TRAINING, _SAMPLED, _is_sampled, _UNSAMPLED),
     Need(_TRAINING, ("watch.kl",), _samples_are_the_policys, _UNLIKE),
     Need(_TRAINING, ("export.merge",), _has_adapter, _WHOLE),
+    Need(_TRAINING, ("policy.value_coefficient",), _has_a_trunk_in_common, _APART),
+    Need(_TRAINING, ("policy.kl_stop",), _logs_every_step, _UNLOGGED),
     Need(("score",), ("loss.beta",), _has_reference, _ALONE),
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -198,8 +198,9 @@ def called_elsewhere(typed: str) -> str:
     return f" Here that is {found}: {keys()[found].description}" if found else ""
 
 
-def unknown_key(typed: str, objective: str) -> str:
-    """What is wrong with a key that is none, and what may have been meant."""
+def unknown_key(typed: str, objective: str, unread: Collection[str] = ()) -> str:
+    """What is wrong with a key that is none, and what may have been meant: no option of the loss
+    that is among the `unread` keys of this objective."""
     section, _, name = typed.rpartition(".")
     if section not in SECTIONS:
         words = [*keys(), *SECTIONS, *(key.name for key in keys().values())]
@@ -207,12 +208,16 @@ def unknown_key(typed: str, objective: str) -> str:
         guess = guess or f" The keys are: {', '.join([*_top_level(), *SECTIONS])}."
         return f"{typed} is not a key of a run.{guess}"
     own = [key.name for key in keys().values() if key.section == section and key.full != section]
-    thing = f'an option of "{objective}"' if section == "loss" else f"a key of {section}"
+    thing = f"a key of {section}"
+    if section == "loss":
+        thing = f'an option of "{objective}"'
+        own = [name for name in own if f"{section}.{name}" not in unread]
     guess = nearest(name, own)
     elsewhere = [] if guess else candidates(name)
     if elsewhere:
         guess = f" Did you mean {' or '.join(elsewhere)}?"
-    return f"{typed} is not {thing}, which takes: {', '.join(own)}.{guess}"
+    takes = f": {', '.join(own)}" if own else " none"
+    return f"{typed} is not {thing}, which takes{takes}.{guess}"
 
 
 def _top_level() -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from upweight.config.keys import SWITCHED, candidates, keys, unknown_key
+from upweight.config.objectives import OBJECTIVES, unread
 from upweight.config.sections import SECTIONS, Run
 from upweight.config.settings import (
     Layer,
@@ -165,7 +166,9 @@ def _unnamed(setting: Setting, objective: object) -> str:
     names = candidates(setting.typed)
     if names:
         return f"{setting.shown} may be {' or '.join(names)}: write one of these in full."
-    return setting.layer.prefix + unknown_key(setting.typed, str(objective))
+    said = str(objective)
+    others = unread(said) if said in OBJECTIVES else ()
+    return setting.layer.prefix + unknown_key(setting.typed, said, others)
 
 
 def _wrong(setting: Setting) -> str:

@@ -203,7 +203,7 @@ class Evaluation(Section):
 
 
 class Rollout(Section):
-    """answers that the policy draws while it is trained (ppo, grpo, rloo, online_dpo)"""
+    """answers drawn in training (ppo, grpo, rloo, online_dpo)"""
 
     reward: Text | None = Field(
         default=None,
@@ -243,8 +243,8 @@ class Policy(Section):
     )
     kl_estimator: Literal["k1", "k2", "k3"] | None = Field(
         default=None,
-        description="Estimator of the KL to the reference, which loss.beta weighs; null: k1. k1 is "
-        "taken from the reward, the others stand in the loss (for ppo in the reward too).",
+        description="Estimator of the KL to the reference, which loss.beta weighs; null: k1, which "
+        "is taken from the reward, where k2 and k3 stand in the loss (for ppo in the reward too).",
     )
     advantages: Literal["grpo", "dr_grpo", "rloo"] | None = Field(
         default=None, description="Baseline within a prompt's group; null: the objective's own."

@@ -32,10 +32,10 @@ KINDS: dict[str, Kind] = {
     "dpo": Kind("preferences", 5e-7, 1e-5, by_reference=True),
     "sft": Kind("responses", 1e-5, 1e-4),
     "reward": Kind("preferences", 1e-5, 1e-4, answers=False),
-    "online_dpo": Kind("prompts", 5e-7, 1e-5, num_responses=2),
     "ppo": Kind("prompts", 1e-6, 1e-5, passes=4, kl="k1"),
     "grpo": Kind(
         "prompts", 1e-6, 1e-5, num_responses=8, kl="k1", group="grpo", aggregation="response"
     ),
     "rloo": Kind("prompts", 1e-6, 1e-5, num_responses=4, kl="k1", group="rloo"),
+    "online_dpo": Kind("prompts", 5e-7, 1e-5, num_responses=2),
 }

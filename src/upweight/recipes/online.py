@@ -225,7 +225,9 @@ def _draw(
         advantages={i: torch.zeros_like(x) for i, x in logps.items()},
         values=values,
     )
-    return ranked(made) if run.objective == "online_dpo" else credited(made, _credit(run))
+    if run.objective == "online_dpo":
+        return ranked(made, run.rollout.stop_penalty)
+    return credited(made, _credit(run))
 
 
 def _values(state: State, forest: Forest) -> Tensor:

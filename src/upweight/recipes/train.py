@@ -243,10 +243,10 @@ WORK: dict[str, Callable[[State], Work]] = {
     "dpo": dpo,
     "sft": sft,
     "reward": reward,
-    "online_dpo": online,
     "ppo": online,
     "grpo": online,
     "rloo": online,
+    "online_dpo": online,
 }
 """What each objective has the one loop do."""
 

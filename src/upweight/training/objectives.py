@@ -79,6 +79,7 @@ def pair_metrics(logps: PairLogps, beta: float) -> Metrics:
     with torch.no_grad():
         values = {
             **_ranked(beta * logps.chosen_logratio, beta * logps.rejected_logratio),
+            "rewards/spread": (beta * logps.margin).abs(),
             "logps/chosen": logps.policy_chosen,
             "logps/rejected": logps.policy_rejected,
             "logratios/chosen": logps.chosen_logratio,
@@ -97,7 +98,6 @@ def _ranked(
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": margins,
-        "rewards/spread": margins.abs(),
         "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
     }
 

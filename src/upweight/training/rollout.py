@@ -179,12 +179,8 @@ def draw_answers(
 def credited(found: Round, credit: Credit) -> Round:
     """The round with its advantages, and returns where it has values."""
     ids = list(found.logps)
-    stopped = {i: s for tree in found.trees for i, s in zip(tree.ids, tree.stopped, strict=True)}
-    scores = stop_penalized(
-        torch.tensor([found.scores[i] for i in ids]),
-        torch.tensor([stopped[i] for i in ids]),
-        penalty=credit.stop_penalty,
-    )
+    penalized = _penalized(found, credit.stop_penalty)
+    scores = torch.tensor([penalized[i] for i in ids])
     lengths = torch.tensor([len(found.logps[i]) for i in ids])
     logps, reference = (
         torch.cat([known[i] for i in ids]) for known in (found.logps, found.reference_logps)
@@ -213,12 +209,24 @@ def credited(found: Round, credit: Credit) -> Round:
     return replace(found, advantages=pieces(each.repeat_interleave(lengths)))
 
 
-def ranked(found: Round) -> Round:
+def _penalized(found: Round, penalty: float) -> dict[ResponseId, float]:
+    """The scores, lower by `penalty` for answers that do not stop by themselves."""
+    ids = [i for tree in found.trees for i in tree.ids]
+    scores = stop_penalized(
+        torch.tensor([found.scores[i] for i in ids]),
+        torch.tensor([stops for tree in found.trees for stops in tree.stopped]),
+        penalty=penalty,
+    )
+    return dict(zip(ids, scores.tolist(), strict=True))
+
+
+def ranked(found: Round, stop_penalty: float = 0.0) -> Round:
     """The round with the best answer of each prompt preferred to the worst, and no others; prompts
     whose answers all score the same are left out."""
+    penalized = _penalized(found, stop_penalty)
     trees: list[Tree] = []
     for tree in found.trees:
-        scores = [found.scores[i] for i in tree.ids]
+        scores = [penalized[i] for i in tree.ids]
         for p in preferences_from_scores(scores, "extremes"):
             pick = (p.chosen, p.rejected)
             trees.append(

@@ -1,0 +1,70 @@
+"""Which objective reads which key."""
+
+from __future__ import annotations
+
+from upweight.config.keys import keys
+
+
+def of_section(section: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{name}" for name in names)
+
+
+_REPEATS = of_section("preflight", "cut", "repeated", "edits")
+_ROWS_LEARNED = (
+    *of_section("data", "format", "truncation", "pairing", "min_score_gap"),
+    "batch.pairs_per_step",
+    *_REPEATS,
+    *of_section("preflight", "identical", "spans"),
+)
+_PAIRS = (*_ROWS_LEARNED, *of_section("preflight", "contradictory", "similar", "shortcut"))
+_ANSWERS = (
+    *("reference", "export.merge"),
+    *of_section("evaluation", "samples", "max_new_tokens", "temperature", "true_reward"),
+    *of_section("watch", "length", "repetition", "stopped", "kl"),
+)
+_MARGINS = of_section("watch", "displaced", "solved", "spread", "flat")
+_ROUNDS = (*_ANSWERS, *_REPEATS, "rollout", "loss.beta")
+_SURROGATE = of_section("policy", "clip_low", "clip_high", "kl_estimator", "kl_target", "kl_stop")
+_GROUP = of_section("policy", "advantages", "aggregation")
+_VALUES = of_section(
+    "policy",
+    *("aggregation", "value", "value_coefficient", "value_clip", "value_learning_rate"),
+    *("discount", "trace", "whiten"),
+)
+
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "dpo": (
+        *_ANSWERS,
+        *_PAIRS,
+        *_MARGINS,
+        *of_section("loss", "beta", "label_smoothing"),
+        *of_section("preflight", "swapped", "improbable"),
+        *of_section("watch", "easy", "suspect"),
+    ),
+    "sft": (*_ANSWERS, *_ROWS_LEARNED, "data.turns"),
+    "reward": (
+        *_PAIRS,
+        *of_section("loss", "label_smoothing", "margin", "centering"),
+        *of_section("watch", "solved", "easy"),
+    ),
+    "ppo": (*_ROUNDS, *_SURROGATE, *_VALUES),
+    "grpo": (*_ROUNDS, *_SURROGATE, *_GROUP),
+    "rloo": (*_ROUNDS, *_SURROGATE, *_GROUP),
+    "online_dpo": (*_ROUNDS, *_MARGINS, "loss.label_smoothing"),
+}
+"""The keys, or whole sections, that not every objective reads, beside each objective that does.
+
+A key that no line names is read by every objective, in `train` and `check`.
+"""
+
+
+def objectives_reading(key: str) -> list[str]:
+    """The objectives that read the key with this full name."""
+    names = {key, keys()[key].section}
+    own = [objective for objective, said in OBJECTIVES.items() if names.intersection(said)]
+    return own or list(OBJECTIVES)
+
+
+def unread(objective: str) -> list[str]:
+    """The keys that this objective does not read."""
+    return [key for key in keys() if objective not in objectives_reading(key)]
