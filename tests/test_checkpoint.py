@@ -348,7 +348,7 @@ def test_a_checkpoint_of_another_format_is_left_alone(tmp_path: Path) -> None:
     path = save(tmp_path, tiny_state(1))
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
-    said = "of format 1 and this version of upweight reads format 2. Resume with the version"
+    said = "of format 1 and this version of upweight reads format 3. Resume with the version"
     for read in (latest, recover):
         with pytest.raises(OutputError, match=re.escape(said)):
             read(tmp_path)

@@ -59,6 +59,7 @@ OTHER: dict[str, Any] = {
     "data.pairing": "extremes",
     "data.min_score_gap": 0.5,
     "data.limit": 100,
+    "data.learn": "all",
     "data.turns": "all",
     "loss.beta": 0.05,
     "loss.label_smoothing": 0.1,
@@ -115,6 +116,7 @@ OTHER: dict[str, Any] = {
     "evaluation.samples": 0,
     "evaluation.max_new_tokens": 16,
     "evaluation.temperature": 0.7,
+    "evaluation.prompt_files": ["p.jsonl"],
     "evaluation.true_reward": "number",
     "checkpoint.every": 20,
     "checkpoint.keep": 5,
@@ -437,7 +439,7 @@ def test_the_table_of_objectives_has_each_of_them_and_names_keys_or_sections() -
     named = {name for own in OBJECTIVES.values() for name in own}
     assert named <= {*keys(), *SECTIONS}
     assert unread("dpo") == [
-        *("data.turns", "loss.margin", "loss.centering"),
+        *("data.learn", "data.turns", "loss.margin", "loss.centering"),
         *(key.full for key in keys().values() if key.section in ("rollout", "policy")),
     ]
 

@@ -44,7 +44,7 @@ def test_each_yaml_block_of_the_readme_is_a_run(tmp_path: Path) -> None:
     for text in written:
         file = tmp_path / "run.yaml"
         file.write_text(text, encoding="utf-8")
-        assert load_run(file, required=("out",)).run.objective == "dpo"
+        assert load_run(file, required=("out",)).run.objective in ("dpo", "grpo")
 
 
 def test_the_python_block_of_the_readme_runs(

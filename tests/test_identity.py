@@ -24,8 +24,8 @@ def test_an_adapter_that_does_not_start_at_zero_is_refused(
 ):
     made = run_start.trained
 
-    def stirred(run: Run, lm: LanguageModel) -> LanguageModel:
-        lm = made(run, lm)
+    def stirred(run: Run, lm: LanguageModel, stop_ids: object) -> LanguageModel:
+        lm = made(run, lm, stop_ids)
         with torch.no_grad():
             for name, p in lm.model.named_parameters():
                 if "lora_B" in name:
@@ -55,8 +55,8 @@ def test_a_model_that_says_something_else_each_time_is_refused(
 ):
     made = run_start.trained
 
-    def noisy(run: Run, lm: LanguageModel) -> LanguageModel:
-        lm = made(run, lm)
+    def noisy(run: Run, lm: LanguageModel, stop_ids: object) -> LanguageModel:
+        lm = made(run, lm, stop_ids)
         embedding = lm.causal.get_input_embeddings()
         embedding.register_forward_hook(lambda _, __, out: torch.nn.functional.dropout(out, 0.1))
         return lm

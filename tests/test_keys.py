@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import upweight.recipes.evaluation as run_evaluation
+import upweight.recipes.reference as run_reference
 import upweight.recipes.start as run_start
 from runs import PAIRS, plain_rows, rows_of, sentence, write_rows
 from tiny import CHATML, byte_tokenizer, save_tiny
@@ -49,10 +50,20 @@ class Case:
 
 
 EVALUATED = {"evaluation.fraction": 0.3, "evaluation.samples": 2, "evaluation.max_new_tokens": 6}
+MANY = {**EVALUATED, "evaluation.samples": 12}
 LORA = {"lora": True}
 CUT = {"data.max_length": 60, "data.truncation": "response", "preflight.cut": 0.99}
 SAVED = {"checkpoint.every": 1, "checkpoint.keep": 2, "steps": 4}
 WILD = {**EVALUATED, "optimizer.learning_rate": 1e-2, "loss.beta": 5.0, "steps": 8, "watch.kl": 1e9}
+
+SFT = {"objective": "sft"}
+ROUNDS = {
+    "batch.pairs_per_step": None, "rollout.reward": "letters.py:score", "steps": 4,
+    "rollout.prompts_per_round": 4, "rollout.max_tokens": 6, "rollout.passes": 2,
+    "optimizer.learning_rate": 1e-2,
+}  # fmt: skip
+PPO = {**ROUNDS, "objective": "ppo"}
+GRPO = {**ROUNDS, "objective": "grpo", "rollout.responses": 3}
 
 CASES: dict[str, Case] = {
     "model": Case("other", "records"),
@@ -74,8 +85,12 @@ CASES: dict[str, Case] = {
     "data.pairing": Case("extremes", "rows", {"data.path": "scored.jsonl"}),
     "data.min_score_gap": Case(1.5, "rows", {"data.path": "scored.jsonl"}),
     "data.limit": Case(9, "rows"),
+    "data.learn": Case("all", "rows", SFT),
+    "data.turns": Case("all", "rows", {**SFT, "data.path": "talks.jsonl"}),
     "loss.beta": Case(0.5, "weights"),
     "loss.label_smoothing": Case(0.2, "weights"),
+    "loss.margin": Case(0.5, "weights", {"objective": "reward", "data.path": "scored.jsonl"}),
+    "loss.centering": Case(0.1, "weights", {"objective": "reward"}),
     "batch.pairs_per_step": Case(6, "records"),
     "batch.tokens_per_bin": Case(80, "layers"),
     "optimizer.learning_rate": Case(2e-3, "weights"),
@@ -83,6 +98,7 @@ CASES: dict[str, Case] = {
     "optimizer.beta1": Case(0.5, "weights"),
     "optimizer.beta2": Case(0.9, "weights"),
     "optimizer.epsilon": Case(1e-2, "weights"),
+    "optimizer.moments": Case("8bit", "weights", refused="bitsandbytes"),
     "optimizer.max_grad_norm": Case(1e-3, "weights"),
     "optimizer.warmup": Case(0.9, "weights", {"steps": 4}),
     "optimizer.schedule": Case("cosine", "weights", {"steps": 4}),
@@ -98,12 +114,36 @@ CASES: dict[str, Case] = {
     "compute.threads": Case(2, "environment"),
     "compute.checkpointing": Case(True, "layers"),
     "compute.trust_remote_code": Case(True, "records", {"model": "coded"}),
+    "rollout.reward": Case("letters.py:more", "records", PPO),
+    "rollout.prompts_per_round": Case(3, "records", PPO),
+    "rollout.responses": Case(2, "records", GRPO),
+    "rollout.max_tokens": Case(4, "records", PPO),
+    "rollout.stop_penalty": Case(1.0, "records", PPO),
+    "rollout.passes": Case(1, "records", PPO),
+    "rollout.minibatches": Case(2, "records", PPO),
+    "rollout.renew_reference": Case(1, "records", PPO),
+    "policy.clip_low": Case(1e-4, "records", PPO),
+    "policy.clip_high": Case(1e-4, "records", PPO),
+    "policy.kl_estimator": Case("k2", "records", PPO),
+    "policy.advantages": Case("rloo", "records", GRPO),
+    "policy.aggregation": Case("constant", "records", PPO),
+    "policy.value": Case("shared", "records", PPO),
+    "policy.value_coefficient": Case(0.5, "records", {**PPO, "policy.value": "shared"}),
+    "policy.value_clip": Case(1e-3, "records", PPO),
+    "policy.value_learning_rate": Case(0.5, "records", PPO),
+    "policy.discount": Case(0.5, "records", PPO),
+    "policy.trace": Case(0.5, "records", PPO),
+    "policy.whiten": Case(False, "records", PPO),
+    "policy.kl_target": Case(1.0, "records", PPO),
+    "policy.kl_stop": Case(1e-9, "records", {**PPO, "rollout.passes": 4}),
     "evaluation.sets": Case({"held": ["held.jsonl"]}, "evaluations"),
     "evaluation.fraction": Case(0.4, "evaluations", EVALUATED),
+    "evaluation.prompt_files": Case(["held.jsonl"], "evaluations", EVALUATED),
     "evaluation.every": Case(3, "evaluations", {**EVALUATED, "steps": 4}),
     "evaluation.samples": Case(1, "samples", EVALUATED),
     "evaluation.max_new_tokens": Case(3, "samples", EVALUATED),
     "evaluation.temperature": Case(0.0, "samples", EVALUATED),
+    "evaluation.true_reward": Case("letters.py:score", "evaluations", EVALUATED),
     "checkpoint.every": Case(2, "files", SAVED),
     "checkpoint.keep": Case(1, "files", SAVED),
     # The same at every evaluation: the first one stays the best.
@@ -111,14 +151,25 @@ CASES: dict[str, Case] = {
     "export.merge": Case(True, "files", LORA),
     "preflight.cut": Case(0.2, "findings", CUT, refused="preflight.cut"),
     "preflight.swapped": Case(0.99, "findings"),
+    "preflight.identical": Case(0.9, "findings", {"data.path": "same.jsonl"}),
     "preflight.contradictory": Case(0.9, "findings", {"data.path": "twice.jsonl"}),
     "preflight.repeated": Case(0.9, "findings", {"data.path": "twice.jsonl"}),
+    "preflight.spans": Case(0.9, "findings", {"data.path": "stops.jsonl"}),
+    "preflight.similar": Case(0.99, "findings", {"data.path": "alike.jsonl"}),
+    "preflight.edits": Case(1e-4, "findings", {"data.path": "alike.jsonl"}),
     "preflight.shortcut": Case(0.99, "findings", {"data.path": "pairs.jsonl"}),
+    "preflight.improbable": Case(0.0, "findings", {"data.path": "odd.jsonl"}),
     "watch.moved": Case(0.0, "findings", {"optimizer.learning_rate": 1e-5}),
     "watch.displaced": Case(9.0, "findings", {"steps": 9}),
     "watch.length": Case(9.0, "findings", EVALUATED),
+    "watch.repetition": Case(0.999, "findings", MANY),
+    "watch.stopped": Case(0.0, "findings", MANY),
     "watch.solved": Case(0.5, "findings", {"steps": 9}),
+    "watch.easy": Case(0.0, "findings", {**EVALUATED, "data.path": "pairs.jsonl", "steps": 9}),
+    "watch.spread": Case(1e-6, "findings", {"steps": 9}),
+    "watch.flat": Case(1e6, "findings", {"steps": 32, "optimizer.learning_rate": 1e-5}),
     "watch.kl": Case(0.0, "findings", WILD),
+    "watch.suspect": Case(0.5, "suspects", {**EVALUATED, "steps": 6}),
 }
 
 
@@ -140,8 +191,25 @@ def _furnished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         rows = plain_rows(20)
         turned = [r | {"chosen": r["rejected"], "rejected": r["chosen"]} for r in rows[:8]]
         write_rows("twice.jsonl", [*rows, *rows[:8], *turned])
+        write_rows("same.jsonl", [*rows, *(r | {"rejected": r["chosen"]} for r in rows[:4])])
+        write_rows("stops.jsonl", [*rows, *(r | {"chosen": "a <|im_end|>"} for r in rows[:15])])
+        long = "river stone cloud lamp paper seven green north salt wheel " * 2
+        near = [r | {"chosen": f"{long}{i}", "rejected": f"{long}x"} for i, r in enumerate(rows)]
+        write_rows("alike.jsonl", near)
+        write_rows("odd.jsonl", [r | {"chosen": "~" * 9, "rejected": "^" * 9} for r in rows])
+        write_rows("talks.jsonl", [{"messages": _talk(i)} for i in range(12)])
+        functions = (
+            "def score(prompt, response, row):\n    return sum(map(str.islower, response))\n"
+        )
+        functions += "def more(prompt, response, row):\n    return 2.0 * len(response)\n"
+        Path("letters.py").write_text(functions)
         observed.cache_clear()
         yield
+
+
+def _talk(number: int) -> list[dict[str, str]]:
+    said = ("user", f"one {number}"), ("assistant", "two"), ("user", "three"), ("assistant", "four")
+    return [{"role": role, "content": text} for role, text in said]
 
 
 def _with_code_of_its_own(folder: Path) -> None:
@@ -174,8 +242,8 @@ def _in_half(patched: pytest.MonkeyPatch) -> None:
     """Weights kept in half precision, which no run does."""
     made = run_start.trained
 
-    def halved(run: Run, lm: LanguageModel) -> LanguageModel:
-        lm = made(run, lm)
+    def halved(run: Run, lm: LanguageModel, stop_ids: Any) -> LanguageModel:
+        lm = made(run, lm, stop_ids)
         lm.model.to(torch.bfloat16)  # pyright: ignore
         return lm
 
@@ -198,10 +266,32 @@ def _short_answers(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(run_evaluation, "draw", short)
 
 
+def _stuck_answers(patched: pytest.MonkeyPatch) -> None:
+    """A policy that says one thing over and over."""
+    draw = run_evaluation.draw
+
+    def stuck(*given: Any) -> list[Sample]:
+        return [replace(s, tokens=(40,) * 10) for s in draw(*given)]
+
+    patched.setattr(run_evaluation, "draw", stuck)
+
+
+def _endless_answers(patched: pytest.MonkeyPatch) -> None:
+    """A policy that does not stop where its reference does."""
+    draw = run_evaluation.draw
+
+    def ended(*given: Any) -> list[Sample]:
+        return [replace(s, stopped=True) for s in draw(*given)]
+
+    patched.setattr(run_reference, "draw", ended)
+
+
 PLANTED: Mapping[str, Callable[[pytest.MonkeyPatch], None]] = {
     "watch.moved": _in_half,
     "watch.displaced": _learned_by_heart,
     "watch.length": _short_answers,
+    "watch.repetition": _stuck_answers,
+    "watch.stopped": _endless_answers,
     "watch.solved": _learned_by_heart,
 }
 """What has to go wrong before these keys have a say."""
@@ -246,7 +336,7 @@ def _of_run(out: Path) -> dict[str, Any]:
     environment = json.loads((out / "environment.json").read_text())
     newest = checkpoint.latest(out / "checkpoints")
     assert newest is not None
-    samples = out / "samples.jsonl"
+    samples, suspects = out / "samples.jsonl", out / "suspects.jsonl"
     weights = [f for f in out.glob("model/*.safetensors")]
     return {
         "records": [r for r in records if r["kind"] == "train"],
@@ -256,6 +346,7 @@ def _of_run(out: Path) -> dict[str, Any]:
             *(r for r in records if r["kind"] == "warning"),
         ],
         "samples": rows_of(samples) if samples.exists() else [],
+        "suspects": rows_of(suspects) if suspects.exists() else [],
         "rows": dict(checkpoint.load(newest).position.data_digests),
         "weights": [hashlib.sha256(f.read_bytes()).hexdigest() for f in weights],
         "environment": {k: environment[k] for k in ("cpu", "gpu", "dtype", "attention")},

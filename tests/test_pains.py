@@ -83,7 +83,7 @@ PAINS = {
     ),
     "an evaluation without rows to evaluate": (
         "--fraction 0 --evaluation.every 5",
-        "it has no effect without an evaluation: give evaluation.sets or evaluation.fraction",
+        "it has no effect without an evaluation: give evaluation.sets, evaluation.fraction",
     ),
     "the best by a metric that is not recorded": (
         "--checkpoint.best accuracy",

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import upweight as uw
-from runs import furnish, rows_of, train, write_rows
+from runs import PAIRS, furnish, rows_of, train, write_rows
 from upweight.cli import main
 from upweight.models.load import load
 from upweight.models.scalar import load_reward_model, one_response_at_a_time, tree_scores
@@ -171,7 +171,7 @@ def test_the_sampler_says_the_log_probs_of_the_trainer():
 def test_score_gives_a_reward_models_scores_of_each_preference(
     capsys: pytest.CaptureFixture[str],
 ):
-    assert train("run", "--objective", "reward") == 0
+    assert judge("run") == 0
     group = [{"text": "fine", "score": 3}, {"text": "so so", "score": 1}, {"text": "bad thing"}]
     write_rows(
         "scored.jsonl",
@@ -224,9 +224,9 @@ def test_a_reward_model_is_asked_for_the_rows_margins(capsys: pytest.CaptureFixt
         {**row, "margin": 4.0 if i % 2 else 0.0} for i, row in enumerate(rows_of("pairs.jsonl"))
     ]
     write_rows("margins.jsonl", pairs)
-    more = ["--data", "margins.jsonl", "--objective", "reward", "--steps", "2"]
-    assert train("run", *more, "--loss.margin", "0.5") == 0
-    assert train("none", *more) == 0
+    Path("margins.jsonl").rename("pairs.jsonl")
+    assert judge("run", "--steps", "2", "--loss.margin", "0.5") == 0
+    assert judge("none", "--steps", "2") == 0
     # Step 1 has the same scores in both: what is added is what -log sigmoid(z - m) adds.
     asked, plain = (records(run, "train")[0] for run in ("run", "none"))
     assert asked["rewards/margins"] == plain["rewards/margins"]
@@ -237,5 +237,6 @@ def test_a_reward_model_is_asked_for_the_rows_margins(capsys: pytest.CaptureFixt
     write_rows("words.jsonl", [{**row, "margin": "large"} for row in pairs])
     assert train("words", "--data", "words.jsonl", "--steps", "1") == 0
     capsys.readouterr()
-    assert train("no", "--objective", "reward", "--loss.margin", "0.5") == 2
+    write_rows("pairs.jsonl", PAIRS)
+    assert judge("no", "--loss.margin", "0.5") == 2
     assert "loss.margin is 0.5, and no row has a margin, or scores" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from upweight.cli import main
 from upweight.data.pack import bins
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import pair_logps, token_logps
-from upweight.training.objectives import pair, pair_metrics
+from upweight.training.objectives import Objective, pair, pair_metrics
 from upweight.types import Forest, PairLogps, Step, Tree
 
 
@@ -64,22 +65,22 @@ def test_updates_that_the_weights_cannot_hold_are_refused(capsys: pytest.Capture
     assert "error[UW103]" in said and "raise optimizer.learning_rate" in said
 
 
-def frozen(*args: Any) -> Callable[..., Step]:
+def frozen(*args: Any) -> Objective:
     """An objective in which no weight has a say."""
     whole = pair(*args)
 
-    def objective(lm: LanguageModel, forest: Forest) -> Step:
-        step = whole(lm, forest)
+    def step(lm: LanguageModel, forest: Forest) -> Step:
+        made = whole.step(lm, forest)
         nothing = sum((p * 0).sum() for p in lm.model.parameters())
-        return Step(step.loss_sum.detach() + nothing, step.count, step.metrics)
+        return Step(made.loss_sum.detach() + nothing, made.count, made.metrics)
 
-    return objective
+    return replace(whole, step=step)
 
 
 def test_a_step_without_a_gradient_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(run_train, "pair", frozen)
+    monkeypatch.setattr(objectives, "pair", frozen)
     assert train("run") == 2
     said = capsys.readouterr().err
     assert "error[UW103]" in said and "every gradient is 0" in said
@@ -102,22 +103,22 @@ def test_half_precision_weights_that_swallow_their_updates_are_refused(
 
 
 def aliased(
-    reference: object, loss: Callable[[PairLogps], torch.Tensor], beta: float, *rest: Any
-) -> Callable[..., Step]:
+    reference: Any, loss: Callable[[PairLogps], torch.Tensor], beta: float, *rest: Any
+) -> Objective:
     """The policy of the moment as its own reference."""
 
-    def objective(lm: LanguageModel, forest: Forest) -> Step:
+    def step(lm: LanguageModel, forest: Forest) -> Step:
         tokens = token_logps(lm, forest)
         logps = pair_logps(tokens, tokens.detach(), forest)
         return Step(loss(logps).sum(), forest.weight.sum(), pair_metrics(logps, beta))
 
-    return objective
+    return replace(pair(reference, loss, beta, *rest), step=step)
 
 
 def test_a_policy_that_is_its_own_reference_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(run_train, "pair", aliased)
+    monkeypatch.setattr(objectives, "pair", aliased)
     assert train("run") == 2
     said = capsys.readouterr().err
     assert "error[UW102]" in said and "step 2" in said
@@ -129,16 +130,16 @@ def test_a_policy_that_is_its_own_reference_is_refused(
 def test_an_objective_that_takes_means_of_micro_batches_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def of_means(*args: Any) -> Callable[..., Step]:
+    def of_means(*args: Any) -> Objective:
         whole = pair(*args)
 
-        def objective(lm: LanguageModel, forest: Forest) -> Step:
-            step = whole(lm, forest)
-            return Step(step.loss_sum / step.count, torch.ones_like(step.count), step.metrics)
+        def step(lm: LanguageModel, forest: Forest) -> Step:
+            made = whole.step(lm, forest)
+            return Step(made.loss_sum / made.count, torch.ones_like(made.count), made.metrics)
 
-        return objective
+        return replace(whole, step=step)
 
-    monkeypatch.setattr(run_train, "pair", of_means)
+    monkeypatch.setattr(objectives, "pair", of_means)
     assert train("run", "--tokens_per_bin", "120") == 2
     said = capsys.readouterr().err
     assert "error[UW302]" in said and "micro-batches weigh 4" in said
@@ -178,17 +179,17 @@ def test_one_order_for_all_epochs_is_reported(monkeypatch: pytest.MonkeyPatch):
 def test_a_weight_that_is_not_a_number_stops_before_the_optimizer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def spoiled(*args: Any) -> Callable[..., Step]:
+    def spoiled(*args: Any) -> Objective:
         whole = pair(*args)
 
-        def objective(lm: LanguageModel, forest: Forest) -> Step:
+        def step(lm: LanguageModel, forest: Forest) -> Step:
             with torch.no_grad():
                 next(p for p in lm.model.parameters() if p.ndim == 1)[0] = torch.nan
-            return whole(lm, forest)
+            return whole.step(lm, forest)
 
-        return objective
+        return replace(whole, step=step)
 
-    monkeypatch.setattr(run_train, "pair", spoiled)
+    monkeypatch.setattr(objectives, "pair", spoiled)
     assert train("run") == 2
     said = capsys.readouterr().err
     assert "error[UW303]" in said and "Its rows: pairs.jsonl:" in said
@@ -198,10 +199,10 @@ def test_a_weight_that_is_not_a_number_stops_before_the_optimizer(
 def test_a_loss_that_overflows_stops_before_the_optimizer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def exploding(reference: Any, loss: Any, beta: float, *rest: Any) -> Callable[..., Step]:
+    def exploding(reference: Any, loss: Any, beta: float, *rest: Any) -> Objective:
         return pair(reference, lambda logps: loss(logps) * torch.inf, beta, *rest)
 
-    monkeypatch.setattr(run_train, "pair", exploding)
+    monkeypatch.setattr(objectives, "pair", exploding)
     assert train("run") == 2
     assert "error[UW303]: step 1: the loss is inf" in capsys.readouterr().err
 

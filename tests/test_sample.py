@@ -45,13 +45,21 @@ def test_greedy_is_the_argmax_one_prompt_at_a_time(family: str):
         assert len(answers[0].tokens) == 12 or answers[0].stopped
 
 
+def require_same(got, wanted):
+    """The same tokens, of log-probs that fp32 sums of another order move by 1e-5 at most."""
+    assert len(got) == len(wanted)
+    for ours, theirs in zip(sum(got, []), sum(wanted, []), strict=True):
+        assert (ours.tokens, ours.stopped) == (theirs.tokens, theirs.stopped)
+        assert ours.logps == pytest.approx(theirs.logps, abs=1e-5)
+
+
 def test_a_response_does_not_depend_on_what_is_in_its_batch():
     lm = loaded()
     lm.causal.generation_config.eos_token_id = list(range(40))  # some rows end early and leave
     together = sample(lm, PROMPTS, num=3, max_new_tokens=12)
     assert len({len(s.tokens) for drawn in together for s in drawn}) > 3
-    assert sample(lm, PROMPTS, num=3, max_new_tokens=12, rows_per_batch=3) == together
-    assert sample(lm, PROMPTS[:1], num=3, max_new_tokens=12) == together[:1]
+    require_same(sample(lm, PROMPTS, num=3, max_new_tokens=12, rows_per_batch=3), together)
+    require_same(sample(lm, PROMPTS[:1], num=3, max_new_tokens=12), together[:1])
 
 
 def test_tokens_are_drawn_in_proportion_to_their_probability():
@@ -249,7 +257,7 @@ def test_prompts_that_do_not_fit_together_are_answered_in_halves(monkeypatch):
     lm = loaded()
     wanted = sample(lm, PROMPTS, num=2, max_new_tokens=6)
     with_room_for(monkeypatch, 2)
-    assert sample(lm, PROMPTS, num=2, max_new_tokens=6) == wanted
+    require_same(sample(lm, PROMPTS, num=2, max_new_tokens=6), wanted)
     with_room_for(monkeypatch, 1)
     with pytest.raises(ModelError, match=r"prompt 2 ran out of memory alone \(out of room\).*-n"):
         sample(lm, PROMPTS, num=2, max_new_tokens=6)

@@ -248,7 +248,7 @@ def test_one_response_that_joins_the_prompt_is_left_out_of_many():
     found, notes = grown(example_of(row, ROW, "responses"), joining())
     assert notes.left_out == {0: "boundary"}
     assert [i.index for i in found.ids] == [1, 2]
-    assert found.preferences == (Preference(0, 1),)
+    assert found.preferences == (Preference(0, 1, margin=1.0),)
     assert not notes.repaired
 
 
@@ -329,7 +329,7 @@ def test_responses_that_are_the_same_after_a_cut_make_no_preference():
     options = {"max_length": 7, "truncation": "response"}
     found, notes = grown(example_of(row, ROW, "responses"), PLAIN, **options)
     assert notes.left_out == {1: "identical_responses"}
-    assert found.preferences == (Preference(0, 1), Preference(0, 1))
+    assert found.preferences == (Preference(0, 1, margin=2.0), Preference(0, 1, margin=1.0))
 
 
 def test_responses_in_no_preference_are_not_in_the_tree():

@@ -77,6 +77,11 @@ def _has_reference(run: Run) -> bool:
     return run.reference is not None
 
 
+def _shares_its_trunk(run: Run) -> bool:
+    return run.policy.value == "shared"
+
+
+_OWN_TRUNK = "has no effect while policy.value is own: the two losses then share no weight"
 _WITHOUT = (
     "has no effect without an evaluation: give evaluation.sets, evaluation.fraction or "
     "evaluation.prompt_files"
@@ -101,6 +106,7 @@ NEEDS: tuple[Need, ...] = (
     Need(_TRAINING, ("export.merge",), _has_adapter, _WHOLE),
     Need(_TRAINING, ("policy.value_coefficient",), _has_a_trunk_in_common, _APART),
     Need(_TRAINING, ("policy.kl_stop",), _logs_every_step, _UNLOGGED),
+    Need(_TRAINING, ("policy.value_coefficient",), _shares_its_trunk, _OWN_TRUNK),
     Need(("score",), ("loss.beta",), _has_reference, _ALONE),
 )
 
