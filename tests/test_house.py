@@ -13,7 +13,7 @@ import torch
 
 import upweight.losses.pair as pair_losses
 from tiny import save_tiny
-from upweight.config import load_run
+from upweight.config import load_stages, require_read
 from upweight.losses import PAIR_LOSSES, PairLogps
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,8 @@ def test_each_yaml_block_of_the_readme_is_a_run(tmp_path: Path) -> None:
     for text in written:
         file = tmp_path / "run.yaml"
         file.write_text(text, encoding="utf-8")
-        assert load_run(file, required=("out",)).run.objective in ("dpo", "grpo")
+        for resolved in load_stages(file, required=("out",)):
+            require_read("train", resolved.run)
 
 
 def test_the_python_block_of_the_readme_runs(

@@ -304,6 +304,7 @@ def test_many_rows_with_the_same_text_twice_are_reported():
     said = findings(some(6, same))["UW206"]
     assert "in 6 of 60 rows chosen and rejected are the same" in said
     assert "Rows: rows.jsonl:1, rows.jsonl:2" in said
+    assert findings(some(2, same), **{"preflight.identical": 0.04}) == {}
 
 
 def test_a_row_that_is_lost_on_its_way_to_tokens_stops_the_run(monkeypatch: pytest.MonkeyPatch):
