@@ -24,7 +24,7 @@ from upweight.models.scalar import (
     with_scalar_head,
 )
 from upweight.training.objectives import Objective, Surrogate, policy_gradient, reward
-from upweight.training.rollout import Round
+from upweight.training.round import Round
 from upweight.types import Tree
 
 TREES = random_trees(SHAPES + ((3, 2, 2), (20, 1, 9)), seed=3)

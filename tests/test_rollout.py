@@ -20,6 +20,7 @@ from runs import furnish, write_rows
 from upweight.cli import main
 from upweight.data.pack import collate
 from upweight.errors import OutputError, Refusal
+from upweight.models.frozen import Frozen
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
 from upweight.models.scalar import score_head, with_scalar_head
@@ -28,15 +29,12 @@ from upweight.training.loop import Hooks, Plan, Progress, fit
 from upweight.training.objectives import Objective
 from upweight.training.rollout import (
     Credit,
-    Frozen,
     Rollouts,
-    Round,
     Sizes,
     credited,
     ranked,
-    read_round,
-    write_round,
 )
+from upweight.training.round import Round, read_round, write_round
 from upweight.types import ResponseId, RowId, Step, Tree
 
 LISTS = ("logps", "reference_logps", "advantages", "values", "returns")

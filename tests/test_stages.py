@@ -208,7 +208,7 @@ def test_stages_that_are_gone_on_with_must_be_the_same(capsys: pytest.CaptureFix
     assert main(["train", file, "epochs=1"]) == 0
     assert main(["train", file, "epochs=1", "learning_rate=1e-4", "resume=true"]) == 2
     said = capsys.readouterr().err
-    assert "stage 1-sft: resume: the stage in run/1-sft is finished, with other settings" in said
+    assert "stage 1-sft: the run in run/1-sft is finished, with other settings" in said
     assert "optimizer.learning_rate is 0.0001 here and was 0.001" in said
 
 

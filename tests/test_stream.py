@@ -14,7 +14,6 @@ from upweight.data.account import Account, percentiles, require_used
 from upweight.data.read import read_rows
 from upweight.data.render import make_renderer
 from upweight.data.stream import (
-    batch_for_step,
     epoch_order,
     grow,
     load_examples,
@@ -22,6 +21,7 @@ from upweight.data.stream import (
     num_steps,
     overlap,
     plan_epoch,
+    planned,
     prompt_key,
     split_account,
     split_by_prompt,
@@ -446,7 +446,8 @@ def test_any_step_can_be_had_without_those_before_it():
     plans = [next(run) for _ in range(20)]
     assert [p.step for p in plans] == list(range(20))
     assert next(steps(trees, 4, seed=1, start=13)) == plans[13]
-    assert batch_for_step(trees, 4, 1, 13) == [trees[i] for i in plans[13].trees]
+    plan = planned(trees, 4, seed=1)
+    assert [plan(step) for step in (13, 13, 14, 19, 2)] == [plans[i] for i in (13, 13, 14, 19, 2)]
     for before, after in zip(plans, plans[1:], strict=False):
         assert after.epochs_done > before.epochs_done
         assert (after.epoch > before.epoch) == (before.epochs_done == before.epoch + 1)

@@ -27,7 +27,7 @@ class Terminal:
         self.first_record: tuple[int, float] | None = None
 
     def stage(self, name: str) -> None:
-        self.name, self.began = name, time.monotonic()
+        self.name, self.began, self.first_record = name, time.monotonic(), None
         self._show(Text(f"{name} ...", style="bold"))
 
     def progress(self, done: int, total: int) -> None:
@@ -144,7 +144,12 @@ EVALUATION = {
 
 
 def _evaluation_line(record: Mapping[str, object]) -> str:
-    parts = [phrase.format(**record) for key, phrase in EVALUATION.items() if key in record]
+    # Of one prompt there is no interval.
+    parts = [
+        phrase.format(**record).replace(" [nan, nan]", "")
+        for key, phrase in EVALUATION.items()
+        if key in record
+    ]
     return f"{record['set']} at step {record['step']}: {', '.join(parts)}"
 
 

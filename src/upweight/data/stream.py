@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any
@@ -215,10 +215,19 @@ def steps(
             step += 1
 
 
-def batch_for_step(grown: Sequence[Tree], pairs_per_step: int, seed: int, step: int) -> list[Tree]:
-    """The trees of one step, whichever steps were taken before."""
-    plan = next(steps(grown, pairs_per_step, seed, step))
-    return [grown[i] for i in plan.trees]
+def planned(grown: Sequence[Tree], pairs_per_step: int, seed: int) -> Callable[[int], StepPlan]:
+    """The plan of any step. Steps that are asked for in turn shuffle each epoch once."""
+    ahead, now = steps(grown, pairs_per_step, seed), StepPlan(-1, 0, (), 0.0)
+
+    def plan(step: int) -> StepPlan:
+        nonlocal ahead, now
+        if step < now.step:
+            ahead, now = steps(grown, pairs_per_step, seed, step), StepPlan(-1, 0, (), 0.0)
+        while now.step < step:
+            now = next(ahead)
+        return now
+
+    return plan
 
 
 def num_steps(grown: Sequence[Tree], pairs_per_step: int, seed: int, epochs: float | int) -> int:

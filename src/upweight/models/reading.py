@@ -17,7 +17,7 @@ from upweight.errors import ModelError
 from upweight.types import Forest, Tree
 
 T = TypeVar("T")
-TokenLogps = Callable[[Forest], Float[Tensor, " scored"]]
+TokenLogps = Callable[[Forest], Float[Tensor, "scored ..."]]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -38,7 +38,7 @@ def read_trees(
     trees: Sequence[Tree],
     tokens_per_bin: int,
     on_smaller: Callable[[int], None] = lambda tokens_per_bin: None,
-) -> Iterator[tuple[Forest, Float[Tensor, " scored"]]]:
+) -> Iterator[tuple[Forest, Float[Tensor, "scored ..."]]]:
     """Every tree once, bin by bin: the bin's forest and its token log-probs, or whatever else
     `logps` gives in the order of the responses.
 
@@ -77,7 +77,7 @@ def attempt(compute: Callable[[], T]) -> T | Exception:
     return failed
 
 
-def _by_responses(logps: TokenLogps, tree: Tree, failed: Exception) -> Float[Tensor, " scored"]:
+def _by_responses(logps: TokenLogps, tree: Tree, failed: Exception) -> Float[Tensor, "scored ..."]:
     """One tree's log-probs from two of half its responses each, and so on."""
     middle = len(tree.responses) // 2
     if not middle:

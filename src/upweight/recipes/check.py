@@ -30,6 +30,7 @@ from upweight.recipes.prepare import (
     load_policy,
 )
 from upweight.recipes.reference import probe_reference
+from upweight.recipes.rewarding import require_rewards
 from upweight.recipes.screen import Screen, Silent
 from upweight.recipes.start import start, with_reference
 from upweight.training import checkpoint
@@ -103,6 +104,8 @@ def check(
         require_run_dir(out, run.resume)
         newest = checkpoint.latest(out / "checkpoints") if run.resume else None
         saved = checkpoint.load(newest, verified=True).position if newest is not None else None
+    if ask:  # What a stage before this one makes is not there yet.
+        require_rewards(run)
     begun = start(resolved, screen, saved)
     if ask and KINDS[begun.run.objective].by_reference:
         screen.stage("reference")

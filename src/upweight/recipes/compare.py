@@ -7,6 +7,7 @@ trained; `objective: best_of_n` trains nothing and lets `reward` choose among `n
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -27,8 +28,10 @@ from upweight.models.sample import sample
 from upweight.recipes.kinds import PROMPTS
 from upweight.recipes.prepare import load_policy, prepare
 from upweight.recipes.reference import sampled_trees
+from upweight.recipes.resume import require_finished_as_asked
 from upweight.recipes.rewarding import make_scorer
 from upweight.recipes.screen import Screen, Silent
+from upweight.recipes.stages import is_finished
 from upweight.recipes.train import train_model
 from upweight.stats import mean_interval
 from upweight.training.rollout import as_tree
@@ -68,6 +71,11 @@ class Method:
         return str(self.values.get("objective", "dpo"))
 
     @property
+    def trains_by(self) -> str:
+        """The objective whose keys it reads: what chooses among answers draws them as GRPO does."""
+        return "grpo" if self.objective == BEST_OF_N else self.objective
+
+    @property
     def folder(self) -> str:
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
 
@@ -95,29 +103,63 @@ def read_comparison(file: Path, given: Mapping[str, Any]) -> Comparison:
     methods = document.get("methods")
     if not isinstance(methods, dict) or not methods:
         raise ConfigError(f"{file} has no methods. It needs methods: {{NAME: {{objective: ...}}}}.")
-    for name, keys in methods.items():
-        if not isinstance(keys, dict):
-            raise ConfigError(f"{file}: method {name} is {keys}; allowed: the keys of a run.")
-    shared = {k: v for k, v in document.items() if k not in OWN_KEYS}
-    found = [
-        Method(
-            str(name),
-            flattened({k: v for k, v in keys.items() if k not in OWN_KEYS}),
-            str(keys.get("note", "")),
-            int(keys.get("num", 8)),
-        )
-        for name, keys in methods.items()
+    found = [_method(f"{file}: method {name}", str(name), keys) for name, keys in methods.items()]
+    shared = flattened({k: v for k, v in document.items() if k not in OWN_KEYS})
+    shared |= flattened(given)
+    comparison = Comparison(str(document.get("title", file.stem)), shared, found)
+    _require_told_apart(file, comparison)
+    return comparison
+
+
+def _method(where: str, name: str, keys: object) -> Method:
+    if not isinstance(keys, dict):
+        raise ConfigError(f"{where} is {keys}; allowed: the keys of a run.")
+    said: Json = {str(key): value for key, value in keys.items()}
+    num = said.get("num", 8)
+    best = said.get("objective") == BEST_OF_N
+    if type(num) is not int or num < 1:
+        raise ConfigError(f"{where}: num is {num}; allowed: a whole number of answers from 1 on.")
+    if "num" in said and not best:
+        raise ConfigError(f"{where}: num is read by {BEST_OF_N} alone. Leave it out.")
+    if best and "reward" not in said and "rollout.reward" not in said:
+        raise ConfigError(f"{where} needs reward, which chooses among the {num} answers.")
+    own = flattened({k: v for k, v in said.items() if k not in OWN_KEYS})
+    return Method(name, own, str(said.get("note", "")), num)
+
+
+def _require_told_apart(file: Path, comparison: Comparison) -> None:
+    """Every method has a folder of its own, and what is shared is read by at least one."""
+    named: dict[str, str] = {}
+    for method in comparison.methods:
+        if not method.folder:
+            raise ConfigError(
+                f"{file}: method {method.name!r} needs a letter or digit in its name."
+            )
+        other = named.setdefault(method.folder, method.name)
+        if other != method.name:
+            raise ConfigError(
+                f"{file}: methods {other!r} and {method.name!r} would both be written to the "
+                f"folder {method.folder}. Rename one."
+            )
+    unheard = [
+        key
+        for key in comparison.shared
+        if all(key in unread(method.trains_by) for method in comparison.methods)
     ]
-    shared = {**flattened(shared), **flattened(given)}
-    return Comparison(str(document.get("title", file.stem)), shared, found)
+    if unheard:
+        objectives = ", ".join(dict.fromkeys(m.objective for m in comparison.methods))
+        raise ConfigError(
+            f"{file}: {', '.join(unheard)} is read by none of the methods ({objectives}). Leave it "
+            "out, or write it to the method that it is meant for."
+        )
 
 
 def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> Path | None:
     """Runs every method that has not finished in `out` yet, and writes comparison.html there.
 
     A method that fails is named with its reason, and the others go on; None when it was asked to
-    stop. Raises UpweightError where
-    the comparison itself cannot be made.
+    stop. Raises ConfigError, before the first method begins, where the settings of any are wrong,
+    or other than those that it has finished with; OutputError where none could be evaluated.
     """
     screen, folder = screen or Silent(), Path(out)
     began = time.monotonic()
@@ -125,11 +167,16 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> P
     judge = _shared_run(comparison, folder).evaluation.true_reward
     if judge is None:
         raise ConfigError("a comparison needs evaluation.true_reward: what judges every method.")
+    for method in comparison.methods:
+        resolved = _resolved(comparison, method, folder, resume=False)
+        if is_finished(folder / method.folder):
+            require_finished_as_asked(resolved)
     folder.mkdir(parents=True, exist_ok=True)
     methods: list[scored.Method] = []
     start: scored.Start | None = None
     for method in comparison.methods:
-        screen.note(f"== {method.name}: {method.note}")
+        screen.note(f"\n== {method.name}: {method.note}".removesuffix(": "))
+        gc.collect()  # the models of one method are gone before those of the next are there
         try:
             found, its_start = _measured(comparison, method, folder, screen)
         except _Stopped:
@@ -153,12 +200,14 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> P
         methods=tuple(methods),
         budget=BUDGET,
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
-        seconds=time.monotonic() - began,
+        seconds=sum(method.seconds for method in methods),
         claim=scored.Claim(holds, said),
     )
     write_atomic(folder / "comparison.json", json.dumps(asdict(study), indent=1))
     page = scored.write_comparison(folder)
+    screen.note("")
     screen.note(said)
+    screen.note(f"{len(methods)} methods in {(time.monotonic() - began) / 60:.0f} minutes")
     screen.note(f"comparison: {page}")
     return page
 
@@ -193,11 +242,12 @@ def _shared_run(comparison: Comparison, folder: Path) -> Run:
 
 def _resolved(comparison: Comparison, method: Method, folder: Path, *, resume: bool) -> Resolved:
     values: Json = {**comparison.shared, **method.values, "out": str(folder / method.folder)}
+    values["objective"] = method.trains_by
     if (wanted := str(values.get("rollout.reward", ""))).startswith("method:"):
         judge = _folder_of(comparison, wanted.removeprefix("method:"))
         values["rollout.reward"] = str(folder / judge / "model")
     # What is shared is read by those methods that read it; what a method says itself must be.
-    others = set(unread(method.objective)) - method.values.keys()
+    others = set(unread(method.trains_by)) - method.values.keys()
     values = {key: value for key, value in values.items() if key not in others}
     if resume:
         values["resume"] = True
@@ -213,7 +263,7 @@ def _trained(
 ) -> tuple[scored.Method, scored.Start | None]:
     """What a method's run measured; a run that has finished is read, one that stopped goes on."""
     out = folder / method.folder
-    if not (out / "report.html").is_file():
+    if not is_finished(out):
         resume = any((out / "checkpoints").glob("step-*"))
         result = train_model(_resolved(comparison, method, folder, resume=resume), screen)
         if not result.finished:
@@ -246,12 +296,7 @@ def _best_of(comparison: Comparison, method: Method, folder: Path) -> scored.Met
     and close to that where no two answers score the same.
     """
     began = time.monotonic()
-    run = _resolved(
-        comparison,
-        Method(method.name, {**method.values, "objective": "grpo"}, method.note, method.num),
-        folder,
-        resume=False,
-    ).run
+    run = _resolved(comparison, method, folder, resume=False).run
     lm = load_policy(run)
     prepared = prepare(run, lm)
     asked = sampled_trees(run, prepared.trees[PROMPTS])

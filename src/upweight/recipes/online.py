@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from upweight.config import Run
-from upweight.errors import ConfigError, DataError, OutputError, Refusal
+from upweight.errors import DataError, OutputError, Refusal
 from upweight.losses import PAIR_LOSSES
+from upweight.models.frozen import Frozen
 from upweight.models.head import head_logps
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import scored_hidden, token_logps
@@ -32,20 +34,19 @@ from upweight.recipes.prepare import load_policy
 from upweight.recipes.reference import reference_model
 from upweight.recipes.rewarding import Scorer, make_scorer
 from upweight.recipes.start import rollout_sizes, trained
-from upweight.recipes.state import State, Values, Work
+from upweight.recipes.state import State, Values, Work, smaller_bins
 from upweight.training.loop import Record
 from upweight.training.objectives import Surrogate, of_round, pair, policy_gradient
 from upweight.training.rollout import (
     Credit,
-    Frozen,
     Rollouts,
-    Round,
     by_response,
     credited,
     draw_answers,
     largest_gap,
     ranked,
 )
+from upweight.training.round import Round
 from upweight.training.rundir import replacing
 from upweight.types import Forest, Tree
 
@@ -89,13 +90,12 @@ def scored_width(lm: LanguageModel) -> int:
 def online(state: State) -> Work:
     """The work of a run that learns from its own answers."""
     run, lm = state.run, state.lm
-    if run.rollout.reward is None:
-        raise ConfigError(
-            f"objective {run.objective} needs rollout.reward: number, contains, vader, "
-            "FILE.py:FUNCTION, an http:// address, or the folder of a reward model."
-        )
+    reward, judged_by = run.rollout.reward, run.evaluation.true_reward
+    assert reward is not None, "require_rewards comes first"
     start = Reference.of(state)
-    score = make_scorer(run.rollout.reward, run, lm)
+    # Most runs are judged by what they are trained on: a reward model is then loaded once.
+    same = state.judge is not None and judged_by in (None, reward)
+    score = state.judge if state.judge is not None and same else make_scorer(reward, run, lm)
     rollouts = Rollouts(
         prompts=state.begun.prepared.trees["train"],
         sizes=rollout_sizes(run),
@@ -202,14 +202,15 @@ def _draw(
         for tree, values in zip(trees, score(trees), strict=True)
         for i, value in zip(tree.ids, values, strict=True)
     }
+    smaller = functools.partial(smaller_bins, state, f"round {number}")
     with evaluation_mode(lm):
-        logps = by_response(functools.partial(token_logps, lm), trees, capacity)
-        values = None
-        if state.values is not None:
-            values = by_response(functools.partial(_values, state), trees, capacity)
+        found = by_response(functools.partial(_both, state), trees, capacity, smaller)
+    logps = {i: both[:, 0] for i, both in found.items()}
+    values = None if state.values is None else {i: both[:, 1] for i, both in found.items()}
     _require_same_policy(lm, largest_gap(logps, said))
     with start.in_round(lm, number) as reference:
-        known = by_response(functools.partial(token_logps, reference), trees, capacity)
+        read = functools.partial(token_logps, reference)
+        known = by_response(read, trees, state.tokens_per_bin, smaller)
     made = Round(
         number=number,
         beta=beta,
@@ -226,10 +227,10 @@ def _draw(
     return credited(made, _credit(run))
 
 
-def _values(state: State, forest: Forest) -> Tensor:
-    found = _read(state, state.lm, forest.to(state.lm.device))[1]
-    assert found is not None
-    return found
+def _both(state: State, forest: Forest) -> Float[Tensor, "scored 2"]:
+    """Log-prob and value of each token, the latter 0 where there is no value model."""
+    logps, values = _read(state, state.lm, forest.to(state.lm.device))
+    return torch.stack([logps, torch.zeros_like(logps) if values is None else values], dim=1)
 
 
 def _require_same_policy(lm: LanguageModel, gap: float) -> None:
@@ -258,12 +259,14 @@ class Reference:
     def of(state: State) -> Reference:
         """To be called before a checkpoint is restored: the policy is at its start."""
         run, lm = state.run, state.lm
-        fixed = None
-        if run.reference is not None:
+        fixed, frozen = None, Frozen()
+        if run.reference is None:
+            frozen = Frozen.of(lm)
+        else:
             with reference_model(run, lm, state.against.plan) as named:
                 fixed = named
         folder = state.rundir.file("rollouts")
-        return Reference(fixed, Frozen.of(lm), folder, run.rollout.renew_reference)
+        return Reference(fixed, frozen, folder, run.rollout.renew_reference)
 
     @contextlib.contextmanager
     def in_round(self, lm: LanguageModel, number: int) -> Generator[LanguageModel]:

@@ -108,12 +108,12 @@ def _changed(run: Run, out: Path) -> str:
 
 
 def require_finished_as_asked(resolved: Resolved) -> None:
-    """Raises ConfigError where a stage that is finished was trained with other settings."""
+    """Raises ConfigError where a run that is finished was trained with other settings."""
     run = as_begun(resolved).run
     assert run.out is not None
     if changed := _changed(run, Path(run.out)):
         raise ConfigError(
-            f"resume: the stage in {run.out} is finished, with other settings{changed}. Put them "
+            f"the run in {run.out} is finished, with other settings{changed}. Put them "
             "back, or choose another out."
         )
 

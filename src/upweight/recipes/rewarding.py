@@ -9,16 +9,44 @@ from typing import Any
 from upweight.config import Run
 from upweight.data.formats import prompt_of
 from upweight.data.read import read_rows
-from upweight.errors import DataError
+from upweight.errors import ConfigError, DataError, ModelError, RewardError
 from upweight.models.load import LanguageModel
-from upweight.models.scalar import load_reward_model, tree_scores
+from upweight.models.scalar import is_reward_model, load_reward_model, tree_scores
+from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import tokens_read_at_once
-from upweight.training.rewards import Sampled, open_reward
+from upweight.training.rewards import REWARDS, Sampled, open_reward
 from upweight.training.rollout import texts_of
 from upweight.types import Example, RowId, Text, Tree
 
 Scorer = Callable[[Sequence[Tree]], list[list[float]]]
 """Trees -> the reward of each of their responses."""
+
+
+def require_rewards(run: Run) -> None:
+    """Raises ConfigError where an objective that draws answers has nothing to score them by, and
+    RewardError or ModelError where what is named is no reward. Needs no model."""
+    if KINDS[run.objective].draws and run.rollout.reward is None:
+        raise ConfigError(
+            f"objective {run.objective} needs rollout.reward, which scores the answers that it "
+            f"draws: {', '.join(REWARDS)}, FILE.py:FUNCTION, an http:// address, or the folder of "
+            "a reward model."
+        )
+    named = {"rollout.reward": run.rollout.reward, "evaluation.true_reward": None}
+    if KINDS[run.objective].answers:
+        named["evaluation.true_reward"] = run.evaluation.true_reward
+    for key, spec in named.items():
+        if spec is None or is_reward_model(spec):
+            continue
+        if Path(spec).is_dir():
+            raise ModelError(
+                f"{key}: {spec} is not a reward model: its config.json names no "
+                "sequence-classification model with one label. Train one with objective=reward, "
+                "and give its model folder."
+            )
+        try:
+            open_reward(spec)
+        except RewardError as error:
+            raise RewardError(f"{key}: {error}") from None
 
 
 def make_scorer(spec: str, run: Run, lm: LanguageModel) -> Scorer:

@@ -16,7 +16,7 @@ import torch
 
 from upweight.config import Resolved, dump, leaf_values
 from upweight.data.pack import bins, collate, merge_same_prompts
-from upweight.data.stream import StepPlan, plan_epoch, steps
+from upweight.data.stream import plan_epoch, planned
 from upweight.errors import OutputError
 from upweight.evidence.report import write_report
 from upweight.evidence.track import Target, Tracking, clients, tracking
@@ -30,7 +30,7 @@ from upweight.recipes.online import online, values_of
 from upweight.recipes.prepare import account_record
 from upweight.recipes.reference import Against, ask_reference
 from upweight.recipes.resume import require_same_models, resume_command
-from upweight.recipes.rewarding import Scorer, make_scorer
+from upweight.recipes.rewarding import Scorer, make_scorer, require_rewards
 from upweight.recipes.screen import Screen, Silent
 from upweight.recipes.start import Start, found_beside, start, with_reference
 from upweight.recipes.state import (
@@ -85,6 +85,7 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
     run = resolved.run
     assert run.out is not None
     to_open = clients(run.track)
+    require_rewards(run)
     with open_run_dir(Path(run.out), run.resume) as rundir, contextlib.ExitStack() as stack:
         saved = _newest(rundir)
         begun = start(resolved, screen, saved.position if saved else None)
@@ -206,11 +207,7 @@ def _train(state: State, work: Work, progress: Progress, stop: threading.Event) 
 def _from_rows(state: State, objective: Objective) -> Work:
     """Steps made of the rows, in another order each epoch."""
     trees, run = state.begun.prepared.trees["train"], state.run
-    size, seed = run.batch.pairs_per_step, run.seed
-
-    def plan(step: int) -> StepPlan:
-        return next(steps(trees, size, seed, step))
-
+    plan = planned(trees, run.batch.pairs_per_step, run.seed)
     return Work(objective, lambda step: [trees[i] for i in plan(step).trees], plan)
 
 

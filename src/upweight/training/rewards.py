@@ -74,7 +74,8 @@ def open_reward(spec: str, *, timeout_seconds: float = 60.0, batch_size: int = 6
         return partial(_score_each, spec, _own_function(spec, Path(file), function))
     raise RewardError(
         f'"{spec}" is not a reward. It can be: {", ".join(REWARDS)}, a function of your own as '
-        f"path/to/file.py:function, or http://host:port/path.{nearest(spec, REWARDS)}"
+        f"path/to/file.py:function, http://host:port/path, or the folder of a reward "
+        f"model.{nearest(spec, REWARDS)}"
     )
 
 

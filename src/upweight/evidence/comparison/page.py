@@ -80,7 +80,9 @@ def _masthead(study: Study) -> str:
         if failed
         else ""
     )
-    facts = " · ".join(filter(None, (study.budget, study.machine, duration(study.seconds))))
+    facts = " · ".join(
+        filter(None, (study.budget, study.machine, f"{duration(study.seconds)} of training"))
+    )
     return (
         f'<header class="masthead"><div><p class="run"><b dir="auto">{esc(study.title)}</b> '
         f"<span>{esc(facts)}</span></p>"
@@ -221,7 +223,8 @@ def _measured(study: Study) -> str:
         "Frontiers are compared where either has an evaluation, along lines between neighbours. "
         "The interval of a difference is that of two independent estimates; each has its 95 % for "
         "itself, and the uncertainty of KL is not in it.",
-        f"Budget: {study.budget}. Machine: {study.machine}. All in all {duration(study.seconds)}.",
+        f"Budget: {study.budget}. Machine: {study.machine}. Training, in all: "
+        f"{duration(study.seconds)}.",
     )
     items = "".join(f"<li>{esc(text)}</li>" for text in points)
     return f'<ul class="said">{items}</ul>'

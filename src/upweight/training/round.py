@@ -1,0 +1,172 @@
+"""A round of answers: what was drawn, what it was worth, and its Parquet file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.errors import OutputError
+from upweight.training.rundir import write_atomic
+from upweight.types import Experience, Forest, Preference, ResponseId, RowId, Tree
+
+ByResponse = dict[ResponseId, Float[Tensor, " tokens"]]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was drawn, by response; `beta` is the weight of the KL term that it was made with."""
+
+    number: int
+    beta: float
+    trees: tuple[Tree, ...]
+    num_stopped: int
+    scores: Mapping[ResponseId, float]
+    logps: ByResponse
+    reference_logps: ByResponse
+    advantages: ByResponse
+    values: ByResponse | None = None
+    returns: ByResponse | None = None
+
+    def experience(self, forest: Forest) -> Experience:
+        """What is known of the forest's tokens, in their order."""
+        ids = [i for tree in forest.trees for i in tree.ids]
+
+        def flat(known: ByResponse) -> Tensor:
+            return torch.cat([known[i] for i in ids])
+
+        return Experience(
+            logps=flat(self.logps),
+            reference_logps=flat(self.reference_logps),
+            advantages=flat(self.advantages),
+            values=None if self.values is None else flat(self.values),
+            returns=None if self.returns is None else flat(self.returns),
+        )
+
+    @property
+    def kl(self) -> float:
+        """Sampled KL(policy, reference) in nats a response, of the policy that drew the round."""
+        gaps = [float((self.logps[i] - self.reference_logps[i]).sum()) for i in self.logps]
+        return sum(gaps) / len(gaps)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """What the whole round was like, by the names of metrics.jsonl."""
+        lengths = [len(logps) for logps in self.logps.values()]
+        return {
+            "reward": sum(self.scores.values()) / len(self.scores),
+            "kl": self.kl,
+            "length": sum(lengths) / len(lengths),
+            "stopped": self.num_stopped / len(lengths),
+            "beta": self.beta,
+        }
+
+
+_LISTS = ("logps", "reference_logps", "advantages", "values", "returns")
+_SCHEMA = pa.schema(
+    [("source", pa.string()), ("line", pa.int64()), ("index", pa.int64()), ("score", pa.float64())]
+    + [("tree", pa.int64()), ("chosen", pa.bool_()), ("rejected", pa.bool_())]
+    + [("stopped", pa.bool_()), ("beta", pa.float64()), ("num_stopped", pa.int64())]
+    + [("prompt", pa.list_(pa.int32())), ("response", pa.list_(pa.int32()))]
+    + [(name, pa.list_(pa.float32())) for name in _LISTS]
+)
+"""One row for each response; `tree` is null for those that are not learned from."""
+
+
+def round_file(folder: Path, number: int) -> Path:
+    return folder / f"round-{number:06d}.parquet"
+
+
+def write_round(folder: Path, made: Round) -> None:
+    places = {
+        name: (number, k, tree)
+        for number, tree in enumerate(made.trees)
+        for k, name in enumerate(tree.ids)
+    }
+    rows: list[dict[str, object]] = []
+    for name, score in made.scores.items():
+        row: dict[str, object] = {
+            "source": name.row.source,
+            "line": name.row.line,
+            "index": name.index,
+            "score": score,
+            "beta": made.beta,
+            "num_stopped": made.num_stopped,
+        }
+        for key in _LISTS:
+            known: ByResponse | None = getattr(made, key)
+            row[key] = None if known is None else known[name].tolist()
+        if name in places:
+            number, k, tree = places[name]
+            row |= {
+                "tree": number,
+                "stopped": tree.stopped[k],
+                "prompt": tree.prompt,
+                "response": tree.responses[k],
+                "chosen": any(p.chosen == k for p in tree.preferences),
+                "rejected": any(p.rejected == k for p in tree.preferences),
+            }
+        rows.append(row)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd")
+    folder.mkdir(exist_ok=True)
+    write_atomic(round_file(folder, made.number), sink.getvalue().to_pybytes())
+
+
+def read_round(folder: Path, number: int) -> Round:
+    """A round as `write_round` wrote it, to the last bit. Raises OutputError without its file."""
+    file = round_file(folder, number)
+    try:
+        rows = pq.read_table(file, schema=_SCHEMA).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(
+            f"{file} cannot be read ({next(iter(str(error).splitlines()), '')}), and the run "
+            "stopped in the middle of learning from it. Put it back, or start a new run with "
+            "another out."
+        ) from None
+    known: dict[str, ByResponse] = {key: {} for key in _LISTS}
+    scores: dict[ResponseId, float] = {}
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        name = _name(row)
+        scores[name] = row["score"]
+        for key in _LISTS:
+            if row[key] is not None:
+                known[key][name] = torch.tensor(row[key], dtype=torch.float32)
+        if row["tree"] is not None:
+            groups.setdefault(row["tree"], []).append(row)
+    return Round(
+        number=number,
+        beta=rows[0]["beta"],
+        trees=tuple(_read_tree(group) for _, group in sorted(groups.items())),
+        num_stopped=rows[0]["num_stopped"],
+        scores=scores,
+        logps=known["logps"],
+        reference_logps=known["reference_logps"],
+        advantages=known["advantages"],
+        values=known["values"] or None,
+        returns=known["returns"] or None,
+    )
+
+
+def _name(row: Mapping[str, Any]) -> ResponseId:
+    return ResponseId(RowId(row["source"], row["line"]), row["index"])
+
+
+def _read_tree(group: list[dict[str, Any]]) -> Tree:
+    # A tree of a preference has the chosen response first, whatever their order when drawn.
+    group = sorted(group, key=lambda row: row["rejected"])
+    return Tree(
+        prompt=tuple(group[0]["prompt"]),
+        responses=tuple(tuple(row["response"]) for row in group),
+        preferences=(Preference(0, 1),) if group[0]["chosen"] else (),
+        ids=tuple(map(_name, group)),
+        stopped=tuple(row["stopped"] for row in group),
+    )
