@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from runs import furnish, write_rows
@@ -68,6 +69,34 @@ def test_a_method_that_has_finished_is_not_run_again():
     assert Path("out/dpo/metrics.jsonl").stat().st_mtime_ns == written
 
 
+def test_what_a_method_cost_holds_its_rounds_and_the_reward_model_that_it_uses():
+    methods = {m["name"]: m for m in compared(DPO + JUDGE + PPO + BEST)["methods"]}
+
+    def trained(folder: str) -> int:
+        lines = Path("out", folder, "metrics.jsonl").read_text().splitlines()
+        return [r for r in map(json.loads, lines) if r["kind"] == "train"][-1]["num_tokens"]
+
+    judge = methods["judge"]["tokens"]
+    assert judge == trained("judge")
+    # 4 prompts and their answers: drawn, and read by policy, reference, values and reward model.
+    (rounds,) = Path("out/ppo/rollouts").glob("round-*.parquet")
+    rows = pq.read_table(rounds).to_pylist()
+    size = sum(len(row["prompt"]) + len(row["response"]) for row in rows)
+    assert methods["ppo"]["tokens"] == judge + trained("ppo") + 5 * size
+    assert methods["dpo"]["tokens"] > trained("dpo")
+    assert methods["best of 3"]["tokens"] > judge
+
+
+def test_a_finished_method_is_not_taken_for_one_with_other_settings(
+    capsys: pytest.CaptureFixture[str],
+):
+    compared(DPO)
+    Path("compare.yaml").write_text(SHARED + DPO.replace("dpo,", "dpo, beta: 0.7,"))
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 2
+    said = capsys.readouterr().err
+    assert "the run in out/dpo is finished, with other settings (loss.beta is 0.7 here" in said
+
+
 def test_a_method_that_fails_is_named_and_the_others_go_on():
     found = compared("  lost: {objective: grpo, reward: nowhere.py:score}\n" + DPO)
     lost, dpo = found["methods"]
@@ -78,10 +107,17 @@ def test_a_method_that_fails_is_named_and_the_others_go_on():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (SHARED + PPO, "no method before it is called so"),
+        (SHARED + PPO, "no reward model before it is called so"),
         ("model: model\n", "has no methods"),
-        (SHARED + "  dpo: 3\n", "method dpo is 3; allowed: the keys of a run"),
         ("methods: [", "compare.yaml"),
+        (SHARED + DPO.replace("4,", "4, discount: 0.5,"), "policy.discount is 0.5"),
+        (SHARED.replace("samples: 3", "samples: 0") + DPO, "evaluation.samples of at least 1"),
+        (SHARED.replace("  prompt_files: prompts.jsonl\n", "") + DPO, "evaluation.prompt_files"),
+        (SHARED + DPO + "  b: {samples: 2}\n", "evaluation.samples differs between methods"),
+        (
+            "model: model\ndata: pairs.jsonl\nmethods:\n" + JUDGE,
+            "needs a method that answers prompts",
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_told(text, said, capsys: pytest.CaptureFixture[str]):

@@ -273,11 +273,17 @@ def test_without_a_start_only_the_kl_that_both_cover_is_compared():
     assert "share" not in said and claim([dpo, method("ppo", point(1, 5, 0.1))])[0] is None
 
 
-def test_of_several_methods_of_one_objective_the_plain_name_stands_for_it():
+def test_of_several_runs_of_an_objective_every_pair_is_compared_in_whatever_order():
     tuned = replace(line("ppo", 0.3, 2), name="PPO, true reward")
-    holds, _ = claim([line("dpo", 0.1, 2), tuned, line("ppo", 0.05, 2)], START)
-    assert holds is True
-    assert claim([line("dpo", 0.1, 2), tuned], START)[0] is False
+    dpo, low = line("dpo", 0.1, 2), line("ppo", 0.05, 2)
+    assert claim([dpo, low], START)[0] is True
+    for methods in ([dpo, tuned, low], [low, tuned, dpo]):
+        holds, said = claim(methods, START)
+        assert holds is False
+        assert "dpo against PPO, true reward: DPO's frontier is below PPO's" in said
+        assert "dpo against ppo: DPO's frontier is not below PPO's" in said
+    short = replace(line("dpo", 0.1, 2), name="dpo, never asked", points=())
+    assert claim([short, dpo, low], START)[0] is True
 
 
 def test_a_frontier_is_a_line_by_kl_whatever_the_order_of_steps():

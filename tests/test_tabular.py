@@ -170,10 +170,10 @@ PLACE = STARTS[MEMBERS][MEMBER_OF] + WITHIN
 def group_loss(logits, old_logps, name, aggregation="constant", kl_in_loss=None):
     """The expected loss over all groups of two, the KL in the reward or, by name, in the loss."""
     old_strings = per_string(old_logps)
-    scores = REWARD
+    penalty = None
     if kl_in_loss is None:
-        scores = REWARD - BETA * per_string(KL_ESTIMATORS["k1"](old_logps, REFERENCE))
-    advantages = GROUP_ADVANTAGES[name](scores[MEMBERS], GROUP_OF)
+        penalty = BETA * per_string(KL_ESTIMATORS["k1"](old_logps, REFERENCE))[MEMBERS]
+    advantages = GROUP_ADVANTAGES[name](REWARD[MEMBERS], GROUP_OF, penalty)
     logps = token_logps(logits)
     loss = clipped_surrogate(logps[PLACE], old_logps[PLACE], advantages[MEMBER_OF])
     if kl_in_loss is not None:

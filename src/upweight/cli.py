@@ -285,15 +285,16 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    from upweight.config.methods import load_comparison
     from upweight.demo.run import demo_comparison
-    from upweight.recipes.compare import compare, read_comparison
+    from upweight.recipes.compare import compare
     from upweight.terminal import default_screen
 
     given = {} if arguments.model is None else {"model": arguments.model}
     out = arguments.out or "runs/compare"
     with default_screen() as screen:
         if arguments.config is not None:
-            page = compare(read_comparison(arguments.config, given), out, screen)
+            page = compare(load_comparison(arguments.config, given), out, screen)
         else:
             with demo_comparison(arguments.model) as comparison:
                 page = compare(comparison, out, screen)

@@ -225,6 +225,19 @@ def _contradictions(held: Mapping[str, Setting], problems: Problems) -> None:
         setting = held["checkpoint.best"]
         said = f"{setting.shown} needs an evaluation: give evaluation.sets or evaluation.fraction."
         problems.at(setting, said)
+    objective = given("objective") or "dpo"
+    if given("loss.beta") == 0:
+        setting = held["loss.beta"]
+        if objective in ("dpo", "online_dpo"):
+            said = f"{setting.shown} must be above 0 for {objective}: its rewards are beta times"
+            problems.at(setting, f"{said} log-ratios, all of them 0 then.")
+        elif given("policy.kl_target"):
+            said = f"{setting.shown} is what policy.kl_target multiplies: it would stay 0."
+            problems.at(setting, said)
+    if given("lora.dropout") and objective in ("ppo", "grpo", "rloo"):
+        setting = held["lora.dropout"]
+        said = f"{setting.shown} has no place in {objective}: answers are drawn without dropout,"
+        problems.at(setting, f"{said} and their ratio to what is trained would measure it.")
     attention = given("compute.attention")
     if given("compute.sharing") is False and attention not in (None, "auto"):
         setting = held["compute.attention"]

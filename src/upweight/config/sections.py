@@ -83,7 +83,7 @@ class Data(Section):
 class Loss(Section):
     """options of the objective"""
 
-    beta: Positive = Field(
+    beta: NotNegative = Field(
         default=0.1, description="Strength of the pull to the reference, per nat of log-ratio."
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(

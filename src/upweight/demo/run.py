@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from upweight.config import load_run
+from upweight.config.methods import Comparison, load_comparison
 from upweight.data.stream import load_prompts
 from upweight.data.trees import prompt_ids, text_after
 from upweight.errors import OutputError, UpweightError
@@ -21,7 +22,6 @@ from upweight.models.load import LanguageModel
 from upweight.models.sample import Sample, sample
 from upweight.models.weights import demo_model_path
 from upweight.recipes import Result, train_model
-from upweight.recipes.compare import Comparison, read_comparison
 from upweight.recipes.prepare import load_policy, renderer_for
 from upweight.recipes.screen import Screen
 from upweight.stats import Interval, mean_interval
@@ -151,7 +151,7 @@ def demo_comparison(model: str | None) -> Generator[Comparison]:
             "evaluation.sets": {"heldout": heldout},
             "evaluation.prompt_files": heldout,
         }
-        yield read_comparison(data / "compare.yaml", given)
+        yield load_comparison(data / "compare.yaml", given)
 
 
 def free_folder(base: str) -> str:

@@ -107,41 +107,54 @@ def next_kl_coefficient(
 def grpo(
     scores: Float[Tensor, " responses"],
     group_of: Int[Tensor, " responses"],
+    penalty: Float[Tensor, " responses"] | None = None,
     *,
     eps: float = 1e-4,
 ) -> Float[Tensor, " responses"]:
-    """(score - mean of its group) / (standard deviation of its group + eps).
+    """(score - penalty - mean of its group) / (standard deviation of its group's scores + eps).
 
-    Shao et al. 2024 (GRPO, arXiv:2402.03300). The deviation is that of a sample
-    (divided by n - 1), as most implementations have it. Groups of small spread weigh as much as
-    others, so with a KL term in the loss, beta means beta times the spread of each prompt.
+    Shao et al. 2024 (GRPO, arXiv:2402.03300), who have the KL in the loss and no penalty. The
+    deviation is that of a sample (divided by n - 1), as most implementations have it. Groups of
+    small spread weigh as much as others, so with a KL term in the loss, beta means beta times the
+    spread of each prompt. Where all scores of a group are equal it is divided by nothing: what is
+    left is the penalty, and its noise would be blown up to the size of a reward.
     """
     deviation, size, sum_of_group = _deviations(scores, group_of)
     variance = sum_of_group(deviation.square()) / (size - 1).clamp(min=1)
-    return deviation / (variance.sqrt() + eps)
+    differ = variance > 0
+    above = _deviations(_after(scores, penalty), group_of)[0]
+    return above / torch.where(differ, variance.sqrt() + eps, 1.0)
 
 
 def dr_grpo(
-    scores: Float[Tensor, " responses"], group_of: Int[Tensor, " responses"]
+    scores: Float[Tensor, " responses"],
+    group_of: Int[Tensor, " responses"],
+    penalty: Float[Tensor, " responses"] | None = None,
 ) -> Float[Tensor, " responses"]:
-    """score - mean of its group.
+    """score - penalty - mean of its group.
 
     Liu et al. 2025 (Dr. GRPO, arXiv:2503.20783). In expectation the policy gradient
     times (n - 1)/n, n the size of the group, since a score is part of its own mean.
     """
-    return _deviations(scores, group_of)[0]
+    return _deviations(_after(scores, penalty), group_of)[0]
 
 
 def rloo(
-    scores: Float[Tensor, " responses"], group_of: Int[Tensor, " responses"]
+    scores: Float[Tensor, " responses"],
+    group_of: Int[Tensor, " responses"],
+    penalty: Float[Tensor, " responses"] | None = None,
 ) -> Float[Tensor, " responses"]:
-    """score - mean of the others of its group.
+    """score - penalty - mean of the others of its group.
 
     Ahmadian et al. 2024 (RLOO, arXiv:2402.14740). n/(n - 1) times `dr_grpo`: in expectation
     exactly the policy gradient. Alone in its group a response has no others, and gets 0.
     """
-    deviation, size, _ = _deviations(scores, group_of)
+    deviation, size, _ = _deviations(_after(scores, penalty), group_of)
     return deviation * size / (size - 1).clamp(min=1)
+
+
+def _after(scores: Tensor, penalty: Tensor | None) -> Tensor:
+    return scores if penalty is None else scores - penalty
 
 
 def _deviations(
@@ -166,8 +179,9 @@ GROUP_ADVANTAGES: dict[str, Callable[..., Float[Tensor, " responses"]]] = {
     "dr_grpo": dr_grpo,
     "rloo": rloo,
 }
-"""(scores, group_of) -> one advantage per response, which all its tokens share.
+"""(scores, group_of, penalty) -> one advantage per response, which all its tokens share.
 
 `group_of` is any number that responses to the same prompt have in common; groups may differ in
-size. A group whose scores are all equal, one of a single response included, gives exactly 0.
+size. `penalty` is what a response's KL takes from its score (beta times its KL). A group whose
+scores are all equal, one of a single response included, gives exactly 0 without a penalty.
 """

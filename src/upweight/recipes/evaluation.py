@@ -139,15 +139,19 @@ def _write_samples(state: State, progress: Progress, name: str, found: _Sampled)
     return {
         **(kl if samples_are_the_policys(state.run) else {}),
         **evaluate.answers_record(found.policy, answers),
-        **_rewards(state, found.trees, found.policy, answers),
+        **_rewards(state, name, found.trees, found.policy, answers),
     }
 
 
 def _rewards(
-    state: State, asked: Sequence[Tree], policy: Sequence[Sample], reference: Sequence[Sample]
+    state: State,
+    name: str,
+    asked: Sequence[Tree],
+    policy: Sequence[Sample],
+    reference: Sequence[Sample],
 ) -> Record:
     """The mean reward of the policy's answers and of the reference's, and how much more that is,
-    with 95 % intervals."""
+    with 95 % intervals. The reference's, which do not change, are scored once."""
     if state.judge is None:
         return {}
     judge = state.judge
@@ -156,7 +160,9 @@ def _rewards(
         trees = [as_tree(tree, [answer]) for tree, answer in zip(asked, drawn, strict=True)]
         return [score for (score,) in judge(trees)]
 
-    ours, theirs = rewards(policy), rewards(reference)
+    if name not in state.judged:
+        state.judged[name] = rewards(reference)
+    ours, theirs = rewards(policy), state.judged[name]
     found = mean_interval(ours)
     # Prompt by prompt: what both answer well or badly tells nothing about their difference.
     gain = mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +173,12 @@ def _round(
     state: State, score: Scorer, start: Reference, asked: Asked, number: int, beta: float
 ) -> Round:
     """A round with something to learn from: one without a preference is followed by the next."""
+    computed = 0
     for at in range(number, number + TRIES):
         made = _draw(state, score, start, asked(at), at, beta)
+        computed += made.computed
         if made.trees:
-            return made
+            return replace(made, computed=computed)
         state.screen.note(f"round {at}: every answer to a prompt scores the same; drawing anew")
     raise DataError(
         f"rollout.reward {state.run.rollout.reward} told no two answers to a prompt apart in "
@@ -207,7 +209,14 @@ def _draw(
         found = by_response(functools.partial(_both, state), trees, capacity, smaller)
     logps = {i: both[:, 0] for i, both in found.items()}
     values = None if state.values is None else {i: both[:, 1] for i, both in found.items()}
-    _require_same_policy(lm, largest_gap(logps, said))
+    gap = largest_gap(logps, said)
+    if gap is not None:
+        _require_same_policy(lm, gap)
+    elif number == 1:
+        state.screen.note(
+            "the sampler's log-probs are not compared with the trainer's: transformers draws for "
+            "this family, and says none"
+        )
     with start.in_round(lm, number) as reference:
         read = functools.partial(token_logps, reference)
         known = by_response(read, trees, state.tokens_per_bin, smaller)
@@ -221,10 +230,18 @@ def _draw(
         reference_logps=known,
         advantages={i: torch.zeros_like(x) for i, x in logps.items()},
         values=values,
+        computed=sum(tree.num_tokens for tree in trees) * _times_read(state),
     )
     if run.objective == "online_dpo":
         return ranked(made, run.rollout.stop_penalty)
     return credited(made, _credit(run))
+
+
+def _times_read(state: State) -> int:
+    """How often a token of a round goes through a model: it is drawn, and read by the policy, the
+    reference, a value model of its own and a reward model."""
+    own = state.values is not None and state.values.critic is not None
+    return 3 + own + is_reward_model(str(state.run.rollout.reward))
 
 
 def _both(state: State, forest: Forest) -> Float[Tensor, "scored 2"]:

@@ -71,7 +71,8 @@ class State:
     """What the hooks of one run share. `best` is the best value of the metric that a checkpoint is
     kept by, at `best_step`; `tokens_per_bin` is what has fitted into memory so far. `noted` are
     the margins of steps (from 0) of the first epoch that are not written yet, and `noting` is the
-    step that is being taken, if it is one of them."""
+    step that is being taken, if it is one of them. `judged` are the rewards of the reference's
+    answers, by set."""
 
     begun: Start
     against: Against
@@ -87,6 +88,7 @@ class State:
     best: float | None = None
     best_step: int | None = None
     recomputing: bool = False
+    judged: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     noting: int | None = None
     noted: dict[int, list[tuple[Forest, Tensor]]] = field(
         default_factory=dict[int, list[tuple[Forest, Tensor]]]

@@ -138,10 +138,11 @@ def fit(
         loss, count, sums = done
         _refuse_miscounted(count, _total(objective, batch), len(batch), progress.step)
         window.merge(sums)
-        norm = clip(parts[POLICY], plan.max_grad_norm)
-        for part in parts.keys() - {POLICY}:
-            window.add({f"grad_norm/{part}": _once(clip(parts[part], plan.max_grad_norm))})
-        _refuse_nonfinite(lm, loss, norm, batch, progress.step)
+        norms = {part: clip(parameters, plan.max_grad_norm) for part, parameters in parts.items()}
+        for norm in norms.values():
+            _refuse_nonfinite(lm, loss, norm, batch, progress.step)
+        norm = norms.pop(POLICY)
+        window.add({f"grad_norm/{part}": _once(value) for part, value in norms.items()})
         rate = plan.learning_rate * learning_rate_factor(
             progress.step, plan.total_steps, plan.warmup, plan.schedule
         )

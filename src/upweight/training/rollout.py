@@ -153,7 +153,7 @@ def credited(found: Round, credit: Credit) -> Round:
     of_response = torch.arange(len(ids)).repeat_interleave(lengths)
     penalty = torch.zeros(len(ids)).index_add(0, of_response, kl)
     group = torch.tensor([number[i] for i in ids])
-    each = GROUP_ADVANTAGES[credit.group](scores - found.beta * penalty, group)
+    each = GROUP_ADVANTAGES[credit.group](scores, group, found.beta * penalty)
     return replace(found, advantages=pieces(each.repeat_interleave(lengths)))
 
 
@@ -267,14 +267,20 @@ class Rollouts:
         self.round = read_round(self.folder, where["round"]) if where["round"] else None
 
 
-def largest_gap(found: ByResponse, said: Mapping[ResponseId, tuple[float, ...] | None]) -> float:
-    """Between the trainer's log-probs and the sampler's own: the mean over all tokens, in nats."""
+def largest_gap(
+    found: ByResponse, said: Mapping[ResponseId, tuple[float, ...] | None]
+) -> float | None:
+    """Between the trainer's log-probs and the sampler's own, in nats: the mean over all tokens or
+    over the last ones of all responses, whichever is larger. None where the sampler has none."""
     gaps = [
         (found[i].double() - torch.tensor(logps, dtype=torch.float64)).abs()
         for i, logps in said.items()
         if logps is not None
     ]
-    return float(torch.cat(gaps).mean()) if gaps else 0.0
+    if not gaps:
+        return None
+    last = torch.stack([gap[-1] for gap in gaps])
+    return max(torch.cat(gaps).mean().item(), last.mean().item())
 
 
 def texts_of(lm: LanguageModel, tree: Tree) -> list[str]:

@@ -22,7 +22,8 @@ ByResponse = dict[ResponseId, Float[Tensor, " tokens"]]
 
 @dataclass(frozen=True)
 class Round:
-    """What was drawn, by response; `beta` is the weight of the KL term that it was made with."""
+    """What was drawn, by response; `beta` is the weight of the KL term that it was made with, and
+    `computed` the tokens that went through a model to make it, each time that they did."""
 
     number: int
     beta: float
@@ -34,6 +35,7 @@ class Round:
     advantages: ByResponse
     values: ByResponse | None = None
     returns: ByResponse | None = None
+    computed: int = 0
 
     def experience(self, forest: Forest) -> Experience:
         """What is known of the forest's tokens, in their order."""
@@ -57,6 +59,14 @@ class Round:
         return sum(gaps) / len(gaps)
 
     @property
+    def tied(self) -> float | None:
+        """The share of prompts whose answers all earn the same, so that no reward tells them
+        apart; None where a prompt has one answer, or pairs are what is learned from."""
+        groups = [tree.ids for tree in self.trees if len(tree.ids) > 1 and not tree.preferences]
+        same = [len({self.scores[i] for i in ids}) == 1 for ids in groups]
+        return sum(same) / len(same) if same else None
+
+    @property
     def means(self) -> dict[str, float]:
         """What the whole round was like, by the names of metrics.jsonl."""
         lengths = [len(logps) for logps in self.logps.values()]
@@ -66,6 +76,7 @@ class Round:
             "length": sum(lengths) / len(lengths),
             "stopped": self.num_stopped / len(lengths),
             "beta": self.beta,
+            **({} if self.tied is None else {"tied": self.tied}),
         }
 
 
@@ -74,6 +85,7 @@ _SCHEMA = pa.schema(
     [("source", pa.string()), ("line", pa.int64()), ("index", pa.int64()), ("score", pa.float64())]
     + [("tree", pa.int64()), ("chosen", pa.bool_()), ("rejected", pa.bool_())]
     + [("stopped", pa.bool_()), ("beta", pa.float64()), ("num_stopped", pa.int64())]
+    + [("computed", pa.int64())]
     + [("prompt", pa.list_(pa.int32())), ("response", pa.list_(pa.int32()))]
     + [(name, pa.list_(pa.float32())) for name in _LISTS]
 )
@@ -99,6 +111,7 @@ def write_round(folder: Path, made: Round) -> None:
             "score": score,
             "beta": made.beta,
             "num_stopped": made.num_stopped,
+            "computed": made.computed,
         }
         for key in _LISTS:
             known: ByResponse | None = getattr(made, key)
@@ -147,6 +160,7 @@ def read_round(folder: Path, number: int) -> Round:
         beta=rows[0]["beta"],
         trees=tuple(_read_tree(group) for _, group in sorted(groups.items())),
         num_stopped=rows[0]["num_stopped"],
+        computed=rows[0]["computed"] or 0,
         scores=scores,
         logps=known["logps"],
         reference_logps=known["reference_logps"],

@@ -34,13 +34,23 @@ def claim(methods: Sequence[Method], start: Start | None = None) -> tuple[bool |
     Both frontiers are lines through their evaluations by KL, from the start at KL 0 if it is
     given; they are compared where either has an evaluation, within the KL that both reach. True:
     somewhere above and nowhere below, by the whole interval of the difference; False: somewhere
-    below; None: neither is shown, or there is nothing to compare.
+    below; None: neither is shown, or there is nothing to compare. Of several runs of DPO or PPO
+    every pair is compared: False if one is, True if one is and none is False.
     """
-    dpo, ppo = _of(methods, "dpo"), _of(methods, "ppo")
-    for name, found in (("DPO", dpo), ("PPO", ppo)):
-        if found is None:
+    of = {name: _of(methods, name.lower()) for name in ("DPO", "PPO")}
+    for name, found in of.items():
+        if not found:
             return None, f"DPO and PPO are not compared: {_why_not(methods, name)}."
-    assert dpo is not None and ppo is not None
+    pairs = [(dpo, ppo) for dpo in of["DPO"] for ppo in of["PPO"]]
+    if len(pairs) == 1:
+        return _of_two(*pairs[0], start)
+    each = [(f"{a.name} against {b.name}", _of_two(a, b, start)) for a, b in pairs]
+    found = [holds for _, (holds, _) in each]
+    holds = False if False in found else (True if True in found else None)
+    return holds, " ".join(f"{names}: {said}" for names, (_, said) in each)
+
+
+def _of_two(dpo: Method, ppo: Method, start: Start | None) -> tuple[bool | None, str]:
     ours, theirs = knots(dpo, start), knots(ppo, start)
     gaps = compared(ours, theirs)
     if not gaps:
@@ -90,10 +100,8 @@ def _signed(found: Gap) -> str:
     return f"{number(found.gap.value)} {interval(found.gap.low, found.gap.high)}"
 
 
-def _of(methods: Sequence[Method], objective: str) -> Method | None:
-    """The method that stands for an objective: of several the one that has just its name."""
-    fit = [m for m in methods if m.objective == objective and m.failed is None and _known(m)]
-    return min(fit, key=lambda m: m.name.lower() != objective, default=None)
+def _of(methods: Sequence[Method], objective: str) -> list[Method]:
+    return [m for m in methods if m.objective == objective and m.failed is None and _known(m)]
 
 
 def _why_not(methods: Sequence[Method], name: str) -> str:

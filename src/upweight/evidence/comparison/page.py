@@ -157,7 +157,10 @@ def _methods(study: Study) -> str:
             else "; in between the best of its evaluations within a KL that all of those compared "
             "reached, which flatters by what luck is in a best"
         )
-        + ". Tokens are all that training computed, rollouts included."
+        + ". Tokens are those that a model computed, once for each time that one did: in training, "
+        "to draw answers and to score them, in the reference's pass over the rows, and in training "
+        "the reward model that a method uses. Seconds are those of the same, without the "
+        "reference's pass, which is kept from one run to the next, and without evaluations."
     )
 
 

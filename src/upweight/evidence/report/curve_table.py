@@ -305,6 +305,16 @@ CURVES = (
         include=(0.0, 1.0),
     ),
     Curve(
+        "Prompts without a lesson",
+        "share of prompts",
+        "All answers to the prompt earned the same reward, which tells none of them apart.",
+        _train("tied", "rollouts"),
+        about=("answers",),
+        optional=True,
+        percent=True,
+        include=(0.0,),
+    ),
+    Curve(
         "Throughput",
         "tokens per second",
         "Speed of the training steps; a fall means something else took the machine.",

@@ -1,0 +1,202 @@
+"""compare.yaml: several methods from one start, each a run of its own.
+
+    title: Sentiment
+    model: base
+    data: pairs.jsonl
+    evaluation: {true_reward: vader, prompt_files: prompts.jsonl, samples: 48}
+    methods:
+      dpo: {objective: dpo}
+      judge: {objective: reward}
+      ppo: {objective: ppo, reward: "method:judge"}
+      best of 8: {objective: best_of_n, reward: "method:judge", num: 8}
+
+A method is the file's other keys with its own laid over them, where its objective reads them.
+`reward: method:NAME` is the reward model that the method NAME trains; best_of_n trains nothing and
+lets `reward` choose among `num` answers. `note` is what the page says of a method.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upweight.config.objectives import OBJECTIVES, unread
+from upweight.config.resolve import Resolved, resolve
+from upweight.config.settings import Layer, Problem, Problems, Setting, collect, show
+from upweight.config.written import parse, settle
+from upweight.errors import ConfigError, nearest
+
+BEST_OF_N = "best_of_n"
+TRAINED = "method:"
+"""What stands before the name of a method whose reward model is meant."""
+
+ABOUT_ALL = ("title", "methods")
+ABOUT_ONE = ("note", "num")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train, or to choose: its name, what its run says itself, and what is said of it.
+
+    `reward` is the rollout.reward that holds for it, "" without one.
+    """
+
+    name: str
+    objective: str
+    own: tuple[Setting, ...]
+    note: str
+    num: int
+    reward: str
+
+    @property
+    def trains_by(self) -> str:
+        """The objective whose keys it reads: what chooses among answers draws them as GRPO does."""
+        return "grpo" if self.objective == BEST_OF_N else self.objective
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-.")
+
+    @property
+    def judge(self) -> str | None:
+        """The method whose reward model it uses."""
+        return self.reward.removeprefix(TRAINED) if self.reward.startswith(TRAINED) else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A compare.yaml: what all methods share, and the methods in their order."""
+
+    title: str
+    shared: tuple[Setting, ...]
+    methods: tuple[Method, ...]
+
+    def method(self, name: str) -> Method:
+        return next(method for method in self.methods if method.name == name)
+
+    def run_of(self, method: Method, out: Path, *, resume: bool = False) -> Resolved:
+        """The run of a method, in its folder in `out`. Raises ConfigError for what is wrong in
+        its keys, each with its line."""
+        problems = Problems()
+        itself = Layer(3, "compare")
+        values: dict[str, Any] = {
+            "objective": method.trains_by,
+            "out": str(out / method.folder),
+            "resume": resume,
+        }
+        if method.judge is not None:
+            values["rollout.reward"] = str(out / self.method(method.judge).folder / "model")
+        # What is shared is read by those methods that read it; what a method says itself must be.
+        others = set(unread(method.trains_by))
+        kept = [setting for setting in self.shared if setting.leaf not in others]
+        laid = [s for s in (*kept, *method.own) if s.leaf not in values]
+        laid = sorted([*laid, *collect(values, itself, problems)], key=lambda s: s.layer.rank)
+        return resolve(laid, problems, ("out",), f"method {method.name}: ")
+
+
+def load_comparison(file: Path, given: Mapping[str, Any]) -> Comparison:
+    """The comparison in a file; `given` is laid over what its methods share.
+
+    Raises ConfigError with all that is wrong in the file: no methods, a method without a reward
+    that it needs or with the name of another one, a key that none of the methods reads. The values
+    of keys are looked at by `run_of`.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}.") from None
+    parsed = parse(text, str(file))
+    problems = Problems(
+        Problem(0, line, f"{file}:{line}: {said}") for line, said in parsed.problems
+    )
+    problems.raise_any()
+    document: dict[str, Any] = parsed.value if isinstance(parsed.value, dict) else {}
+    listed = document.get("methods")
+    if not isinstance(listed, dict) or not listed:
+        raise ConfigError(f"{file} has no methods. It needs methods: {{NAME: {{objective: ...}}}}.")
+    layer = Layer(0, f"file {file}", file=str(file), lines=parsed.lines)
+    shared = list(collect(_without(document, ABOUT_ALL), layer, problems))
+    shared += collect(given, Layer(1, "given"), problems)
+    methods = tuple(
+        _method(str(name), keys, shared, layer, problems) for name, keys in listed.items()
+    )
+    for i, method in enumerate(methods):
+        _require_told_apart(method, methods[:i], layer, problems)
+    for setting in shared:
+        if setting.leaf and all(setting.leaf in unread(m.trains_by) for m in methods):
+            objectives = ", ".join(dict.fromkeys(m.objective for m in methods))
+            problems.at(
+                setting,
+                f"{setting.shown} is read by none of the methods ({objectives}). Leave it out.",
+            )
+    problems.raise_any()
+    return Comparison(str(document.get("title", file.stem)), tuple(shared), methods)
+
+
+def _without(keys: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key not in names}
+
+
+def _method(
+    name: str, keys: Any, shared: Sequence[Setting], layer: Layer, problems: Problems
+) -> Method:
+    here = Layer(
+        2,
+        f"{layer.origin}, method {name}",
+        file=layer.file,
+        lines={path[2:]: n for path, n in layer.lines.items() if path[:2] == ("methods", name)},
+        prefix=f"method {name}: ",
+    )
+
+    def wrong(said: str) -> None:
+        line = here.lines.get((), layer.lines.get(("methods", name), 0))
+        problems.append(Problem(here.rank, line, f"{layer.file}:{line}: method {name}{said}"))
+
+    if not isinstance(keys, dict):
+        wrong(f" is {show(keys)}; allowed: the keys of a run.")
+        return Method(name, "dpo", (), "", 1, "")
+    said: dict[str, Any] = keys
+    own = tuple(collect(_without(said, ABOUT_ONE), here, problems))
+    held = {setting.leaf: setting.value for setting in (*shared, *own)}
+    objective = str(settle(held.get("objective", "dpo"), True))
+    if objective not in (*OBJECTIVES, BEST_OF_N):
+        allowed = (*OBJECTIVES, BEST_OF_N)
+        guess = nearest(objective, allowed)
+        wrong(f": objective is {objective}; allowed: {', '.join(allowed)}.{guess}")
+        objective = "dpo"
+    reward = held.get("rollout.reward")
+    best = objective == BEST_OF_N
+    num = settle(said.get("num", 8), False)
+    if type(num) is not int or num < 1:
+        wrong(f": num is {show(said['num'])}; allowed: a whole number of answers, from 1 on.")
+        num = 1
+    if "num" in said and not best:
+        wrong(f": num is read by {BEST_OF_N} alone. Leave it out.")
+    if best and reward is None:
+        wrong(f" needs reward, which chooses among the {num} answers.")
+    note = str(settle(said.get("note", ""), True))
+    return Method(name, objective, own, note, num, str(reward or ""))
+
+
+def _require_told_apart(
+    method: Method, before: Sequence[Method], layer: Layer, problems: Problems
+) -> None:
+    """A method has a folder of its own, and its reward is trained before it."""
+    line = layer.lines.get(("methods", method.name), 0)
+
+    def wrong(said: str) -> None:
+        problems.append(Problem(2, line, f"{layer.file}:{line}: method {method.name} {said}"))
+
+    if not method.folder:
+        wrong("needs a letter or a digit in its name.")
+    if same := [other.name for other in before if other.folder == method.folder]:
+        wrong(f"and method {same[0]} would both be written to {method.folder}. Rename one.")
+    trained = [other.name for other in before if other.objective == "reward"]
+    if method.judge is not None and method.judge not in trained:
+        wrong(
+            f"takes its reward from {method.reward}, and no reward model before it is called so "
+            f"(before it: {', '.join(trained) or 'none'}).{nearest(method.judge, trained)}"
+        )
