@@ -280,8 +280,8 @@ def test_of_several_runs_of_an_objective_every_pair_is_compared_in_whatever_orde
     for methods in ([dpo, tuned, low], [low, tuned, dpo]):
         holds, said = claim(methods, START)
         assert holds is False
-        assert "dpo against PPO, true reward: DPO's frontier is below PPO's" in said
-        assert "dpo against ppo: DPO's frontier is not below PPO's" in said
+        assert "DPO against PPO, true reward: DPO's frontier is below PPO's" in said
+        assert "DPO against PPO: DPO's frontier is not below PPO's" in said
     short = replace(line("dpo", 0.1, 2), name="dpo, never asked", points=())
     assert claim([short, dpo, low], START)[0] is True
 

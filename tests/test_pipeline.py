@@ -142,7 +142,7 @@ def test_a_run_of_rounds_that_is_resumed_ends_bit_identically(objective, more):
 def test_a_policy_without_a_reward_is_told_what_to_give(capsys: pytest.CaptureFixture[str]):
     words = "train --model model --data prompts.jsonl --objective grpo --out run"
     assert main(words.split()) == 2
-    assert "needs rollout.reward: number, contains, vader" in capsys.readouterr().err
+    assert "grpo needs rollout.reward, which scores the answers" in capsys.readouterr().err
 
 
 def test_a_reward_that_tells_nothing_apart_ends_online_dpo(capsys: pytest.CaptureFixture[str]):

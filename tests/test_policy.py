@@ -344,6 +344,16 @@ def test_equal_scores_and_lone_responses_have_no_advantage(name):
     assert GROUP_ADVANTAGES[name](scores, group_of).tolist() == [0] * 11
 
 
+def test_what_the_kl_takes_is_not_blown_up_where_no_reward_tells_answers_apart():
+    scores, group_of = f64(1.0, 1.0, 0.0, 2.0), torch.tensor([0, 0, 1, 1])
+    penalty = f64(0.02, 0.04, 0.1, 0.3)
+    deviation = f64(0.01, -0.01, -0.9, 0.9)
+    torch.testing.assert_close(dr_grpo(scores, group_of, penalty), deviation)
+    torch.testing.assert_close(rloo(scores, group_of, penalty), 2 * deviation)
+    spread = f64(1.0, 1.0, math.sqrt(2) + 1e-4, math.sqrt(2) + 1e-4)
+    torch.testing.assert_close(grpo(scores, group_of, penalty), deviation / spread)
+
+
 # Aggregations
 
 

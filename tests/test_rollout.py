@@ -277,14 +277,16 @@ def test_groups_credit_every_token_of_an_answer_as_the_definition_does(group, kl
     }[kl]
     flags = iter(STOPPED)
     for tree in GROUPS:
-        worth = []
+        worth, earned = [], []
         for i in tree.ids:
             gaps = (made.logps[i].double() - made.reference_logps[i].double()).tolist()
             stopped = next(flags)
             paid = made.scores[i] - (0.0 if stopped else 0.75)
+            earned.append(paid)
             worth.append(paid - 0.3 * sum(map(estimate, gaps)))
         mean = sum(worth) / len(worth)
-        spread = math.sqrt(sum((w - mean) ** 2 for w in worth) / (len(worth) - 1))
+        middle = sum(earned) / len(earned)
+        spread = math.sqrt(sum((e - middle) ** 2 for e in earned) / (len(earned) - 1))
         for k, i in enumerate(tree.ids):
             others = [w for j, w in enumerate(worth) if j != k]
             wanted = {
