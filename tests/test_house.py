@@ -14,6 +14,7 @@ import torch
 import upweight.losses.pair as pair_losses
 from tiny import save_tiny
 from upweight.config import load_stages, require_read
+from upweight.config.methods import load_comparison
 from upweight.losses import PAIR_LOSSES, PairLogps
 
 ROOT = Path(__file__).parents[1]
@@ -38,13 +39,19 @@ def paths_of(tree: str) -> list[Path]:
     return found
 
 
-def test_each_yaml_block_of_the_readme_is_a_run(tmp_path: Path) -> None:
+def test_each_yaml_block_of_the_readme_is_a_run_or_a_comparison_of_some(tmp_path: Path) -> None:
     written = blocks("yaml")
-    assert written
+    compared = [text for text in written if "methods:" in text]
+    assert len(written) > len(compared) == 1
     for text in written:
         file = tmp_path / "run.yaml"
         file.write_text(text, encoding="utf-8")
-        for resolved in load_stages(file, required=("out",)):
+        if text in compared:
+            comparison = load_comparison(file, {})
+            runs = [comparison.run_of(method, tmp_path) for method in comparison.methods]
+        else:
+            runs = load_stages(file, required=("out",))
+        for resolved in runs:
             require_read("train", resolved.run)
 
 
