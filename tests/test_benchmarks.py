@@ -1,0 +1,84 @@
+"""The benchmarks begin: every task of our worker, and the GPU command's rehearsal, on tiny models.
+
+What is measured means nothing here. TRL's side needs TRL, and has no test.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpu
+import results
+import upweight_worker
+from protocol import Spec
+from runs import furnish
+from upweight.models import head
+
+PAIRS_PER_STEP = 4
+
+
+PROGRAMS = {p.stem for p in Path(upweight_worker.__file__).parent.glob("*.py")} - {"trl_worker"}
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS))
+def test_a_program_finds_all_that_it_imports(program):
+    importlib.import_module(program)
+
+
+def run(task, folder, monkeypatch, *, steps=2, **options):
+    """The events of a task, in this process and on a thread."""
+    furnish(folder, monkeypatch)
+    monkeypatch.setattr(head, "_is_plain", head._is_plain)  # which a switch may replace
+    events = []
+    spec = Spec(
+        task,
+        "model",
+        "pairs.jsonl",
+        steps,
+        PAIRS_PER_STEP,
+        threads=1,
+        scratch=str(folder),
+        **options,
+    )
+    upweight_worker.main(spec, lambda event, **values: events.append({"event": event, **values}))
+    json.dumps(events)  # as a worker says them
+    return events
+
+
+@pytest.mark.parametrize("settings", [{}, {"bench": "two passes"}])
+def test_the_worker_trains_for_as_many_steps_as_it_is_told(tmp_path, monkeypatch, settings):
+    events = run("train", tmp_path, monkeypatch, settings=settings)
+    assert [e["event"] for e in events] == ["side", "reference", "step", "step"]
+    assert [e["num_pairs"] for e in events[2:]] == [PAIRS_PER_STEP] * 2
+
+
+def test_the_worker_scores_every_pair_before_training(tmp_path, monkeypatch):
+    _, *pairs = run("score", tmp_path, monkeypatch)
+    assert len(pairs) == 24 and all(pair["logp_chosen"] < 0 for pair in pairs)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_worker_prices_dpo_and_sft_in_turn(tmp_path, monkeypatch, lora):
+    _, *prices = run("price", tmp_path, monkeypatch, lora=lora)
+    assert [p["objective"] for p in prices] == ["dpo", "sft", "sft", "dpo"]
+
+
+def test_the_worker_measures_the_peak_at_the_models_shapes(tmp_path, monkeypatch):
+    assert run("peak", tmp_path, monkeypatch)[1]["flops"] > 0
+
+
+def test_no_task_of_the_worker_is_without_a_test():
+    assert set(upweight_worker.TASKS) == {"train", "score", "price", "peak"}
+
+
+def test_the_gpu_command_fills_every_cell_of_its_rehearsal(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--minutes", "0.1"])
+    assert gpu.main() == 0
+    record = json.loads((tmp_path / "gpu-tiny.json").read_text())
+    assert all(check["holds"] for check in record["checks"])
+    assert len(record["cells"]) == 2 * 3 * 2
+    assert not [cell["note"] for cell in record["cells"] if cell["failed"]]
