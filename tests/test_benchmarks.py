@@ -9,13 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import gpu
 import results
 import upweight_worker
+from on_gpu.cells import Case, Steps, blank
+from on_gpu.models import TOY_SIZES, build, random_trees
+from on_gpu.speed import measure
 from protocol import Spec
 from runs import furnish
+from upweight.data.pack import collate
 from upweight.models import head
+from upweight.training.loop import too_large
 
 PAIRS_PER_STEP = 4
 
@@ -82,3 +88,34 @@ def test_the_gpu_command_fills_every_cell_of_its_rehearsal(tmp_path, monkeypatch
     assert all(check["holds"] for check in record["checks"])
     assert len(record["cells"]) == 2 * 3 * 2
     assert not [cell["note"] for cell in record["cells"] if cell["failed"]]
+
+
+def measured(attempt):
+    """(a cell, the size that it ended at) of sizes 8, 4 and 2."""
+    size = TOY_SIZES[0]
+    lm = build("llama", size.config, torch.float32, torch.bfloat16, "cpu")
+    case = Case(size, "8/4/4", tuple(random_trees([(8, 4, 4)], lm.vocab_size)), 1.0)
+    cell = blank(case, "upweight", "tiles")
+    return cell, measure(cell, lm, case, attempt, [8, 4, 2], 0.0)
+
+
+def test_a_lack_of_memory_in_the_engines_words_is_followed_by_half_as_much():
+    def limited(lm, trees, size, until):
+        if size > 2:
+            raise too_large("step 1", [collate(trees)], torch.OutOfMemoryError("no room"))
+        steps = Steps(until)
+        steps.ended()
+        steps.ended()
+        return steps
+
+    cell, size = measured(limited)
+    assert (size, cell.note, cell.failed, len(cell.seconds)) == (2, "", False, 2)
+
+
+def test_a_bug_in_a_cell_stands_in_the_table_and_ends_nothing(capsys):
+    def broken(lm, trees, size, until):
+        raise TypeError("'Reference' object is not callable")
+
+    cell, size = measured(broken)
+    assert size == 8 and cell.failed and cell.note.startswith("TypeError: 'Reference'")
+    assert "Traceback" in capsys.readouterr().err

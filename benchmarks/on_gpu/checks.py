@@ -18,7 +18,6 @@ from on_gpu.models import CHECKED_SHAPES, FAMILIES, PRECISIONS, build, llama, ra
 from results import markdown_table
 from upweight.config.sections import Compute
 from upweight.data.pack import collate
-from upweight.errors import UpweightError
 from upweight.models import attention, proof
 from upweight.models.adapter import add_lora
 from upweight.models.head import at_least_fp32, head_logps
@@ -148,10 +147,6 @@ def small(family: str, precision: str, device: str, weights: torch.dtype) -> Lan
     return lm
 
 
-ERRORS = (RuntimeError, TypeError, AttributeError, ImportError, UpweightError)
-"""What a kernel that is not there, or not for this device, ends in."""
-
-
 def broken(model: str, precision: str, way: str, error: Exception) -> Check:
     traceback.print_exc()
     return Check(model, precision, f"{way}: {type(error).__name__}", (math.inf, None), (0.0, None))
@@ -170,7 +165,7 @@ class Subject:
         with patch.object(attention, "dense_attention", wraps=attention.dense_attention) as dense:
             try:
                 got = values(lm, token_logps(lm, collate(self.trees), **options))
-            except ERRORS as error:
+            except Exception as error:
                 return broken(self.model, self.precision, f"{way}, {lm.plan.attention}", error)
         # A path that cannot do what a family asks for hands over to another.
         fell_back = dense.called and lm.plan.attention != "dense"
@@ -278,5 +273,5 @@ def correctness(device: str, tiny: bool) -> Iterator[Check]:
         for model, part in parts:
             try:
                 yield from part
-            except ERRORS as error:
+            except Exception as error:
                 yield broken(model, precision, "the rest", error)

@@ -29,7 +29,6 @@ from on_gpu.sides import our_steps, padded_logps, plain_steps
 from on_gpu.trl import time_trl, trl_python
 from protocol import LORA
 from upweight.data.pack import bins, collate
-from upweight.errors import UpweightError
 from upweight.models import attention, proof
 from upweight.models.adapter import add_lora
 from upweight.models.load import LanguageModel
@@ -58,7 +57,7 @@ def measure(
             torch.cuda.reset_peak_memory_stats()
         try:
             cell.seconds = attempt(lm, case.trees, size, until).seconds
-        except (RuntimeError, MemoryError, UpweightError) as error:
+        except Exception as error:  # whatever it is, the other cells have their turn
             blame(cell, error, f"at {size}")
         else:
             cell.peak_bytes = torch.cuda.max_memory_allocated() if cuda else None
