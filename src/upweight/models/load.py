@@ -177,7 +177,7 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     apart that a busy machine decides as an idle one does. The model plays no part.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if platform.machine().lower() in ("x86_64", "amd64") and not (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore
     ):
