@@ -1,5 +1,6 @@
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from upweight.losses.pair import dpo
 from upweight.models.adapter import add_lora
 from upweight.models.load import fingerprint
 from upweight.models.reference import fill, open_reference
+from upweight.training import loop
 from upweight.training.loop import Hooks, Plan, Progress, Window, fit, rehearse
 from upweight.training.objectives import pair
 from upweight.training.optimizer import make_optimizer
@@ -225,6 +227,36 @@ def test_a_step_that_cannot_be_smaller_is_an_error_that_says_what_to_do(tmp_path
     ):
         plain_fit(lm, objective, lambda step: packed(15))
     assert all(p.grad is None for p in lm.model.parameters())
+
+
+def test_the_first_step_leaves_room_for_the_state_that_it_makes(tmp_path, monkeypatch):
+    lm, made, there = loaded(), [], []
+    objective, make = objective_of(lm, tmp_path), loop.room_for_moments
+
+    def room_for_moments(optimizer):
+        room = make(optimizer)
+        made.extend(map(weakref.ref, room))
+        return room
+
+    def step(lm, forest):
+        there.append(sum(room.nbytes for ref in made if (room := ref()) is not None))
+        return objective.step(lm, forest)
+
+    monkeypatch.setattr(loop, "room_for_moments", room_for_moments)
+    plain_fit(lm, replace(objective, step=step), lambda step: packed(60))
+    moments, num_bins = 8 * sum(p.numel() for p in lm.model.parameters()), len(packed(60))
+    assert there == [moments] * num_bins + [0] * 2 * num_bins
+
+
+def test_moments_that_do_not_fit_are_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+    def full(optimizer, closure=None):
+        raise torch.OutOfMemoryError("no room\nfor this")
+
+    lm = loaded()
+    objective = objective_of(lm, tmp_path)
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(ModelError, match=r"step 1 ran out .* \(no room\).* optimizer.moments=8bit"):
+        plain_fit(lm, objective, lambda step: packed(60))
 
 
 def test_another_error_in_a_step_is_not_taken_for_a_lack_of_memory(tmp_path):

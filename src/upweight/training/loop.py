@@ -12,7 +12,8 @@ import torch
 
 from upweight.errors import ModelError, Refusal
 from upweight.models.load import LanguageModel
-from upweight.models.reading import is_out_of_memory
+from upweight.models.reading import attempt, is_out_of_memory
+from upweight.models.weights import first_lines
 from upweight.training.objectives import Objective
 from upweight.training.optimizer import clip, room_for_moments
 from upweight.training.schedules import learning_rate_factor
@@ -129,7 +130,7 @@ def fit(
             return False
         began, window = time.monotonic(), progress.window
         batch = forests(progress.step)
-        done = _accumulate(lm, objective, batch)
+        done = _accumulate_with_room(lm, optimizer, objective, batch)
         if isinstance(done, Exception):
             optimizer.zero_grad(set_to_none=True)
             if not hooks.on_out_of_memory(progress, batch):
@@ -147,7 +148,8 @@ def fit(
         )
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("rate_factor", 1.0)
-        optimizer.step()
+        if isinstance(failed := attempt(optimizer.step), Exception):
+            raise _no_moments(progress.step + 1, failed)
         optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.num_tokens += sum(forest.num_tokens for forest in batch)
@@ -185,20 +187,29 @@ def rehearse(
     step makes: the error of an allocation that failed, or None. Leaves everything as it was.
     """
     with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
-        try:
-            room = room_for_moments(optimizer)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return error.with_traceback(None)
-        done = _accumulate(lm, objective, [forest])
-        del room
+        done = _accumulate_with_room(lm, optimizer, objective, [forest])
     optimizer.zero_grad(set_to_none=True)
     return done if isinstance(done, Exception) else None
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _accumulate_with_room(
+    lm: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    batch: Sequence[Forest],
+) -> tuple[torch.Tensor, torch.Tensor, Window] | Exception:
+    """`_accumulate`, beside room for the state that the optimizer's first step makes: bins that
+    leave none for it are too large."""
+    room = attempt(lambda: [] if optimizer.state else room_for_moments(optimizer))
+    if isinstance(room, Exception):
+        return room
+    done = _accumulate(lm, objective, batch)
+    del room
+    return done
 
 
 def _accumulate(
@@ -243,6 +254,16 @@ def too_large(what: str, batch: Sequence[Forest], error: Exception) -> ModelErro
         f"{what} ran out of memory with {largest.num_tokens:,} tokens at once "
         f"({largest.trees[0].ids[0].row}), and they cannot be fewer ({said}). Needs less: "
         "lora=true, a smaller data.max_length with data.truncation=prompt, a smaller model."
+    )
+    failure.__cause__ = error
+    return failure
+
+
+def _no_moments(step: int, error: Exception) -> ModelError:
+    failure = ModelError(
+        f"step {step} ran out of memory where AdamW keeps two moments of every trained weight "
+        f"({first_lines(error, 1)}). Needs less: lora=true, optimizer.moments=8bit, a smaller "
+        "model."
     )
     failure.__cause__ = error
     return failure
