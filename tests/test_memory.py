@@ -87,6 +87,78 @@ def test_the_free_memory_of_this_machine_is_known_or_said_to_be_unknown():
     assert free is None or free > 1 << 20
 
 
+def machine(root, group, files):
+    """Where /proc and /sys say that 1000 KiB are available, and what `files` has."""
+    files = {
+        "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 1000 kB\n",
+        "proc/self/cgroup": f"7:cpu,cpuacct:/\n{group}\n",
+        **files,
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+V1 = "sys/fs/cgroup/memory"
+UNLIMITED = "9223372036854771712\n"
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "free"),
+    [
+        pytest.param("0::/", {}, 1000 * 1024, id="no limit"),
+        pytest.param(
+            "0::/",
+            {
+                "sys/fs/cgroup/memory.max": "5000\n",
+                "sys/fs/cgroup/memory.current": "3000\n",
+                "sys/fs/cgroup/memory.stat": "anon 2000\ninactive_file 400\n",
+            },
+            2400,
+            id="version 2, a container's own view",
+        ),
+        pytest.param(
+            "0::/a/b",
+            {
+                "sys/fs/cgroup/a/b/memory.max": "max\n",
+                "sys/fs/cgroup/a/b/memory.current": "3000\n",
+                "sys/fs/cgroup/a/b/memory.stat": "",
+                "sys/fs/cgroup/a/memory.max": "4000\n",
+                "sys/fs/cgroup/a/memory.current": "3500\n",
+                "sys/fs/cgroup/a/memory.stat": "",
+            },
+            500,
+            id="version 2, a limit further up",
+        ),
+        pytest.param(
+            "4:memory:/docker/x",
+            {
+                f"{V1}/memory.limit_in_bytes": "6000\n",
+                f"{V1}/memory.usage_in_bytes": "1000\n",
+                f"{V1}/memory.stat": "inactive_file 7\ntotal_inactive_file 10\n",
+            },
+            5010,
+            id="version 1, outside's name",
+        ),
+        pytest.param(
+            "4:memory:/",
+            {
+                f"{V1}/memory.limit_in_bytes": UNLIMITED,
+                f"{V1}/memory.usage_in_bytes": "1000\n",
+                f"{V1}/memory.stat": "",
+            },
+            1000 * 1024,
+            id="version 1, no limit",
+        ),
+    ],
+)
+def test_a_containers_limit_counts_where_it_is_lower_than_what_the_host_has(
+    tmp_path, group, files, free
+):
+    assert free_bytes(torch.device("cpu"), machine(tmp_path, group, files)) == free
+
+
 @pytest.mark.parametrize(
     ("num_bytes", "said"),
     [(12, "12 bytes"), (2048, "2 KiB"), (3 << 20, "3 MiB"), (3 << 29, "1.5 GiB")],

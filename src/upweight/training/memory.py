@@ -133,15 +133,65 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """What can be allocated on the device; None where that cannot be asked."""
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
+    """What can be allocated on the device; None where that cannot be asked. `root` is where /proc
+    and /sys are."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return min([int(line.split()[1]) * 1024, *_left_by_limits(root)])
+    return None
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Where control groups are, their files of limit and use, and the statistic of cached files,
+    which are in use and give way."""
+
+    folder: str
+    limit: str
+    used: str
+    cached: str
+
+
+GROUPS = {
+    "": _Groups("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": _Groups(
+        "sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+}
+"""By the controller that /proc/self/cgroup names; version 2 names none."""
+
+
+def _left_by_limits(root: Path) -> list[int]:
+    """What each control group that this process is in leaves it: a container's limit, of which
+    /proc/meminfo, the host's, says nothing."""
+    found: list[int | None] = []
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, own = line.split(":", 2)
+            # A container may see its own group as the top, whatever it is called outside.
+            group = Path(own.lstrip("/"))
+            for name in GROUPS.keys() & set(controllers.split(",")):
+                groups = GROUPS[name]
+                above = (root / groups.folder / at for at in (group, *group.parents))
+                found += [_left_in(folder, groups) for folder in above]
+    return [left for left in found if left is not None]
+
+
+def _left_in(folder: Path, groups: _Groups) -> int | None:
+    """None where there is no such group, or no limit."""
+    with contextlib.suppress(OSError, ValueError):
+        most, used = (int((folder / file).read_text()) for file in (groups.limit, groups.used))
+        lines = (folder / "memory.stat").read_text().splitlines()
+        cached = dict(line.split() for line in lines).get(groups.cached, "0")
+        return max(0, most - used + int(cached))
     return None
 
 
