@@ -207,17 +207,36 @@ def fingerprint(lm: LanguageModel) -> str:
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(str(lm.compute_dtype).encode())
-    seen: set[int] = set()
-    for name, tensor in sorted(lm.causal.state_dict().items()):
-        if "lora_" in name or tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        plain = name.replace(".base_layer", "")
+    for name, tensor in _own_weights(lm):
         if tensor.dtype in (torch.bfloat16, torch.float16):
             tensor = tensor.float()  # the same numbers, however they are kept
-        digest.update(f"{plain} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def bit_sums(lm: LanguageModel) -> dict[str, int]:
+    """What a change of the weights in memory changes: the sum of each tensor's bits, read as whole
+    numbers, on its device and some ten times as fast as its fingerprint. No proof against intent.
+    """
+    found: dict[str, int] = {}
+    for name, tensor in _own_weights(lm):
+        octets = tensor.detach().reshape(-1).view(torch.uint8)
+        if octets.storage_offset() % 8:
+            octets = octets.clone()
+        whole = octets.shape[0] // 8 * 8
+        # By eights: a sum of smaller numbers is converted first, which takes as long as hashing.
+        found[name] = int(octets[:whole].view(torch.int64).sum()) + int(octets[whole:].sum())
+    return found
+
+
+def _own_weights(lm: LanguageModel) -> Generator[tuple[str, torch.Tensor]]:
+    """Each tensor of the model once, without its adapter's, as it is called without an adapter."""
+    seen: set[int] = set()
+    for name, tensor in sorted(lm.causal.state_dict().items()):
+        if "lora_" not in name and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            yield name.replace(".base_layer", ""), tensor
 
 
 @contextlib.contextmanager
