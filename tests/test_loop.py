@@ -248,6 +248,20 @@ def test_the_first_step_leaves_room_for_the_state_that_it_makes(tmp_path, monkey
     assert there == [moments] * num_bins + [0] * 2 * num_bins
 
 
+def test_the_graph_of_one_bin_is_gone_when_the_next_is_read(tmp_path):
+    lm, graphs = loaded(), []
+    objective = objective_of(lm, tmp_path)
+
+    def step(lm, forest):
+        assert not [graph for graph in graphs if graph() is not None]
+        made = objective.step(lm, forest)
+        graphs.append(weakref.ref(made.loss_sum))
+        return made
+
+    plain_fit(lm, replace(objective, step=step), lambda step: packed(20))
+    assert len(graphs) > 3
+
+
 def test_moments_that_do_not_fit_are_an_error_that_says_what_to_do(tmp_path, monkeypatch):
     def full(optimizer, closure=None):
         raise torch.OutOfMemoryError("no room\nfor this")

@@ -48,7 +48,7 @@ def head_logps(
         return _adjusted_logps(head, config, hidden, targets, rows)
     weight = head.weight
     assert isinstance(weight, Tensor)
-    dtype = lm.compute_dtype if weight.dtype == torch.float32 else weight.dtype
+    dtype = _product_dtype(lm, weight)
     keep = kept_elements // lm.vocab_size
     return _LinearHead.apply(  # pyright: ignore[reportReturnType]
         hidden, weight, targets, dtype, rows, keep, torch.is_grad_enabled()
@@ -62,8 +62,13 @@ def kept_bytes_per_token(lm: LanguageModel) -> int:
     if not _is_plain(head, lm.causal.config):
         return 0
     weight = next(head.parameters())
-    width = lm.compute_dtype.itemsize
-    return width * (lm.vocab_size if weight.requires_grad else weight.shape[1])
+    width = _product_dtype(lm, weight).itemsize
+    # Exponentials in the products' dtype, or the hidden state's gradient, whose sums are fp32.
+    return width * lm.vocab_size if weight.requires_grad else max(4, width) * weight.shape[1]
+
+
+def _product_dtype(lm: LanguageModel, weight: Tensor) -> torch.dtype:
+    return lm.compute_dtype if weight.dtype == torch.float32 else weight.dtype
 
 
 def _is_plain(head: nn.Module, config: object) -> bool:
@@ -115,7 +120,8 @@ class _LinearHead(torch.autograd.Function):
         if ctx.frozen:
             for n, piece in enumerate(kept):
                 at = slice(n * ctx.rows, n * ctx.rows + ctx.rows)
-                assert piece is not None
+                assert piece is not None, "the graph of a frozen head is gone back through once"
+                kept[n] = None
                 dh[at] = slope[at, None] * piece
             return dh, *[None] * 6
         dw = torch.zeros_like(w, dtype=ctx.given[1])

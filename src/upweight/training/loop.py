@@ -236,6 +236,8 @@ def _accumulate(
             window.add(step.metrics)
             window.num_tokens += forest.num_tokens
             window.num_items += objective.num_items(forest)
+            # With its graph, beside which the next forward pass would have less room.
+            del step
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
