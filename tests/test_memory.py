@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from oracles import loaded, random_trees
 from upweight.data.pack import collate
 from upweight.models.adapter import add_lora
+from upweight.models.head import KEPT_ELEMENTS
 from upweight.models.logprobs import token_logps
 from upweight.training import memory
 from upweight.training.memory import free_bytes, plan_memory, size
@@ -69,6 +72,20 @@ def test_bins_are_as_large_as_memory_allows_up_to_where_more_is_no_faster(monkey
     monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
     assert plan_memory(lm, TREES, STEPS).tokens_per_bin == 256
     assert plan_memory(lm, TREES, STEPS, 5000).tokens_per_bin == 5000
+
+
+def test_what_the_head_keeps_at_most_is_not_counted_twice():
+    plan = plan_memory(loaded(), TREES, STEPS, 64)
+    assert plan.most_scored == 4 * KEPT_ELEMENTS
+    plan = replace(plan, fixed=100, per_token=10, per_scored=20, scored_share=0.5, most_scored=500)
+    # Up to 50 tokens 20 bytes each, from there on 10.
+    assert [plan.activations(n) for n in (10, 50, 51, 100)] == [300, 1100, 1110, 1600]
+    for num_bytes in (*range(90, 1700, 7), 1100, 1600):
+        most = plan.fits(num_bytes)
+        assert most == 0 or plan.activations(most) <= num_bytes
+        assert plan.activations(most + 1) > num_bytes
+    endless = replace(plan, per_token=0)
+    assert endless.fits(599) == 49 and endless.fits(601) is None
 
 
 def test_a_plan_says_what_is_needed_and_what_is_missing(monkeypatch):

@@ -55,16 +55,18 @@ def head_logps(
     )
 
 
-def kept_bytes_per_token(lm: LanguageModel) -> int:
-    """What head_logps keeps for the backward pass beside saved tensors, for each scored token."""
+def kept_bytes(lm: LanguageModel, kept_elements: int = KEPT_ELEMENTS) -> tuple[int, int | None]:
+    """What head_logps keeps for the backward pass beside saved tensors: bytes for each scored
+    token, and the most it keeps of all; None where nothing ends it."""
     head = lm.causal.get_output_embeddings()
     assert head is not None
     if not _is_plain(head, lm.causal.config):
-        return 0
+        return 0, None
     weight = next(head.parameters())
     width = _product_dtype(lm, weight).itemsize
-    # Exponentials in the products' dtype, or the hidden state's gradient, whose sums are fp32.
-    return width * lm.vocab_size if weight.requires_grad else max(4, width) * weight.shape[1]
+    if not weight.requires_grad:  # the hidden state's gradient, whose sums are fp32
+        return max(4, width) * weight.shape[1], None
+    return width * lm.vocab_size, width * kept_elements
 
 
 def _product_dtype(lm: LanguageModel, weight: Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from upweight.data.pack import collate
-from upweight.models.head import kept_bytes_per_token
+from upweight.models.head import kept_bytes
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
 from upweight.types import Forest, ResponseId, RowId, Tree
@@ -28,7 +28,8 @@ tensors, and holes between those of unequal size."""
 class MemoryPlan:
     """Bytes that training needs. `free` is what the device had before gradients and moments were
     there, None where it cannot be asked; `longest` is the tokens of the longest tree, which may be
-    more than `tokens_per_bin`, and `tokens_per_step` the most that a step has."""
+    more than `tokens_per_bin`, and `tokens_per_step` the most that a step has. `per_scored` is
+    kept for each scored token, up to `most_scored` of all."""
 
     tokens_per_bin: int
     longest: int
@@ -41,11 +42,26 @@ class MemoryPlan:
     per_scored: int
     scored_share: float
     free: int | None
+    most_scored: int | None = None
 
     def activations(self, num_tokens: int) -> int:
         """What the backward pass of a bin of so many tokens finds kept."""
+        scored = num_tokens * self.per_scored * self.scored_share
+        if self.most_scored is not None:
+            scored = min(scored, self.most_scored)
+        return self.fixed + int(num_tokens * self.per_token + scored)
+
+    def fits(self, num_bytes: int) -> int | None:
+        """The largest number of tokens whose activations are within `num_bytes`; None: any."""
+        left = num_bytes - self.fixed
         each = self.per_token + self.per_scored * self.scored_share
-        return self.fixed + int(num_tokens * each)
+        # Two slopes: up to where the head keeps the most, and from there on.
+        slopes = [(left, each)]
+        if self.most_scored is not None:
+            slopes.append((left - self.most_scored, self.per_token))
+        if any(slope == 0 for room, slope in slopes if room > 0):
+            return None
+        return max((int(room / slope) for room, slope in slopes if room > 0), default=0)
 
     @property
     def largest_bin(self) -> int:
@@ -99,6 +115,7 @@ def plan_memory(
 
     Without `tokens_per_bin`, bins are as large as fits, up to where larger ones are no faster.
     """
+    per_scored, most_scored = kept_bytes(lm) if forward is token_logps else (0, None)
     small, large = (_kept(lm, times, forward) for times in (1, 3))
     num_tokens = _probe().num_tokens
     per_token = max(0, large - small) // (2 * num_tokens)
@@ -115,15 +132,16 @@ def plan_memory(
         moments=2 * moment_bytes * sum(p.numel() for p in trained),
         fixed=max(0, small - per_token * num_tokens),
         per_token=per_token,
-        per_scored=kept_bytes_per_token(lm) if forward is token_logps else 0,
+        per_scored=per_scored,
         scored_share=scored / max(1, all_tokens),
         free=free_bytes(lm.device),
+        most_scored=most_scored,
     )
     if tokens_per_bin is not None or plan.free is None:
         return plan
-    each = plan.activations(1_000_000) - plan.activations(0)
-    left = plan.free * SHARE - plan.gradients - plan.moments - plan.fixed
-    fits = int(left * 1_000_000 / each) if each else plan.tokens_per_bin
+    fits = plan.fits(int(plan.free * SHARE) - plan.gradients - plan.moments)
+    if fits is None:
+        return plan
     # In whole steps, so that a few bytes more or less do not change a run.
     fits = max(256, fits // 256 * 256)
     return MemoryPlan(**vars(plan) | {"tokens_per_bin": min(plan.tokens_per_bin, fits)})
