@@ -15,8 +15,8 @@ import gpu
 import results
 import upweight_worker
 from on_gpu.cells import Case, Steps, blank
-from on_gpu.models import TOY_SIZES, build, random_trees
-from on_gpu.speed import measure
+from on_gpu.models import TOY_SIZES, as_saved_in_bf16, build, random_trees
+from on_gpu.speed import adapted, measure
 from protocol import Spec
 from runs import furnish
 from upweight.data.pack import collate
@@ -90,10 +90,19 @@ def test_the_gpu_command_fills_every_cell_of_its_rehearsal(tmp_path, monkeypatch
     assert not [cell["note"] for cell in record["cells"] if cell["failed"]]
 
 
+def test_what_is_timed_with_lora_is_what_a_run_trains():
+    lm = as_saved_in_bf16(build("llama", TOY_SIZES[1].config, torch.bfloat16, "cpu"))
+    lm = adapted(lm)
+    narrow = {n for n, p in lm.model.named_parameters() if p.dtype == torch.bfloat16}
+    assert len(narrow) == 14 and all(".base_layer." in name for name in narrow)
+    # The residual stream is fp32, the products are autocast's, on either side.
+    assert lm.dtype == torch.float32 and lm.compute_dtype == torch.bfloat16
+
+
 def measured(attempt):
     """(a cell, the size that it ended at) of sizes 8, 4 and 2."""
     size = TOY_SIZES[0]
-    lm = build("llama", size.config, torch.float32, torch.bfloat16, "cpu")
+    lm = build("llama", size.config, torch.bfloat16, "cpu")
     case = Case(size, "8/4/4", tuple(random_trees([(8, 4, 4)], lm.vocab_size)), 1.0)
     cell = blank(case, "upweight", "tiles")
     return cell, measure(cell, lm, case, attempt, [8, 4, 2], 0.0)
