@@ -21,7 +21,7 @@ from protocol import Spec
 from runs import furnish
 from upweight.data.pack import collate
 from upweight.models import head
-from upweight.training.loop import too_large
+from upweight.training.loop import Full, too_large
 
 PAIRS_PER_STEP = 4
 
@@ -111,7 +111,7 @@ def measured(attempt):
 def test_a_lack_of_memory_in_the_engines_words_is_followed_by_half_as_much():
     def limited(lm, trees, size, until):
         if size > 2:
-            raise too_large("step 1", [collate(trees)], torch.OutOfMemoryError("no room"))
+            raise too_large("step 1", Full(collate(trees), torch.OutOfMemoryError("no room")))
         steps = Steps(until)
         steps.ended()
         steps.ended()
