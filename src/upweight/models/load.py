@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from upweight.errors import ModelError
 from upweight.models import attention
-from upweight.models.weights import load_tokenizer, load_weights, resolve
+from upweight.models.reading import attempt
+from upweight.models.weights import first_lines, load_tokenizer, load_weights, resolve
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def load(
     tokenizer = load_tokenizer(name, folder, trust_remote_code)
     # Evaluation mode for good: dropout is noise on a log-ratio, and a policy that is noisy where
     # its reference is not starts away from ln 2.
-    model.to(chosen)  # pyright: ignore[reportArgumentType]
+    _move(model, name, chosen)
     model.eval()
     compute_dtype = (
         (torch.bfloat16 if bfloat16_is_fast(chosen) else torch.float32)
@@ -154,6 +155,17 @@ def load(
     if lm.plan.shared:
         lm.causal.set_attn_implementation(attention.NAME)
     return lm
+
+
+def _move(model: PreTrainedModel, name: str, device: torch.device) -> None:
+    moved = attempt(lambda: model.to(device))  # pyright: ignore[reportArgumentType]
+    if isinstance(moved, Exception):
+        needed = sum(p.numel() * p.element_size() for p in model.parameters())
+        raise ModelError(
+            f"{name} does not fit into the memory of {device}: its weights alone take "
+            f"{needed / 2**30:.3g} GiB ({first_lines(moved, 1)}). Needs less: a smaller model, or "
+            "nothing else on the device; compute.device=cpu has the machine's own memory."
+        ) from moved
 
 
 def keep_freed_memory() -> None:
