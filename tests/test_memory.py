@@ -7,9 +7,10 @@ from oracles import loaded, random_trees
 from upweight.data.pack import collate
 from upweight.models.adapter import add_lora
 from upweight.models.head import KEPT_ELEMENTS
+from upweight.models.load import ForwardPlan
 from upweight.models.logprobs import token_logps
 from upweight.training import memory
-from upweight.training.memory import free_bytes, plan_memory, size
+from upweight.training.memory import enough_tokens, free_bytes, plan_memory, size
 
 TREES = random_trees([(30, 12, 20), (50, 9), (7, 7, 7, 7)])
 STEPS = [(0, 1), (2,)]
@@ -86,6 +87,20 @@ def test_what_the_head_keeps_at_most_is_not_counted_twice():
         assert plan.activations(most + 1) > num_bytes
     endless = replace(plan, per_token=0)
     assert endless.fits(599) == 49 and endless.fits(601) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "plan", "enough"),
+    [
+        ("cuda", dict(attention="flex"), 32768),
+        ("cuda", dict(attention="dense"), 4096),
+        ("cuda", dict(attention="dense", shared=False, reason="a test"), 32768),
+        ("cpu", dict(attention="dense"), 2048),
+    ],
+)
+def test_bins_are_small_where_a_mask_grows_with_their_square(device, plan, enough):
+    lm = replace(loaded(), device=torch.device(device), plan=ForwardPlan(**plan))
+    assert enough_tokens(lm) == enough
 
 
 def test_a_plan_says_what_is_needed_and_what_is_missing(monkeypatch):

@@ -19,6 +19,9 @@ from upweight.types import Forest, ResponseId, RowId, Tree
 TOKENS_PER_BIN = {"cpu": 2048, "cuda": 32768}
 """Where a larger bin is no faster: products of this many rows are at the device's limit."""
 
+TOKENS_PER_MASK = 4096
+"""Of the dense path: its mask and scores grow with the square of a bin's tokens."""
+
 SHARE = 0.8
 """Of the free memory, what is planned with. The rest is for what a plan does not see: temporary
 tensors, and holes between those of unequal size."""
@@ -124,7 +127,7 @@ def plan_memory(
     all_tokens = sum(tree.num_tokens for tree in trees)
     scored = sum(len(response) for tree in trees for response in tree.responses)
     plan = MemoryPlan(
-        tokens_per_bin=tokens_per_bin or TOKENS_PER_BIN.get(lm.device.type, 2048),
+        tokens_per_bin=tokens_per_bin or enough_tokens(lm),
         longest=max((tree.num_tokens for tree in trees), default=0),
         tokens_per_step=max((sum(trees[i].num_tokens for i in step) for step in steps), default=0),
         weights=_bytes(parameters),
@@ -145,6 +148,13 @@ def plan_memory(
     # In whole steps, so that a few bytes more or less do not change a run.
     fits = max(256, fits // 256 * 256)
     return MemoryPlan(**vars(plan) | {"tokens_per_bin": min(plan.tokens_per_bin, fits)})
+
+
+def enough_tokens(lm: LanguageModel) -> int:
+    """The tokens of a bin from which on a larger one is no faster."""
+    enough = TOKENS_PER_BIN.get(lm.device.type, 2048)
+    dense = lm.plan.shared and lm.plan.attention == "dense"
+    return min(enough, TOKENS_PER_MASK) if dense else enough
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
