@@ -22,7 +22,6 @@ from on_gpu.checks import correctness
 from on_gpu.models import SHAPES, SIZES, TOY_SHAPES, TOY_SIZES
 from on_gpu.report import Report, describe, hardware
 from on_gpu.speed import time_model
-from upweight.errors import UpweightError
 from upweight.models.reading import free_cached
 
 
@@ -56,7 +55,7 @@ def main() -> int:
             for result in time_model(size, shapes, device, budget, args.trl):
                 report.add(result)
                 report.save()
-        except (RuntimeError, MemoryError, UpweightError) as error:
+        except Exception as error:
             # The model itself did not fit, or the device is gone. The others have their turn.
             cell = Cell(size.name, "-", OURS, 0, 0, 0.0, "-")
             blame(cell, error, "before the first step")

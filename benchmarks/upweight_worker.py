@@ -21,14 +21,12 @@ from floor import matrix_products_per_second, model_shape
 from protocol import LORA, Spec, work
 from upweight.config import Resolved, Run, load_run
 from upweight.data.pack import bins, collate, merge_same_prompts
-from upweight.data.stream import batch_for_step, plan_epoch
+from upweight.data.stream import plan_epoch, planned
 from upweight.evidence.evaluate import score_trees
 from upweight.losses import PAIR_LOSSES
 from upweight.models import head
-from upweight.models.adapter import add_lora
 from upweight.models.attention import NAME, forest_attention
 from upweight.models.load import LanguageModel
-from upweight.models.logprobs import token_logps
 from upweight.recipes import start, train_model
 from upweight.recipes.prepare import (
     describe,
@@ -39,9 +37,9 @@ from upweight.recipes.prepare import (
 )
 from upweight.recipes.screen import Silent
 from upweight.training.loop import Hooks, Plan, Progress, fit
-from upweight.training.objectives import Objective, pair
+from upweight.training.objectives import Objective, pair, sft
 from upweight.training.optimizer import make_optimizer
-from upweight.types import Forest, Step
+from upweight.types import Forest
 
 Emit = Callable[..., None]
 
@@ -161,20 +159,14 @@ def score(spec: Spec, emit: Emit) -> None:
             )
 
 
-def sft(lm: LanguageModel, forest: Forest) -> Step:
-    """Negative log-likelihood of every response's tokens: what SFT on the same trees computes."""
-    weight = forest.weight.to(lm.device)
-    return Step(-token_logps(lm, forest).sum(), weight.sum(), {})
-
-
 def price(spec: Spec, emit: Emit) -> None:
     """DPO with a warm reference, and SFT, on the same forests: one step each, the order turning."""
     run = resolve(spec).run
     lm = load_policy(run)
-    trees = prepare(run, lm).trees["train"]
+    prepared = prepare(run, lm)
+    trees = prepared.trees["train"]
     reference = fill_reference(run, lm, trees, Silent())
-    if spec.lora:
-        lm = add_lora(lm, **LORA, seed=spec.seed)  # pyright: ignore[reportArgumentType]
+    lm = start.trained(run, lm, prepared.renderer.stop_ids)
     options = run.optimizer
     optimizer = make_optimizer(
         lm.model,
@@ -185,21 +177,23 @@ def price(spec: Spec, emit: Emit) -> None:
         epsilon=options.epsilon,
     )
     loss = functools.partial(PAIR_LOSSES["dpo"], beta=spec.beta)
-    objectives: dict[str, Objective] = {"dpo": pair(reference, loss, spec.beta), "sft": sft}
+    dpo = pair(reference.logps, loss, spec.beta)
+    objectives: dict[str, Objective] = {"dpo": dpo, "sft": sft()}
     capacity = tokens_read_at_once(run, lm)
+    plan_of = planned(trees, spec.pairs_per_step, spec.seed)
 
     def forests(step: int) -> list[Forest]:
-        batch = batch_for_step(trees, spec.pairs_per_step, spec.seed, step)
+        batch = [trees[i] for i in plan_of(step).trees]
         return [collate(group) for group in bins(merge_same_prompts(batch, capacity), capacity)]
 
-    hooks = Hooks(lambda record: None, lambda progress: None, lambda progress: None)
+    hooks = Hooks(lambda record: None, lambda progress: False, lambda progress: None)
     for step in range(spec.steps):
         names = ["dpo", "sft"] if step % 2 == 0 else ["sft", "dpo"]
         for name in names:
             plan = Plan(step + 1, spec.steps, spec.learning_rate, 0.0, "constant", 1.0)
-            start = time.perf_counter()
+            before = time.perf_counter()
             fit(lm, optimizer, objectives[name], forests, plan, hooks, Progress(step))
-            emit("price", objective=name, step=step + 1, seconds=time.perf_counter() - start)
+            emit("price", objective=name, step=step + 1, seconds=time.perf_counter() - before)
 
 
 def peak(spec: Spec, emit: Emit) -> None:

@@ -4,7 +4,7 @@ from torch import nn
 
 from oracles import gradients, loaded, relative
 from upweight.models import head
-from upweight.models.head import head_logps
+from upweight.models.head import head_logps, kept_bytes
 
 TARGETS = torch.tensor([0, 5, 7, 5, 9, 259, 100, 3])
 
@@ -42,6 +42,26 @@ def test_a_frozen_head_gives_the_same_gradient_of_the_hidden_states():
     (ours,) = torch.autograd.grad((slope * got).sum(), hidden)
     (theirs,) = torch.autograd.grad((slope * dense(weight, hidden)).sum(), hidden)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_is_kept_for_the_backward_pass_is_counted_and_let_go(dtype: torch.dtype, frozen: bool):
+    lm, weight, hidden, slope = case(torch.float64 if dtype == torch.float64 else torch.float32)
+    lm.compute_dtype = dtype
+    weight.requires_grad_(not frozen)
+    got = head_logps(lm, hidden, TARGETS, 3 * 260)
+    kept = got.grad_fn.kept
+    assert sum(piece.nbytes for piece in kept) == len(TARGETS) * kept_bytes(lm)[0]
+    (slope * got).sum().backward()
+    assert kept == [None] * 3
+
+
+def test_no_more_is_kept_than_is_said_to_be_the_most():
+    lm, _, hidden, _ = case(torch.float32)
+    limit = 5 * 260
+    kept = head_logps(lm, hidden, TARGETS, 260, limit).grad_fn.kept
+    assert sum(piece.nbytes for piece in kept if piece is not None) == kept_bytes(lm, limit)[1]
 
 
 @pytest.mark.parametrize(("scale", "common"), [(1.0, 0.0), (30.0, 0.0), (400.0, 0.0), (1.0, 64.0)])

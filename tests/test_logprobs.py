@@ -24,7 +24,7 @@ from upweight.models import attention
 from upweight.models.attention import layout_of, native_attention
 from upweight.models.head import head_logps
 from upweight.models.load import checkpoint_layers, load
-from upweight.models.logprobs import pair_logps, response_logps, token_logps
+from upweight.models.logprobs import pair_logps, response_logps, scored_hidden, token_logps
 from upweight.models.proof import find_plan
 
 WAYS = {
@@ -97,6 +97,25 @@ def test_a_family_that_cannot_share_runs_one_row_per_response_and_says_why(famil
 def test_sharing_can_be_switched_off():
     lm = loaded(sharing=False)
     assert not lm.plan.shared and "compute.sharing is off" in lm.plan.describe()
+
+
+@pytest.mark.parametrize("native_head", [True, False])
+def test_rows_that_are_not_shared_are_read_where_the_model_is(native_head):
+    # `meta` is the device other than the CPU that every machine has; attention asks its tensors for
+    # values there.
+    lm = with_plan(loaded("mamba"), shared=False, native_head=native_head, reason="a test")
+    lm.model.to("meta")
+    lm.device = torch.device("meta")
+    given = []
+
+    def look(module, args, options):
+        given.extend(x for x in (*args, *options.values()) if isinstance(x, torch.Tensor))
+
+    lm.causal.base_model.register_forward_pre_hook(look, with_kwargs=True)
+    forest = collate(random_trees(SHAPES))
+    out = token_logps(lm, forest) if native_head else scored_hidden(lm, forest)
+    assert out.is_meta and len(out) == len(forest.scored)
+    assert given and all(x.is_meta for x in given)
 
 
 def test_an_attention_asked_for_by_name_that_cannot_run_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from upweight.losses.pair import dpo
 from upweight.models.adapter import add_lora
 from upweight.models.load import fingerprint
 from upweight.models.reference import fill, open_reference
+from upweight.training import loop
 from upweight.training.loop import Hooks, Plan, Progress, Window, fit, rehearse
 from upweight.training.objectives import pair
 from upweight.training.optimizer import make_optimizer
@@ -157,7 +159,7 @@ def packed(capacity):
     return [collate(group) for group in bins(TREES, capacity)]
 
 
-def plain_fit(lm, objective, forests, on_out_of_memory=lambda progress, batch: False):
+def plain_fit(lm, objective, forests, on_out_of_memory=lambda progress, forest: False):
     records = []
     optimizer = make_optimizer(
         lm.model, learning_rate=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-3
@@ -188,8 +190,8 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_in_smaller_bins(tmp_path,
             return step
         raise error(sentence)
 
-    def make_room(progress, batch):
-        assert progress.step == 0 and len(batch) > 1
+    def make_room(progress, forest):
+        assert progress.step == 0 and forest.trees == packed(60)[1].trees
         capacity[0] = 15
         return True
 
@@ -212,7 +214,8 @@ def test_a_rehearsal_finds_what_does_not_fit_and_leaves_everything_as_it_was(tmp
     before, dice = fingerprint(lm), torch.get_rng_state()
     assert rehearse(lm, optimizer, objective, collate(TREES)) is None
     failed = rehearse(lm, optimizer, fitting(objective, 5), collate(TREES))
-    assert isinstance(failed, torch.OutOfMemoryError) and failed.__traceback__ is None
+    assert isinstance(failed.error, torch.OutOfMemoryError)
+    assert failed.error.__traceback__ is None and failed.forest.trees == tuple(TREES)
     assert fingerprint(lm) == before and torch.equal(torch.get_rng_state(), dice)
     assert not optimizer.state and all(p.grad is None for p in lm.model.parameters())
 
@@ -227,6 +230,50 @@ def test_a_step_that_cannot_be_smaller_is_an_error_that_says_what_to_do(tmp_path
     assert all(p.grad is None for p in lm.model.parameters())
 
 
+def test_the_first_step_leaves_room_for_the_state_that_it_makes(tmp_path, monkeypatch):
+    lm, made, there = loaded(), [], []
+    objective, make = objective_of(lm, tmp_path), loop.room_for_moments
+
+    def room_for_moments(optimizer):
+        room = make(optimizer)
+        made.extend(map(weakref.ref, room))
+        return room
+
+    def step(lm, forest):
+        there.append(sum(room.nbytes for ref in made if (room := ref()) is not None))
+        return objective.step(lm, forest)
+
+    monkeypatch.setattr(loop, "room_for_moments", room_for_moments)
+    plain_fit(lm, replace(objective, step=step), lambda step: packed(60))
+    moments, num_bins = 8 * sum(p.numel() for p in lm.model.parameters()), len(packed(60))
+    assert there == [moments] * num_bins + [0] * 2 * num_bins
+
+
+def test_the_graph_of_one_bin_is_gone_when_the_next_is_read(tmp_path):
+    lm, graphs = loaded(), []
+    objective = objective_of(lm, tmp_path)
+
+    def step(lm, forest):
+        assert not [graph for graph in graphs if graph() is not None]
+        made = objective.step(lm, forest)
+        graphs.append(weakref.ref(made.loss_sum))
+        return made
+
+    plain_fit(lm, replace(objective, step=step), lambda step: packed(20))
+    assert len(graphs) > 3
+
+
+def test_moments_that_do_not_fit_are_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+    def full(optimizer, closure=None):
+        raise torch.OutOfMemoryError("no room\nfor this")
+
+    lm = loaded()
+    objective = objective_of(lm, tmp_path)
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(ModelError, match=r"two moments .* \(no room\).* optimizer.moments=8bit"):
+        plain_fit(lm, objective, lambda step: packed(60))
+
+
 def test_another_error_in_a_step_is_not_taken_for_a_lack_of_memory(tmp_path):
     lm = loaded()
 
@@ -235,7 +282,7 @@ def test_another_error_in_a_step_is_not_taken_for_a_lack_of_memory(tmp_path):
 
     with pytest.raises(RuntimeError, match="a bug"):
         objective = replace(objective_of(lm, tmp_path), step=broken)
-        plain_fit(lm, objective, lambda step: packed(15), lambda progress, batch: True)
+        plain_fit(lm, objective, lambda step: packed(15), lambda progress, forest: True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

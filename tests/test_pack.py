@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upweight.data.pack import bins, collate, merge_same_prompts, unshared
+from upweight.data.pack import bins, collate, divisible, merge_same_prompts, split, unshared
 from upweight.types import Preference, ResponseId, RowId, Span, Tree
 
 
@@ -205,3 +205,38 @@ def test_merging_keeps_every_response_and_preference(drawn):
     assert stated(merged) == stated(trees)
     assert sum(len(t.responses) for t in merged) == sum(len(t.responses) for t in trees)
     assert len({t.prompt for t in merged}) == len(merged)
+
+
+@given(drawn, st.integers(1, 20))
+def test_a_tree_is_split_between_responses_that_nothing_compares(drawn, max_tokens):
+    for tree in planted(drawn):
+        pieces = split(tree, max_tokens)
+        found = [(i, ids) for p in pieces for i, ids in zip(p.ids, p.responses, strict=True)]
+        wanted = list(zip(tree.ids, tree.responses, strict=True))
+        assert sorted(found, key=lambda pair: pair[0].index) == wanted
+        assert all(piece.prompt == tree.prompt for piece in pieces)
+        compared = [
+            (piece.ids[p.chosen].index, piece.ids[p.rejected].index, p.weight)
+            for piece in pieces
+            for p in piece.preferences
+        ]
+        assert sorted(compared) == sorted(
+            (p.chosen, p.rejected, p.weight) for p in tree.preferences
+        )
+        # What is still too long is of responses that belong together, and no two would fit as one.
+        assert all(p.num_tokens <= max_tokens or not divisible(p) for p in pieces)
+        assert divisible(tree) or pieces == [tree]
+        if tree.num_tokens <= max_tokens:
+            assert pieces == [tree]
+
+
+def test_responses_that_are_compared_by_way_of_another_stay_together():
+    chain = [Preference(0, 3), Preference(3, 2), Preference(1, 4)]
+    tree = tree_of([1, 2], [[5]] * 5, chain)
+    one, other = split(tree, 5)
+    assert [i.index for i in one.ids] == [0, 2, 3] and one.preferences == (
+        Preference(0, 2),
+        Preference(2, 1),
+    )
+    assert [i.index for i in other.ids] == [1, 4] and other.preferences == (Preference(0, 1),)
+    assert split(one, 1) == [one] and not divisible(one)

@@ -244,6 +244,32 @@ def test_what_does_not_fit_alone_is_recomputed_and_then_an_error(
     assert "ran out of memory" in said and "lora=true" in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize(("pairs", "split"), [([[0, 1], [2, 3]], True), ([[0, 1], [1, 2]], False)])
+def test_a_prompt_that_does_not_fit_is_read_in_passes_where_its_responses_are_not_compared(
+    pairs: list[list[int]],
+    split: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    answers = ["fine " * 4, "a bad thing, " * 2, "so so, " * 4, "not at all"]
+    answers = answers if split else answers[:3]
+    row = {"responses": answers, "preferences": pairs}
+    write_rows("pairs.jsonl", [{"prompt": f"question {i}", **row} for i in range(12)])
+    assert train("run", "--samples", "0") == 0
+    capsys.readouterr()
+    # Two pairs make a step here: a bin of two rows, then of one, has to go first.
+    with_room_for(monkeypatch, 90, least=10_000)
+    assert train("small", "--samples", "0") == 0
+    said = capsys.readouterr().err
+    assert ("its responses are read in passes" in said) == split
+    assert ("layers are recomputed" in said) != split
+    whole, cut = (
+        [r["loss"] for r in rows_of(f"{run}/metrics.jsonl") if r["kind"] == "train"]
+        for run in ("run", "small")
+    )
+    assert cut == pytest.approx(whole, rel=1e-3)
+
+
 def test_the_largest_bin_of_a_long_run_is_tried_before_its_first_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

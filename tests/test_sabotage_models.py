@@ -15,15 +15,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
+import upweight.recipes.reference as recipe
 import upweight.training.objectives as objectives
 from runs import furnish, train
 from tiny import CHATML, byte_tokenizer, save_tiny, tiny_model
 from upweight.cli import main
 from upweight.config import load_run
 from upweight.errors import Refusal
+from upweight.models.load import fingerprint
 from upweight.models.reference import SCHEMA
 from upweight.recipes import train_model
+from upweight.recipes.prepare import load_policy, prepare
 from upweight.recipes.screen import Silent
+from upweight.recipes.start import trained
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +81,28 @@ def test_a_reference_that_changes_on_disk_is_refused_at_the_next_evaluation():
     with pytest.raises(Refusal, match="the reference start is not what it was") as refused:
         train_model(load_run(None, values=values), Changing())
     assert refused.value.code == "UW108"
+
+
+def test_a_frozen_base_is_hashed_once_and_again_when_a_bit_of_it_changes(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    values = {"model": "model", "data": "pairs.jsonl", "lora.rank": 2, "evaluation.samples": 0}
+    run = load_run(None, values=values).run
+    lm = load_policy(run)
+    prepared, hashed = prepare(run, lm), []
+    lm = trained(run, lm, prepared.renderer.stop_ids)
+    monkeypatch.setattr(recipe, "fingerprint", lambda lm: hashed.append(lm) or fingerprint(lm))
+    against = recipe.ask_reference(run, lm, prepared, Silent())
+    hashed.clear()
+    for name, parameter in lm.model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 1.0  # the policy's own to change
+    with recipe.same_reference(run, lm, against):
+        assert not hashed
+    lm.causal.get_input_embeddings().weight.data.view(torch.int32)[5, 7] += 1
+    with pytest.raises(Refusal, match="UW108"), recipe.same_reference(run, lm, against):
+        raise AssertionError("not reached")
+    assert len(hashed) == 1
 
 
 @pytest.mark.parametrize(

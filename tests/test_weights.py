@@ -11,7 +11,7 @@ from tiny import FAMILIES, save_tiny, tiny_model
 from upweight.data.pack import collate
 from upweight.errors import ModelError
 from upweight.models.adapter import add_lora
-from upweight.models.load import bfloat16_is_fast, checkpoint_layers, fingerprint, load
+from upweight.models.load import bfloat16_is_fast, bit_sums, checkpoint_layers, fingerprint, load
 from upweight.models.logprobs import token_logps
 from upweight.models.weights import cache_dir, load_weights, resolve
 
@@ -189,6 +189,22 @@ def test_a_fingerprint_takes_tensors_of_any_shape():
     before = fingerprint(lm)
     lm.model.register_buffer("a_scale", torch.tensor(0.5))
     assert fingerprint(lm) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_of_a_tensors_bits_tells_any_of_them(dtype: torch.dtype):
+    lm = loaded(dtype=dtype)
+    # Shapes whose bytes are no multiple of eight, and one that begins between two eights.
+    lm.model.register_buffer("a_scale", torch.tensor(0.5, dtype=dtype))
+    lm.model.register_buffer("a_part", torch.ones(8, dtype=dtype)[1:])
+    before = bit_sums(lm)
+    assert bit_sums(lm) == before
+    for name, tensor in lm.causal.state_dict().items():
+        kept = tensor.clone()
+        tensor.view(-1)[-1] *= 1 + 2**-6
+        changed = {n for n, value in bit_sums(lm).items() if value != before[n]}
+        assert changed == {name}
+        tensor.copy_(kept)
 
 
 @pytest.mark.parametrize("family", ["opt", "falcon"])

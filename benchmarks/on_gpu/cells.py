@@ -115,7 +115,8 @@ class Steps:
 
 def blame(cell: Cell, error: Exception, where: str) -> None:
     """The cell says why it is empty. Too little memory is a result, anything else a failure."""
-    if is_out_of_memory(error):
+    # The engine says in its own words what to do about it.
+    if any(is_out_of_memory(e) for e in (error, error.__cause__) if e is not None):
         cell.note = f"{FULL} {where}"
         return
     traceback.print_exc()

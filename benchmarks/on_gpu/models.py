@@ -71,16 +71,24 @@ CHECKED_SHAPES = ((14, 7, 1, 11), (1, 4, 6), (70, 33), (9, 2, 12, 5, 1))
 
 
 def build(
-    family: str, config: Mapping[str, Any], weights: torch.dtype, compute: torch.dtype, device: str
+    family: str, config: Mapping[str, Any], compute: torch.dtype, device: str
 ) -> LanguageModel:
-    """A model of random weights, made where it is used, and what a run would know of it."""
+    """A model of random fp32 weights, made where it is used, and what a run would know of it."""
     torch.manual_seed(0)
     with torch.device(device):
         made = AutoConfig.for_model(family, **config)
-        model = AutoModelForCausalLM.from_config(made, dtype=weights).eval()
+        model = AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
     name = f"random {family}"
     tokenizer = words(config["vocab_size"])
     return LanguageModel(model, tokenizer, name, "", torch.device(device), compute, ForwardPlan())
+
+
+@torch.no_grad()
+def as_saved_in_bf16(lm: LanguageModel) -> LanguageModel:
+    """`lm` with weights that lose nothing in bf16, as those of most models."""
+    for parameter in lm.model.parameters():
+        parameter.copy_(parameter.bfloat16())
+    return lm
 
 
 @functools.lru_cache(1)

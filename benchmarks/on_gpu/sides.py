@@ -48,10 +48,11 @@ def our_steps(lm: LanguageModel, trees: Sequence[Tree], capacity: int, until: fl
         return [collate(group) for group in bins(trees, capacity)]
 
     loss = functools.partial(PAIR_LOSSES["dpo"], beta=BETA)
+    objective = pair(reference.logps, loss, BETA)
     plan = Plan(10**9, 10**9, LEARNING_RATE, 0.0, "constant", 1.0)
     steps = Steps(until)
     hooks = Hooks(steps.ended, lambda progress: False, lambda progress: None, steps.enough)
-    fit(lm, optimizer_of(lm), pair(reference, loss, BETA), forests, plan, hooks, Progress())
+    fit(lm, optimizer_of(lm), objective, forests, plan, hooks, Progress())
     return steps
 
 

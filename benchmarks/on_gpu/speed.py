@@ -24,14 +24,13 @@ from on_gpu.cells import (
     shape_of,
 )
 from on_gpu.checks import Check
-from on_gpu.models import Shapes, Size, build, random_trees, words
+from on_gpu.models import Shapes, Size, as_saved_in_bf16, build, random_trees, words
 from on_gpu.sides import our_steps, padded_logps, plain_steps
 from on_gpu.trl import time_trl, trl_python
 from protocol import LORA
 from upweight.data.pack import bins, collate
-from upweight.errors import UpweightError
 from upweight.models import attention, proof
-from upweight.models.adapter import add_lora
+from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import response_logps, token_logps
 from upweight.models.reading import free_cached
@@ -58,7 +57,7 @@ def measure(
             torch.cuda.reset_peak_memory_stats()
         try:
             cell.seconds = attempt(lm, case.trees, size, until).seconds
-        except (RuntimeError, MemoryError, UpweightError) as error:
+        except Exception as error:  # whatever it is, the other cells have their turn
             blame(cell, error, f"at {size}")
         else:
             cell.peak_bytes = torch.cuda.max_memory_allocated() if cuda else None
@@ -107,12 +106,18 @@ def agreement(lm: LanguageModel, case: Case) -> Check:
     return Check(case.size.name, "bf16", way, (float(each.max()), None), (ALLOWED_LARGE, None))
 
 
+def adapted(lm: LanguageModel) -> LanguageModel:
+    """As a run trains it: both sides by autocast, the frozen matrices kept in bf16."""
+    lm = add_lora(lm, **LORA, seed=0)
+    keep_frozen_in_compute_dtype(lm)
+    return lm
+
+
 def time_model(
     size: Size, shapes: Shapes, device: str, budget: Budget, trl: bool
 ) -> Iterator[Cell | Check]:
     """Every shape on one model; then TRL's turn, when this program's memory is free again."""
-    weights = torch.bfloat16 if size.lora else torch.float32
-    lm = build("llama", size.config, weights, torch.bfloat16, device)
+    lm = as_saved_in_bf16(build("llama", size.config, torch.bfloat16, device))
     shape = shape_of(lm.model)
     cases = [
         Case(size, "/".join(map(str, lengths)), trees, operations(shape, trees, lora=size.lora))
@@ -127,7 +132,7 @@ def time_model(
             lm.causal.save_pretrained(folder)
             words(lm.vocab_size).save_pretrained(folder)
         if size.lora:
-            lm = add_lora(lm, **LORA, seed=0)
+            lm = adapted(lm)
         at_once: list[int] = []
         for case in cases:
             for result in time_case(lm, case, budget):

@@ -66,6 +66,51 @@ def _offsets(trees: Sequence[Tree]) -> list[int]:
     return found[:-1]
 
 
+def split(tree: Tree, max_tokens: int) -> list[Tree]:
+    """The tree as several of at most `max_tokens`, as far as its preferences allow: responses that
+    are compared, be it by way of others, stay together, so that no loss is another. The prompt is
+    in each."""
+    pieces: list[list[int]] = []
+    size = 0
+    for joined in _compared(tree) if tree.num_tokens > max_tokens else [range(len(tree.responses))]:
+        added = sum(len(tree.responses[k]) for k in joined)
+        if not pieces or len(tree.prompt) + size + added > max_tokens:
+            pieces.append([])
+            size = 0
+        pieces[-1] += joined
+        size += added
+    return [tree] if len(pieces) < 2 else [_piece(tree, sorted(piece)) for piece in pieces]
+
+
+def divisible(tree: Tree) -> bool:
+    """Whether `split` can make it smaller."""
+    return len(_compared(tree)) > 1
+
+
+def _compared(tree: Tree) -> list[list[int]]:
+    """Its responses, those together that a preference compares."""
+    group = list(range(len(tree.responses)))
+    for p in tree.preferences:
+        kept, gone = group[p.chosen], group[p.rejected]
+        group = [kept if g == gone else g for g in group]
+    return [[k for k, g in enumerate(group) if g == first] for first in dict.fromkeys(group)]
+
+
+def _piece(tree: Tree, responses: list[int]) -> Tree:
+    number = {k: i for i, k in enumerate(responses)}
+    return Tree(
+        prompt=tree.prompt,
+        responses=tuple(tree.responses[k] for k in responses),
+        preferences=tuple(
+            replace(p, chosen=number[p.chosen], rejected=number[p.rejected])
+            for p in tree.preferences
+            if p.chosen in number
+        ),
+        ids=tuple(tree.ids[k] for k in responses),
+        stopped=tuple(tree.stopped[k] for k in responses),
+    )
+
+
 def bins(trees: Sequence[Tree], tokens_per_bin: int) -> list[list[Tree]]:
     """The trees in as few bins as hold them, about equally full, each within tokens_per_bin.
 

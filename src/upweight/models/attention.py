@@ -3,7 +3,7 @@
 Every path computes the same thing; `dense` is the oracle that the others are held against, in the
 tests and once at the start of every run on the model at hand (proof.py).
 
-dense    one boolean mask, filled row by row from the parent array
+dense    one boolean mask, made from the parent array alone
 tiles    CPU: rows in tiles of like size, computed together by plain products (tiles.py)
 varlen   CUDA: one variable-length call over gathered keys; flex where scores are changed
 flex     CUDA: FlexAttention over the blocks that a forest needs (flex.py)
@@ -106,13 +106,15 @@ def layout_of(forest: Forest, path: str) -> Layout:
 
 def ancestors(parent: Int[Tensor, " tokens"]) -> Bool[Tensor, "tokens tokens"]:
     """Row i holds i and everything it continues: its parent's row, and itself."""
-    num = parent.shape[0]
-    mask = torch.zeros(num, num, dtype=torch.bool)
-    for i, above in enumerate(parent.tolist()):
-        if above >= 0:
-            mask[i] = mask[above]
-        mask[i, i] = True
-    return mask.to(parent.device)
+    mask = torch.eye(parent.shape[0], dtype=torch.bool, device=parent.device)
+    above = parent
+    # After n rounds each row has its token's nearest 2^n, and `above` is the one beyond them, whose
+    # row has as many again. Row by row, a large bin's mask takes seconds and is made elsewhere.
+    while bool((there := above >= 0).any()):
+        index = above.clamp(min=0)
+        mask |= mask[index] & there[:, None]
+        above = torch.where(there, above[index], -1)
+    return mask
 
 
 def forest_attention(

@@ -48,22 +48,29 @@ def head_logps(
         return _adjusted_logps(head, config, hidden, targets, rows)
     weight = head.weight
     assert isinstance(weight, Tensor)
-    dtype = lm.compute_dtype if weight.dtype == torch.float32 else weight.dtype
+    dtype = _product_dtype(lm, weight)
     keep = kept_elements // lm.vocab_size
     return _LinearHead.apply(  # pyright: ignore[reportReturnType]
         hidden, weight, targets, dtype, rows, keep, torch.is_grad_enabled()
     )
 
 
-def kept_bytes_per_token(lm: LanguageModel) -> int:
-    """What head_logps keeps for the backward pass beside saved tensors, for each scored token."""
+def kept_bytes(lm: LanguageModel, kept_elements: int = KEPT_ELEMENTS) -> tuple[int, int | None]:
+    """What head_logps keeps for the backward pass beside saved tensors: bytes for each scored
+    token, and the most it keeps of all; None where nothing ends it."""
     head = lm.causal.get_output_embeddings()
     assert head is not None
     if not _is_plain(head, lm.causal.config):
-        return 0
+        return 0, None
     weight = next(head.parameters())
-    width = lm.compute_dtype.itemsize
-    return width * (lm.vocab_size if weight.requires_grad else weight.shape[1])
+    width = _product_dtype(lm, weight).itemsize
+    if not weight.requires_grad:  # the hidden state's gradient, whose sums are fp32
+        return max(4, width) * weight.shape[1], None
+    return width * lm.vocab_size, width * kept_elements
+
+
+def _product_dtype(lm: LanguageModel, weight: Tensor) -> torch.dtype:
+    return lm.compute_dtype if weight.dtype == torch.float32 else weight.dtype
 
 
 def _is_plain(head: nn.Module, config: object) -> bool:
@@ -115,7 +122,8 @@ class _LinearHead(torch.autograd.Function):
         if ctx.frozen:
             for n, piece in enumerate(kept):
                 at = slice(n * ctx.rows, n * ctx.rows + ctx.rows)
-                assert piece is not None
+                assert piece is not None, "the graph of a frozen head is gone back through once"
+                kept[n] = None
                 dh[at] = slope[at, None] * piece
             return dh, *[None] * 6
         dw = torch.zeros_like(w, dtype=ctx.given[1])

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from upweight.errors import ModelError
 from upweight.models import attention
-from upweight.models.weights import load_tokenizer, load_weights, resolve
+from upweight.models.reading import attempt
+from upweight.models.weights import first_lines, load_tokenizer, load_weights, resolve
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def load(
     tokenizer = load_tokenizer(name, folder, trust_remote_code)
     # Evaluation mode for good: dropout is noise on a log-ratio, and a policy that is noisy where
     # its reference is not starts away from ln 2.
-    model.to(chosen)  # pyright: ignore[reportArgumentType]
+    _move(model, name, chosen)
     model.eval()
     compute_dtype = (
         (torch.bfloat16 if bfloat16_is_fast(chosen) else torch.float32)
@@ -154,6 +155,17 @@ def load(
     if lm.plan.shared:
         lm.causal.set_attn_implementation(attention.NAME)
     return lm
+
+
+def _move(model: PreTrainedModel, name: str, device: torch.device) -> None:
+    moved = attempt(lambda: model.to(device))  # pyright: ignore[reportArgumentType]
+    if isinstance(moved, Exception):
+        needed = sum(p.numel() * p.element_size() for p in model.parameters())
+        raise ModelError(
+            f"{name} does not fit into the memory of {device}: its weights alone take "
+            f"{needed / 2**30:.3g} GiB ({first_lines(moved, 1)}). Needs less: a smaller model, or "
+            "nothing else on the device; compute.device=cpu has the machine's own memory."
+        ) from moved
 
 
 def keep_freed_memory() -> None:
@@ -177,7 +189,7 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     apart that a busy machine decides as an idle one does. The model plays no part.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if platform.machine().lower() in ("x86_64", "amd64") and not (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore
     ):
@@ -207,17 +219,36 @@ def fingerprint(lm: LanguageModel) -> str:
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(str(lm.compute_dtype).encode())
-    seen: set[int] = set()
-    for name, tensor in sorted(lm.causal.state_dict().items()):
-        if "lora_" in name or tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        plain = name.replace(".base_layer", "")
+    for name, tensor in _own_weights(lm):
         if tensor.dtype in (torch.bfloat16, torch.float16):
             tensor = tensor.float()  # the same numbers, however they are kept
-        digest.update(f"{plain} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def bit_sums(lm: LanguageModel) -> dict[str, int]:
+    """What a change of the weights in memory changes: the sum of each tensor's bits, read as whole
+    numbers, on its device and some ten times as fast as its fingerprint. No proof against intent.
+    """
+    found: dict[str, int] = {}
+    for name, tensor in _own_weights(lm):
+        octets = tensor.detach().reshape(-1).view(torch.uint8)
+        if octets.storage_offset() % 8:
+            octets = octets.clone()
+        whole = octets.shape[0] // 8 * 8
+        # By eights: a sum of smaller numbers is converted first, which takes as long as hashing.
+        found[name] = int(octets[:whole].view(torch.int64).sum()) + int(octets[whole:].sum())
+    return found
+
+
+def _own_weights(lm: LanguageModel) -> Generator[tuple[str, torch.Tensor]]:
+    """Each tensor of the model once, without its adapter's, as it is called without an adapter."""
+    seen: set[int] = set()
+    for name, tensor in sorted(lm.causal.state_dict().items()):
+        if "lora_" not in name and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            yield name.replace(".base_layer", ""), tensor
 
 
 @contextlib.contextmanager

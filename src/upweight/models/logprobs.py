@@ -132,7 +132,7 @@ def _rows(
         column = [torch.arange(s.prompt - 1, s.stop - s.start - 1) for s in spans]
         where = (torch.cat(row).to(lm.device), torch.cat(column).to(lm.device))
         # Any id that has an embedding: a tokenizer's own padding token may have none.
-        padded = pad_sequence(ids, batch_first=True, padding_value=0)
+        padded = pad_sequence(ids, batch_first=True, padding_value=0).to(lm.device)
         # Ones on the padding too: nothing reads it, and a padded position whose sliding window
         # holds only padding would be a softmax over nothing, whose NaN spreads as 0 * NaN.
         result.append((padded, torch.ones_like(padded), where))

@@ -270,6 +270,7 @@ class Reference:
     frozen: Frozen
     folder: Path
     every: int | None
+    device: str
     renewed: int = 0
 
     @staticmethod
@@ -283,7 +284,7 @@ class Reference:
             with reference_model(run, lm, state.against.plan) as named:
                 fixed = named
         folder = state.rundir.file("rollouts")
-        return Reference(fixed, frozen, folder, run.rollout.renew_reference)
+        return Reference(fixed, frozen, folder, run.rollout.renew_reference, str(lm.device))
 
     @contextlib.contextmanager
     def in_round(self, lm: LanguageModel, number: int) -> Generator[LanguageModel]:
@@ -308,7 +309,8 @@ class Reference:
         file = self._file(renewed)
         if not file.is_file():
             raise OutputError(f"{file} is gone: the reference since round {renewed}. Put it back.")
-        self.frozen, self.fixed, self.renewed = Frozen(load_file(file)), None, renewed
+        kept = load_file(file, device=self.device)
+        self.frozen, self.fixed, self.renewed = Frozen(kept), None, renewed
 
     def tidy(self, kept: Collection[int]) -> None:
         """Removes what no checkpoint goes back to."""

@@ -30,7 +30,7 @@ from upweight.models.scalar import load_reward_model
 from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.screen import Screen
 from upweight.stats import Interval
-from upweight.training.memory import TOKENS_PER_BIN
+from upweight.training.memory import enough_tokens
 from upweight.trust.figures import FIGURES
 from upweight.trust.finding import Finding
 from upweight.trust.near import copies
@@ -353,7 +353,7 @@ def note_smaller(screen: Screen, what: str, tokens_per_bin: int) -> None:
 
 def tokens_read_at_once(run: Run, lm: LanguageModel) -> int:
     """batch.tokens_per_bin, or what is enough for speed where nothing is kept for a gradient."""
-    return run.batch.tokens_per_bin or TOKENS_PER_BIN[lm.device.type]
+    return run.batch.tokens_per_bin or enough_tokens(lm)
 
 
 def describe(lm: LanguageModel) -> str:

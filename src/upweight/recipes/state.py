@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from upweight.config import Run
+from upweight.data.pack import divisible
 from upweight.data.stream import StepPlan
 from upweight.evidence.track import Tracking
 from upweight.models.load import LanguageModel, checkpoint_layers
@@ -69,7 +70,8 @@ class Rounds(Protocol):
 @dataclass
 class State:
     """What the hooks of one run share. `best` is the best value of the metric that a checkpoint is
-    kept by, at `best_step`; `tokens_per_bin` is what has fitted into memory so far. `noted` are
+    kept by, at `best_step`; `tokens_per_bin` is what has fitted into memory so far, and `splitting`
+    says that a prompt with more is read a few responses at a time. `noted` are
     the margins of steps (from 0) of the first epoch that are not written yet, and `noting` is the
     step that is being taken, if it is one of them. `judged` are the rewards of the reference's
     answers, by set."""
@@ -89,6 +91,7 @@ class State:
     best_step: int | None = None
     recomputing: bool = False
     judged: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    splitting: bool = False
     noting: int | None = None
     noted: dict[int, list[tuple[Forest, Tensor]]] = field(
         default_factory=dict[int, list[tuple[Forest, Tensor]]]
@@ -213,20 +216,28 @@ def smaller_bins(state: State, what: str, tokens_per_bin: int) -> None:
     note_smaller(state.screen, what, tokens_per_bin)
 
 
-def make_room(state: State, what: str, batch: Sequence[Forest]) -> bool:
-    """Smaller bins for `what` ran out of memory, or recomputed layers where a bin is one tree
-    already; False where neither is left."""
+def make_room(state: State, what: str, forest: Forest) -> bool:
+    """For `what` ran out of memory with `forest`: smaller bins where several rows are in it, else
+    a prompt's responses in several passes where none of them are compared, else recomputed layers;
+    False where nothing of it is left."""
     free_cached()
-    largest = max(batch, key=lambda forest: forest.num_tokens)
-    happened = f"{what} with {largest.num_tokens:,} tokens"
-    if len(largest.trees) > 1:
-        smaller_bins(state, happened, largest.num_tokens // 2)
+    happened = f"{what} with {forest.num_tokens:,} tokens"
+    rows = {i.row for tree in forest.trees for i in tree.ids}
+    if len(forest.trees) > 1 or len(rows) > 1:
+        smaller_bins(state, happened, forest.num_tokens // 2)
+        return True
+    happened += ", one prompt's,"
+    if divisible(forest.trees[0]):
+        state.splitting = True
+        state.tokens_per_bin = min(state.tokens_per_bin, forest.num_tokens // 2)
+        state.screen.note(
+            f"{happened} ran out of memory: its responses are read in passes of "
+            f"{state.tokens_per_bin:,} tokens, as far as they are not compared"
+        )
         return True
     if not state.recomputing:
         checkpoint_layers(state.lm)
         state.recomputing = True
-        state.screen.note(
-            f"{happened}, one prompt's, ran out of memory: layers are recomputed from here on"
-        )
+        state.screen.note(f"{happened} ran out of memory: layers are recomputed from here on")
         return True
     return False

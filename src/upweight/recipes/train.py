@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from upweight.config import Resolved, dump, leaf_values
-from upweight.data.pack import bins, collate, merge_same_prompts
+from upweight.data.pack import bins, collate, merge_same_prompts, split
 from upweight.data.stream import plan_epoch, planned
 from upweight.errors import OutputError
 from upweight.evidence.report import write_report
@@ -188,8 +188,8 @@ def _train(state: State, work: Work, progress: Progress, stop: threading.Event) 
         state.noted.pop(step, None)
         return forests
 
-    def on_out_of_memory(progress: Progress, batch: Sequence[Forest]) -> bool:
-        return make_room(state, f"step {progress.step + 1}", batch)
+    def on_out_of_memory(progress: Progress, forest: Forest) -> bool:
+        return make_room(state, f"step {progress.step + 1}", forest)
 
     hooks = Hooks(
         on_record=functools.partial(log, state),
@@ -250,7 +250,10 @@ WORK: dict[str, Callable[[State], Work]] = {
 def _packed(state: State, trees: Sequence[Tree]) -> list[list[Tree]]:
     """Bins of a step's trees, the largest first: what runs out of memory does so at once."""
     capacity = state.tokens_per_bin
-    return sorted(bins(merge_same_prompts(trees, capacity), capacity), key=_num_tokens)
+    trees = merge_same_prompts(trees, capacity)
+    if state.splitting:
+        trees = [piece for tree in trees for piece in split(tree, capacity)]
+    return sorted(bins(trees, capacity), key=_num_tokens)
 
 
 def _num_tokens(group: Sequence[Tree]) -> int:
@@ -272,8 +275,8 @@ def _try_largest(state: State, work: Work, step: int) -> None:
         failed = rehearse(state.lm, state.optimizer, work.objective, forest)
         if failed is None:
             return
-        if not make_room(state, "the largest bin of the run", [forest]):
-            raise too_large("the largest bin of the run", [forest], failed)
+        if not make_room(state, "the largest bin of the run", forest):
+            raise too_large("the largest bin of the run", failed)
 
 
 def _finish(state: State, progress: Progress) -> Result:

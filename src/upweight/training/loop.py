@@ -12,7 +12,8 @@ import torch
 
 from upweight.errors import ModelError, Refusal
 from upweight.models.load import LanguageModel
-from upweight.models.reading import is_out_of_memory
+from upweight.models.reading import attempt, is_out_of_memory
+from upweight.models.weights import first_lines
 from upweight.training.objectives import Objective
 from upweight.training.optimizer import clip, room_for_moments
 from upweight.training.schedules import learning_rate_factor
@@ -96,13 +97,21 @@ class Progress:
 class Hooks:
     """What fit() calls. `evaluate` and `save` are given the progress so far; `evaluate` says
     whether the weights as they are should be saved, whatever the plan says. `on_out_of_memory` is
-    given the micro-batches that did not fit, and says whether the step is worth another try."""
+    given the micro-batch that did not fit, and says whether the step is worth another try."""
 
     on_record: Callable[[Record], None]
     evaluate: Callable[[Progress], bool]
     save: Callable[[Progress], None]
     should_stop: Callable[[], bool] = lambda: False
-    on_out_of_memory: Callable[[Progress, Sequence[Forest]], bool] = lambda progress, batch: False
+    on_out_of_memory: Callable[[Progress, Forest], bool] = lambda progress, forest: False
+
+
+@dataclass(frozen=True)
+class Full:
+    """A micro-batch that ran out of memory, and the error of the allocation that failed."""
+
+    forest: Forest
+    error: Exception
 
 
 def fit(
@@ -129,11 +138,11 @@ def fit(
             return False
         began, window = time.monotonic(), progress.window
         batch = forests(progress.step)
-        done = _accumulate(lm, objective, batch)
-        if isinstance(done, Exception):
+        done = _accumulate_with_room(lm, optimizer, objective, batch)
+        if isinstance(done, Full):
             optimizer.zero_grad(set_to_none=True)
-            if not hooks.on_out_of_memory(progress, batch):
-                raise too_large(f"step {progress.step + 1}", batch, done)
+            if not hooks.on_out_of_memory(progress, done.forest):
+                raise too_large(f"step {progress.step + 1}", done)
             continue
         loss, count, sums = done
         _refuse_miscounted(count, _total(objective, batch), len(batch), progress.step)
@@ -148,7 +157,8 @@ def fit(
         )
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("rate_factor", 1.0)
-        optimizer.step()
+        if isinstance(failed := attempt(optimizer.step), Exception):
+            raise _no_moments(failed)
         optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.num_tokens += sum(forest.num_tokens for forest in batch)
@@ -181,32 +191,41 @@ def _once(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def rehearse(
     lm: LanguageModel, optimizer: torch.optim.Optimizer, objective: Objective, forest: Forest
-) -> Exception | None:
+) -> Full | None:
     """Forward and backward pass of one bin beside room for the optimizer's state, which the first
-    step makes: the error of an allocation that failed, or None. Leaves everything as it was.
+    step makes: what of it did not fit, or None. Leaves everything as it was.
     """
     with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
-        try:
-            room = room_for_moments(optimizer)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return error.with_traceback(None)
-        done = _accumulate(lm, objective, [forest])
-        del room
+        done = _accumulate_with_room(lm, optimizer, objective, [forest])
     optimizer.zero_grad(set_to_none=True)
-    return done if isinstance(done, Exception) else None
+    return done if isinstance(done, Full) else None
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+def _accumulate_with_room(
+    lm: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    batch: Sequence[Forest],
+) -> tuple[torch.Tensor, torch.Tensor, Window] | Full:
+    """`_accumulate`, beside room for the state that the optimizer's first step makes: bins that
+    leave none for it are too large."""
+    room = attempt(lambda: [] if optimizer.state else room_for_moments(optimizer))
+    if isinstance(room, Exception):
+        raise _no_moments(room)
+    done = _accumulate(lm, objective, batch)
+    del room
+    return done
+
+
 def _accumulate(
     lm: LanguageModel, objective: Objective, batch: Sequence[Forest]
-) -> tuple[torch.Tensor, torch.Tensor, Window] | Exception:
+) -> tuple[torch.Tensor, torch.Tensor, Window] | Full:
     """Forward and backward over the micro-batches of one step: (loss sum, count, metrics) of the
-    whole, or the error of the allocation that failed.
+    whole, or the one that did not fit.
 
     The error is handed back and not raised: whoever caught it would still hold, in its frames, the
     tensors that have to go before the step is tried again.
@@ -217,19 +236,21 @@ def _accumulate(
     losses: list[torch.Tensor] = []
     counts: list[torch.Tensor] = []
     window = Window()
-    try:
-        for forest in batch:
+    for forest in batch:
+        try:
             step = objective.step(lm, forest.to(lm.device))
             (step.loss_sum / total).backward()
-            losses.append(step.loss_sum.detach())
-            counts.append(step.count.detach())
-            window.add(step.metrics)
-            window.num_tokens += forest.num_tokens
-            window.num_items += objective.num_items(forest)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return error.with_traceback(None)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return Full(forest, error.with_traceback(None))
+        losses.append(step.loss_sum.detach())
+        counts.append(step.count.detach())
+        window.add(step.metrics)
+        window.num_tokens += forest.num_tokens
+        window.num_items += objective.num_items(forest)
+        # With its graph, beside which the next forward pass would have less room.
+        del step
     return torch.stack(losses).sum(), torch.stack(counts).sum(), window
 
 
@@ -237,13 +258,23 @@ def _total(objective: Objective, batch: Sequence[Forest]) -> float:
     return sum(objective.count(forest) for forest in batch)
 
 
-def too_large(what: str, batch: Sequence[Forest], error: Exception) -> ModelError:
-    largest = max(batch, key=lambda forest: forest.num_tokens)
-    said = next(iter(str(error).splitlines()), type(error).__name__)
+def too_large(what: str, full: Full) -> ModelError:
+    forest = full.forest
     failure = ModelError(
-        f"{what} ran out of memory with {largest.num_tokens:,} tokens at once "
-        f"({largest.trees[0].ids[0].row}), and they cannot be fewer ({said}). Needs less: "
-        "lora=true, a smaller data.max_length with data.truncation=prompt, a smaller model."
+        f"{what} ran out of memory with {forest.num_tokens:,} tokens at once "
+        f"({forest.trees[0].ids[0].row}), and no smaller pass is left to try "
+        f"({first_lines(full.error, 1)}). Needs less: lora=true, a smaller data.max_length with "
+        "data.truncation=prompt, a smaller model."
+    )
+    failure.__cause__ = full.error
+    return failure
+
+
+def _no_moments(error: Exception) -> ModelError:
+    failure = ModelError(
+        "there is no memory for the two moments that AdamW keeps of every trained weight "
+        f"({first_lines(error, 1)}). Needs less: lora=true, optimizer.moments=8bit, a smaller "
+        "model."
     )
     failure.__cause__ = error
     return failure

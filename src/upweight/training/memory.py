@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from upweight.data.pack import collate
-from upweight.models.head import kept_bytes_per_token
+from upweight.models.head import kept_bytes
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
 from upweight.types import Forest, ResponseId, RowId, Tree
 
 TOKENS_PER_BIN = {"cpu": 2048, "cuda": 32768}
 """Where a larger bin is no faster: products of this many rows are at the device's limit."""
+
+TOKENS_PER_MASK = 4096
+"""Of the dense path: its mask and scores grow with the square of a bin's tokens."""
 
 SHARE = 0.8
 """Of the free memory, what is planned with. The rest is for what a plan does not see: temporary
@@ -28,7 +31,8 @@ tensors, and holes between those of unequal size."""
 class MemoryPlan:
     """Bytes that training needs. `free` is what the device had before gradients and moments were
     there, None where it cannot be asked; `longest` is the tokens of the longest tree, which may be
-    more than `tokens_per_bin`, and `tokens_per_step` the most that a step has."""
+    more than `tokens_per_bin`, and `tokens_per_step` the most that a step has. `per_scored` is
+    kept for each scored token, up to `most_scored` of all."""
 
     tokens_per_bin: int
     longest: int
@@ -41,11 +45,26 @@ class MemoryPlan:
     per_scored: int
     scored_share: float
     free: int | None
+    most_scored: int | None = None
 
     def activations(self, num_tokens: int) -> int:
         """What the backward pass of a bin of so many tokens finds kept."""
+        scored = num_tokens * self.per_scored * self.scored_share
+        if self.most_scored is not None:
+            scored = min(scored, self.most_scored)
+        return self.fixed + int(num_tokens * self.per_token + scored)
+
+    def fits(self, num_bytes: int) -> int | None:
+        """The largest number of tokens whose activations are within `num_bytes`; None: any."""
+        left = num_bytes - self.fixed
         each = self.per_token + self.per_scored * self.scored_share
-        return self.fixed + int(num_tokens * each)
+        # Two slopes: up to where the head keeps the most, and from there on.
+        slopes = [(left, each)]
+        if self.most_scored is not None:
+            slopes.append((left - self.most_scored, self.per_token))
+        if any(slope == 0 for room, slope in slopes if room > 0):
+            return None
+        return max((int(room / slope) for room, slope in slopes if room > 0), default=0)
 
     @property
     def largest_bin(self) -> int:
@@ -99,6 +118,7 @@ def plan_memory(
 
     Without `tokens_per_bin`, bins are as large as fits, up to where larger ones are no faster.
     """
+    per_scored, most_scored = kept_bytes(lm) if forward is token_logps else (0, None)
     small, large = (_kept(lm, times, forward) for times in (1, 3))
     num_tokens = _probe().num_tokens
     per_token = max(0, large - small) // (2 * num_tokens)
@@ -107,7 +127,7 @@ def plan_memory(
     all_tokens = sum(tree.num_tokens for tree in trees)
     scored = sum(len(response) for tree in trees for response in tree.responses)
     plan = MemoryPlan(
-        tokens_per_bin=tokens_per_bin or TOKENS_PER_BIN.get(lm.device.type, 2048),
+        tokens_per_bin=tokens_per_bin or enough_tokens(lm),
         longest=max((tree.num_tokens for tree in trees), default=0),
         tokens_per_step=max((sum(trees[i].num_tokens for i in step) for step in steps), default=0),
         weights=_bytes(parameters),
@@ -115,33 +135,91 @@ def plan_memory(
         moments=2 * moment_bytes * sum(p.numel() for p in trained),
         fixed=max(0, small - per_token * num_tokens),
         per_token=per_token,
-        per_scored=kept_bytes_per_token(lm) if forward is token_logps else 0,
+        per_scored=per_scored,
         scored_share=scored / max(1, all_tokens),
         free=free_bytes(lm.device),
+        most_scored=most_scored,
     )
     if tokens_per_bin is not None or plan.free is None:
         return plan
-    each = plan.activations(1_000_000) - plan.activations(0)
-    left = plan.free * SHARE - plan.gradients - plan.moments - plan.fixed
-    fits = int(left * 1_000_000 / each) if each else plan.tokens_per_bin
+    fits = plan.fits(int(plan.free * SHARE) - plan.gradients - plan.moments)
+    if fits is None:
+        return plan
     # In whole steps, so that a few bytes more or less do not change a run.
     fits = max(256, fits // 256 * 256)
     return MemoryPlan(**vars(plan) | {"tokens_per_bin": min(plan.tokens_per_bin, fits)})
+
+
+def enough_tokens(lm: LanguageModel) -> int:
+    """The tokens of a bin from which on a larger one is no faster."""
+    enough = TOKENS_PER_BIN.get(lm.device.type, 2048)
+    dense = lm.plan.shared and lm.plan.attention == "dense"
+    return min(enough, TOKENS_PER_MASK) if dense else enough
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """What can be allocated on the device; None where that cannot be asked."""
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
+    """What can be allocated on the device; None where that cannot be asked. `root` is where /proc
+    and /sys are."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return min([int(line.split()[1]) * 1024, *_left_by_limits(root)])
+    return None
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Where control groups are, their files of limit and use, and the statistic of cached files,
+    which are in use and give way."""
+
+    folder: str
+    limit: str
+    used: str
+    cached: str
+
+
+GROUPS = {
+    "": _Groups("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": _Groups(
+        "sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+}
+"""By the controller that /proc/self/cgroup names; version 2 names none."""
+
+
+def _left_by_limits(root: Path) -> list[int]:
+    """What each control group that this process is in leaves it: a container's limit, of which
+    /proc/meminfo, the host's, says nothing."""
+    found: list[int | None] = []
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, own = line.split(":", 2)
+            # A container may see its own group as the top, whatever it is called outside.
+            group = Path(own.lstrip("/"))
+            for name in GROUPS.keys() & set(controllers.split(",")):
+                groups = GROUPS[name]
+                above = (root / groups.folder / at for at in (group, *group.parents))
+                found += [_left_in(folder, groups) for folder in above]
+    return [left for left in found if left is not None]
+
+
+def _left_in(folder: Path, groups: _Groups) -> int | None:
+    """None where there is no such group, or no limit."""
+    with contextlib.suppress(OSError, ValueError):
+        most, used = (int((folder / file).read_text()) for file in (groups.limit, groups.used))
+        lines = (folder / "memory.stat").read_text().splitlines()
+        cached = dict(line.split() for line in lines).get(groups.cached, "0")
+        return max(0, most - used + int(cached))
     return None
 
 

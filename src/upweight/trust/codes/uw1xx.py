@@ -242,7 +242,9 @@ PAGES: tuple[Page, ...] = (
             "At every evaluation that samples answers (`evaluation.samples` above 0), the "
             "fingerprint of the reference model (its weights, config and dtype) is computed and "
             "compared with that of the log-probs which training reads. The run is stopped when "
-            "they differ. What `upweight score` is told is not compared with any run: see that "
+            "they differ. With LoRA, where the reference stays in memory, the bits of its weights "
+            "are summed first, and the fingerprint is computed anew where a sum has changed. What "
+            "`upweight score` is told is not compared with any run: see that "
             "`--reference` names the model that the run began with and that `--beta` is the run's."
         ),
         guarded_by=(
