@@ -83,7 +83,7 @@ def test_a_reward_model_learns_to_rank_and_plain_transformers_reads_its_scores(l
     where = tuple(ResponseId(RowId("x", 1), k) for k in range(2))
     tree = Tree(ids[0], (ids[1], ids[2]), (), where, (False, False))
     plain = AutoModelForSequenceClassification.from_pretrained("run/model").eval()
-    assert plain.config.pad_token_id is not None
+    assert plain.config.pad_token_id == tokenizer.pad_token_id is not None
     assert tree_scores(model, [tree])[0] == pytest.approx(one_response_at_a_time(plain, tree))
     # In a padded batch too: the score is read at the last token that is not padding.
     rows = [[*ids[0], *ids[1]], [*ids[0], *ids[2]]]

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from upweight.errors import ModelError
@@ -31,6 +32,9 @@ from upweight.models.weights import load_weights, resolve
 from upweight.types import Forest, Tree
 
 ARCHITECTURE = "ForSequenceClassification"
+
+SPELLED_SPACES = ("\u0120", "\u2581")
+"""How byte-level and SentencePiece vocabularies write a space that begins a token."""
 
 
 def is_reward_model(folder: str | Path) -> bool:
@@ -78,11 +82,22 @@ def with_scalar_head(lm: LanguageModel, stop_ids: Collection[int], seed: int) ->
 
 def _padding(lm: LanguageModel, stop_ids: Collection[int]) -> int | None:
     """A token that no response ends with: transformers reads the score at the last token that is
-    not padding, and where that is the stop token it would read one too early."""
-    own = lm.tokenizer.pad_token_id
-    candidates = [own, lm.tokenizer.unk_token_id, *lm.tokenizer.all_special_ids]
-    fits = [i for i in candidates if isinstance(i, int) and i not in stop_ids]
-    return fits[0] if fits else None
+    not padding, and where that is the stop token it would read one too early.
+
+    None is added: the model would have no embedding for it. Where every special token is a stop
+    token it is the last ordinary one that begins with a space, as tokenizers spell it: no text
+    holds that spelling, so that marking it changes no text's tokens.
+    """
+    tokenizer = lm.tokenizer
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1], reverse=True)
+    candidates = [
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+        *tokenizer.all_special_ids,
+        *(i for text, i in vocabulary if text[:1] in SPELLED_SPACES),
+    ]
+    fits = (i for i in candidates if isinstance(i, int) and i not in stop_ids)
+    return next((i for i in fits if i < lm.vocab_size), None)
 
 
 def load_reward_model(
@@ -161,6 +176,19 @@ def tree_scores(
     return result
 
 
+def padding_tokenizer(lm: LanguageModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that is saved with a reward model: it pads with the token that the model's
+    config names, behind the text, where absolute positions stay what they are."""
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.padding_side = "right"
+    padding = lm.causal.config.pad_token_id
+    if padding is None:
+        tokenizer.pad_token = None
+    elif padding != tokenizer.pad_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+    return tokenizer
+
+
 def one_response_at_a_time(model: PreTrainedModel, tree: Tree) -> list[float]:
     """The oracle: transformers' own forward on each [prompt; response] alone."""
     device = next(model.parameters()).device
@@ -169,3 +197,13 @@ def one_response_at_a_time(model: PreTrainedModel, tree: Tree) -> list[float]:
             float(model(torch.tensor([[*tree.prompt, *r]], device=device)).logits[0, 0])
             for r in tree.responses
         ]
+
+
+def in_one_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tree: Tree
+) -> list[float]:
+    """As `one_response_at_a_time`, all responses in one batch that the tokenizer pads."""
+    rows = [[*tree.prompt, *response] for response in tree.responses]
+    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    with torch.no_grad():
+        return model(**batch.to(next(model.parameters()).device)).logits[:, 0].tolist()
