@@ -59,7 +59,8 @@ def with_scalar_head(lm: LanguageModel, stop_ids: Collection[int], seed: int) ->
     config.pad_token_id = _padding(lm, stop_ids)
     try:
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config)
+            # Only what is made here: an adapter's dropout and recomputed layers stay on.
+            model = AutoModelForSequenceClassification.from_config(config).eval()
     except ValueError as error:
         raise ModelError(
             f"{lm.name} is of the family {config.model_type}, of which transformers has no "
@@ -77,7 +78,7 @@ def with_scalar_head(lm: LanguageModel, stop_ids: Collection[int], seed: int) ->
     setattr(model, model.base_model_prefix, lm.causal.base_model)
     model.score = head
     model.generation_config = None
-    return replace(lm, model=model.eval())
+    return replace(lm, model=model)
 
 
 def _padding(lm: LanguageModel, stop_ids: Collection[int]) -> int | None:
@@ -127,7 +128,7 @@ def load_reward_model(
     causal.set_output_embeddings(head)
     lm = adapt(load(name, weights=causal, **options))
     scoring.to(lm.device)  # pyright: ignore[reportArgumentType]
-    return replace(lm, model=scoring.eval())
+    return replace(lm, model=scoring)
 
 
 def score_head(model: nn.Module) -> nn.Linear:

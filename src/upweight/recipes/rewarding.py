@@ -56,14 +56,7 @@ def make_scorer(spec: str, run: Run, lm: LanguageModel) -> Scorer:
     """
     if not Path(spec).is_dir():
         return _by_text(spec, lm)
-    judge = load_reward_model(
-        spec,
-        device=str(lm.device),
-        dtype=str(lm.compute_dtype).removeprefix("torch."),
-        path=run.compute.attention,
-        sharing=run.compute.sharing,
-        trust_remote_code=run.compute.trust_remote_code,
-    )
+    judge = reward_model_beside(lm, spec, run)
     if judge.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
         raise DataError(
             f"the reward model {spec} has another vocabulary than {lm.name}: it would read other "
@@ -74,6 +67,24 @@ def make_scorer(spec: str, run: Run, lm: LanguageModel) -> Scorer:
         return tree_scores(judge, trees, tokens_read_at_once(run, judge))
 
     return score
+
+
+def reward_model_beside(
+    lm: LanguageModel,
+    spec: str,
+    run: Run,
+    adapt: Callable[[LanguageModel], LanguageModel] = lambda lm: lm,
+) -> LanguageModel:
+    """The reward model `spec` where and as `lm` runs, by the run's settings."""
+    return load_reward_model(
+        spec,
+        adapt,
+        device=str(lm.device),
+        dtype=str(lm.compute_dtype).removeprefix("torch."),
+        path=run.compute.attention,
+        sharing=run.compute.sharing,
+        trust_remote_code=run.compute.trust_remote_code,
+    )
 
 
 def _by_text(spec: str, lm: LanguageModel) -> Scorer:
