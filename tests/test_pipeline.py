@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import upweight as uw
 from runs import PAIRS, furnish, rows_of, train, write_rows
 from upweight.cli import main
+from upweight.config import load_run
 from upweight.models.load import load
 from upweight.models.scalar import load_reward_model, one_response_at_a_time, tree_scores
+from upweight.recipes.prepare import load_policy, prepare
 from upweight.training.checkpoint import load as load_checkpoint
 from upweight.types import ResponseId, RowId, Tree
 
@@ -70,6 +72,29 @@ def test_sft_takes_every_turn_of_a_conversation_when_told_to():
         for run in ("last", "all")
     )
     assert (last["used"], every["used"], every["earlier_turns"]) == (8, 16, 8)
+
+
+def test_no_conversation_and_no_turns_prompt_is_trained_on_and_held_out():
+    def said(role: str, text: str) -> dict[str, str]:
+        return {"role": role, "content": text}
+
+    # Two conversations each begin alike, and go apart after the assistant's first turn.
+    talks = [
+        [said("user", f"question {i // 2}"), said("assistant", f"answer {i // 2}"),
+         said("user", f"more of {i}"), said("assistant", f"end of {i}")]
+        for i in range(40)
+    ]  # fmt: skip
+    write_rows("pairs.jsonl", [{"messages": talk} for talk in talks])
+    asked = {"model": "model", "data": "pairs.jsonl", "dtype": "float32", "fraction": 0.3}
+    run = load_run(None, values={**asked, "objective": "sft", "turns": "all"}).run
+    prepared = prepare(run, load_policy(run))
+    prompts = {name: {t.prompt for t in trees} for name, trees in prepared.trees.items()}
+    assert len(prompts["heldout"]) > 4 and not prompts["train"] & prompts["heldout"]
+    lines = {name: {t.ids[0].row.line for t in trees} for name, trees in prepared.trees.items()}
+    assert not lines["train"] & lines["heldout"]
+    for name, account in prepared.accounts.items():
+        talks = len(lines[name])
+        assert (account.read, account.used, account.earlier_turns) == (2 * talks, 2 * talks, talks)
 
 
 @pytest.mark.parametrize("lora", [(), ("--lora", "true", "--learning-rate", "3e-2")])

@@ -105,29 +105,34 @@ def grow(examples: Sequence[Example], renderer: Renderer, account: Account) -> l
 
 
 def split_by_prompt(
-    examples: Sequence[Example], fraction: float | int, seed: int
+    examples: Sequence[Example],
+    fraction: float | int,
+    seed: int,
+    key: Callable[[Example], str] | None = None,
 ) -> tuple[list[Example], list[Example]]:
     """(train, held out): all rows of a prompt on one side, about `fraction` of prompts held out.
 
+    `key` names what of an example counts as its prompt: prompt_key unless told otherwise.
     The side follows from the prompt and the seed alone, whatever else is in the data, but for this:
     where one side would have no prompt, it gets the one that came nearest. Raises DataError for a
     single prompt.
     """
     if fraction == 0:
         return list(examples), []
-    place = {key: _uniform(key, seed) for key in map(prompt_key, examples)}
+    key = key or prompt_key
+    place = {name: _uniform(name, seed) for name in map(key, examples)}
     if len(place) < 2:
         raise DataError(
             f"evaluation.fraction is {fraction}, and the data have {len(place)} prompts: there is "
             "none to hold out. Name a set of its own under evaluation.sets."
         )
-    held = {key for key, u in place.items() if u < fraction}
+    held = {name for name, u in place.items() if u < fraction}
     held = held or {min(place, key=lambda k: place[k])}
     if len(held) == len(place):
         held.remove(max(place, key=lambda k: place[k]))
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
-        sides[prompt_key(example) in held].append(example)
+        sides[key(example) in held].append(example)
     return sides
 
 
