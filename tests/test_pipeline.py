@@ -74,6 +74,26 @@ def test_sft_takes_every_turn_of_a_conversation_when_told_to():
     assert (last["used"], every["used"], every["earlier_turns"]) == (8, 16, 8)
 
 
+def test_a_reward_is_asked_about_the_turn_that_is_answered():
+    Path("count.py").write_text(
+        "def score(prompt, response, row):\n"
+        "    with open('asked', 'a') as asked:\n"
+        "        print(row['messages'][-1]['content'], prompt, file=asked)\n"
+        "    return 0.0\n"
+    )
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    write_rows("pairs.jsonl", [{"messages": [*messages, {"role": "assistant", "content": c}]}
+                               for c in "abcd"])  # fmt: skip
+    first, last = ({"role": r, "content": c} for r, c in (("user", "four"), ("assistant", "end")))
+    write_rows("other.jsonl", [{"messages": [first, *messages[1:], last]}])
+    words = "--model model --data pairs.jsonl --objective sft --turns all --dtype float32 --out run"
+    words += " --true_reward count.py:score --steps 1 --max_new_tokens 4"
+    assert main(["train", *words.split(), "evaluation.sets={other: other.jsonl}"]) == 0
+    assert set(Path("asked").read_text().splitlines()) == {"end four", "end three"}
+    assert records("run", "eval")[-1]["reward"] == 0.0
+
+
 def test_no_conversation_and_no_turns_prompt_is_trained_on_and_held_out():
     def said(role: str, text: str) -> dict[str, str]:
         return {"role": role, "content": text}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,23 +90,31 @@ def reward_model_beside(
 
 def _by_text(spec: str, lm: LanguageModel) -> Scorer:
     reward = open_reward(spec)
-    rows: dict[RowId, tuple[str, Mapping[str, Any]]] = {}
+    rows: dict[RowId, tuple[Text, Mapping[str, Any]]] = {}
 
     def score(trees: Sequence[Tree]) -> list[list[float]]:
-        missing = {t.ids[0].row.source for t in trees if t.ids[0].row not in rows}
+        missing = {t.ids[0].row.source for t in trees if _whole(t.ids[0].row) not in rows}
         for row_id, row in read_rows(sorted(missing)):
             asked = prompt_of(row, row_id)
             if isinstance(asked, Example):
-                rows[row_id] = _as_text(asked.prompt), row
+                rows[row_id] = asked.prompt, row
         items: list[Sampled] = []
         for tree in trees:
             where = tree.ids[0].row
-            prompt, row = rows[where]
-            items += [Sampled(prompt, text, row, where) for text in texts_of(lm, tree)]
+            prompt, row = rows[_whole(where)]
+            if where.turn is not None and not isinstance(prompt, str):
+                prompt = prompt[: where.turn - 1]
+            question = _as_text(prompt)
+            items += [Sampled(question, text, row, where) for text in texts_of(lm, tree)]
         flat = iter(reward(items))
         return [[next(flat) for _ in tree.responses] for tree in trees]
 
     return score
+
+
+def _whole(row: RowId) -> RowId:
+    """The row of the file, of which an earlier turn is a part."""
+    return replace(row, turn=None)
 
 
 def _as_text(prompt: Text) -> str:
