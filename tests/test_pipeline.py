@@ -59,6 +59,26 @@ def test_sft_learns_the_chosen_responses_and_says_how_likely_they_are():
     assert AutoModelForCausalLM.from_pretrained("run/model")
 
 
+def test_weights_that_sft_does_not_read_are_counted(capsys: pytest.CaptureFixture[str]):
+    weighed = [{**row, "weight": 2.0} for row in rows_of("pairs.jsonl")]
+    write_rows("pairs.jsonl", weighed)
+    assert train("sft", "--objective", "sft", "--steps", "1") == 0
+    assert train("dpo", "--steps", "1") == 0
+    answers = [{"text": "fine", "weight": 2.0}, {"text": "bad thing", "weight": 1.0}]
+    stated = {"prompt": "stated", "responses": ["fine", "bad"], "preferences": [[0, 1, 3.0]]}
+    plain = {"prompt": "plain", "responses": ["fine", "bad"], "preferences": [[0, 1]]}
+    inside = [{"prompt": "one", "responses": answers}, {**stated, "prompt": "two"}, stated, plain]
+    write_rows("pairs.jsonl", inside)
+    assert train("inside", "--objective", "sft", "--steps", "1") == 0
+    unused = [
+        json.loads(Path(f"{run}/account.json").read_text())["sets"]["train"]["unused_columns"]
+        for run in ("sft", "dpo", "inside")
+    ]
+    wanted = [{"weight": 24}, {}, {"responses.weight": 1, "preferences.weight": 2}]
+    assert unused == wanted  # of the file, before it is split
+    assert "column responses.weight is not read (1 rows)" in capsys.readouterr().err
+
+
 def test_sft_takes_every_turn_of_a_conversation_when_told_to():
     turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
     messages = [{"role": role, "content": text} for role, text in turns]

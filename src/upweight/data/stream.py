@@ -17,7 +17,7 @@ from typing import Any
 from upweight.data.account import Account
 from upweight.data.columns import COLUMNS, detect, printable
 from upweight.data.formats import FORMATS, example_of, prompt_of
-from upweight.data.preferences import Pairing, unusable
+from upweight.data.preferences import Pairing, unusable, weights_inside
 from upweight.data.read import read_rows
 from upweight.data.render import Renderer
 from upweight.data.trees import trees
@@ -39,7 +39,8 @@ def load_examples(
 
     `layout` is a key of FORMATS, or auto: that of each file's first row. `limit` takes the first
     rows of all files together. `unread` columns are passed over, and counted as what no layout
-    reads. Raises DataError for files and rows that cannot be read.
+    reads; with the column `weight` so are the weights inside of responses and preferences. Raises
+    DataError for files and rows that cannot be read.
     """
     if layout != "auto" and layout not in FORMATS:
         raise ConfigError(
@@ -59,6 +60,8 @@ def load_examples(
         row = {name: value for name, value in row.items() if name not in unread}
         example = example_of(row, row_id, found, pairing=pairing, min_gap=min_gap)
         if isinstance(example, Example):
+            for name in weights_inside(example) if "weight" in unread else ():
+                account.unused_columns[name] = account.unused_columns.get(name, 0) + 1
             example = unusable(example, require_preferences=require_preferences) or example
         if isinstance(example, Dropped):
             account.drop(example)

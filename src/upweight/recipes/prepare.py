@@ -145,7 +145,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
             min_gap=run.data.min_score_gap,
             limit=limit,
             require_preferences=kind.rows == "preferences",
-            unread=() if _reads_margins(run) else ("margin",),
+            unread=_unread_columns(run),
         )
 
     every_turn = run.data.turns == "all"
@@ -227,6 +227,13 @@ def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]
 
 def _reads_margins(run: Run) -> bool:
     return run.objective == "reward" and run.loss.margin > 0
+
+
+def _unread_columns(run: Run) -> list[str]:
+    """Weights are those of preferences, of which supervised fine-tuning makes plain responses."""
+    weighs = KINDS[run.objective].rows == "preferences"
+    read = {"margin": _reads_margins(run), "weight": weighs}
+    return [name for name, is_read in read.items() if not is_read]
 
 
 def _require_margins(run: Run, trees: Sequence[Tree]) -> None:
