@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import upweight as uw
@@ -305,3 +306,28 @@ def test_a_reward_model_is_asked_for_the_rows_margins(capsys: pytest.CaptureFixt
     write_rows("pairs.jsonl", PAIRS)
     assert judge("no", "--loss.margin", "0.5") == 2
     assert "loss.margin is 0.5, and no row has a margin, or scores" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", ["reward", "dpo"])
+def test_the_held_out_loss_is_the_loss_of_training(objective):
+    marked = [{**row, "weight": 1.0 + 8 * (i % 2), "margin": i % 3} for i, row in enumerate(PAIRS)]
+    write_rows("pairs.jsonl", marked[:12])
+    write_rows("other.jsonl", marked[12:])
+    smoothing, share, centering = 0.2, (0.7 if objective == "reward" else 0.0), 0.3
+    options = {"margin": share, "centering": centering} if objective == "reward" else {}
+    words = f"train --model model --data pairs.jsonl --objective {objective} --out run"
+    words += f" --dtype float32 --learning-rate 1e-3 --label_smoothing {smoothing}"
+    words += "".join(f" --loss.{key} {value}" for key, value in options.items())
+    words += " --samples 0" if objective == "dpo" else ""
+    assert main([*words.split(), "evaluation.sets={other: other.jsonl}"]) == 0
+    asked = {"reference": "model"} if objective == "dpo" else {}
+    found = uw.score(model="run/model", data="other.jsonl", dtype="float32", **asked)
+    total = weights = 0.0
+    for row, scored in zip(marked[12:], found, strict=True):
+        z = scored["margin"] - share * row["margin"]
+        loss = -(1 - smoothing) * F.logsigmoid(torch.tensor(z)).item()
+        loss -= smoothing * F.logsigmoid(torch.tensor(-z)).item()
+        if objective == "reward":
+            loss += centering * (scored["score_chosen"] + scored["score_rejected"]) ** 2
+        total, weights = total + row["weight"] * loss, weights + row["weight"]
+    assert records("run", "eval")[-1]["loss"] == pytest.approx(total / weights, abs=1e-5)
