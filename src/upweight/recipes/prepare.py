@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from upweight.config import RESOLVED, Resolved, Run, write
+from upweight.config import Run, write
 from upweight.data.account import Account, percentiles, require_used
 from upweight.data.render import Renderer, make_renderer
 from upweight.data.stream import (
@@ -145,7 +145,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
             min_gap=run.data.min_score_gap,
             limit=limit,
             require_preferences=kind.rows == "preferences",
-            unread=_unread_columns(run),
+            passing_over=_unread_columns(run),
         )
 
     every_turn = run.data.turns == "all"
@@ -379,12 +379,3 @@ def describe(lm: LanguageModel) -> str:
     return (
         f"{total:,} parameters ({share}), products in {dtype} on {lm.device}; {lm.plan.describe()}"
     )
-
-
-def with_rates(resolved: Resolved) -> Resolved:
-    """The learning rate that was left open: by the objective, for LoRA or full training."""
-    if resolved.run.optimizer.learning_rate is not None:
-        return resolved
-    kind = KINDS[resolved.run.objective]
-    rate = kind.lora if resolved.run.lora is not None else kind.full
-    return resolved.with_value("optimizer.learning_rate", rate, RESOLVED)
