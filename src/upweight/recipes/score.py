@@ -29,7 +29,7 @@ from upweight.recipes.prepare import (
 from upweight.recipes.reference import reference_model, require_same_tokens
 from upweight.recipes.screen import Screen, Silent
 from upweight.training.rundir import require_file, write_atomic
-from upweight.types import Text
+from upweight.types import Example
 
 
 def score_file(run: Run, screen: Screen | None = None) -> list[dict[str, object]]:
@@ -97,7 +97,7 @@ def sample_file(
     rows_of = {example.row: example for example in examples}
     trees = plant(examples, renderer, account)
     prompts = [tree.prompt for tree in trees]
-    kept = [_plain(rows_of[tree.ids[0].row].prompt) for tree in trees]
+    kept = [_asked(rows_of[tree.ids[0].row]) for tree in trees]
     drops = ", ".join(f"{times} {reason}" for reason, times in account.dropped.items())
     screen.note(
         f"{account.read} prompts read, {account.used} used" + (f" ({drops})" if drops else "")
@@ -119,7 +119,7 @@ def sample_file(
     logps = tree_logps(lm, sample_trees(prompts, drawn), tokens_read_at_once(run, lm))
     rows: list[dict[str, object]] = [
         {
-            "prompt": prompt,
+            **prompt,
             "responses": [
                 {
                     "text": text_after(ids, s.tokens[:-1] if s.stopped else s.tokens, lm.tokenizer),
@@ -136,8 +136,16 @@ def sample_file(
     return rows
 
 
-def _plain(prompt: Text) -> object:
-    return prompt if isinstance(prompt, str) else list(prompt)
+def _asked(example: Example) -> dict[str, object]:
+    """The row's columns that made its prompt: without one, training would render another."""
+    columns: dict[str, object] = {
+        "prompt": example.prompt if isinstance(example.prompt, str) else list(example.prompt)
+    }
+    if example.tools:
+        columns["tools"] = list(example.tools)
+    if example.template_options:
+        columns["template_options"] = dict(example.template_options)
+    return columns
 
 
 def _require_out(run: Run) -> None:
