@@ -5,15 +5,22 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
-from oracles import SHAPES, alone, loaded, random_trees
-from tiny import save_tiny
+from oracles import SHAPES, alone, loaded, random_trees, tree_of
+from tiny import byte_tokenizer, save_tiny, tiny_model
 from upweight.errors import ModelError, OutputError, Refusal
 from upweight.models import weights
 from upweight.models.adapter import add_lora
-from upweight.models.export import export
+from upweight.models.export import export, export_reward_model
 from upweight.models.load import load
+from upweight.models.scalar import tree_scores, with_scalar_head
 
 TREES = random_trees(SHAPES)
 
@@ -207,3 +214,40 @@ def test_what_peft_refuses_is_said_in_its_words():
         adapted(loaded(), rank=0)
     with pytest.raises(ModelError, match="match no layer of .*peft says: .*qproj"):
         adapted(loaded(), targets=["qproj"])
+
+
+PADDINGS = {
+    "the stop token, with another special one": (("<|endoftext|>", "<|im_end|>"), "<|endoftext|>"),
+    "the stop token, which is the only special one": (("<|im_end|>",), "\u0120"),
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("case", PADDINGS)
+def test_a_saved_reward_model_scores_batches_that_its_own_tokenizer_pads(tmp_path, case, side):
+    specials, chosen = PADDINGS[case]
+    backend = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    backend["added_tokens"] = [t for t in backend["added_tokens"] if t["content"] in specials]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        eos_token="<|im_end|>", pad_token="<|im_end|>", padding_side=side,
+        extra_special_tokens=[s for s in specials if s != "<|im_end|>"],
+    )  # fmt: skip
+    # Absolute positions: padded in front, a text would stand elsewhere.
+    tiny_model("gpt2").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    stop = tokenizer.eos_token_id
+    lm = with_scalar_head(started(tmp_path / "model"), {stop}, seed=1)
+    answers = [[*tokenizer(text)["input_ids"], stop] for text in ("yes", "no, and so on")]
+    tree = tree_of(tuple(tokenizer("a question")["input_ids"]), answers, ())
+    folder = export_reward_model(lm, tmp_path / "reward", [tree])
+    saved = AutoTokenizer.from_pretrained(folder)
+    assert (saved.pad_token, len(saved)) == (chosen, len(tokenizer))
+    texts = ["a questionyes<|im_end|>", "a questionno, and so on<|im_end|>"]
+    assert [tokenizer(t)["input_ids"] for t in texts] == [saved(t)["input_ids"] for t in texts]
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert plain.config.pad_token_id == saved.pad_token_id
+    rows = [[*tree.prompt, *answer] for answer in answers]
+    with torch.no_grad():
+        scores = plain(**saved.pad({"input_ids": rows}, return_tensors="pt")).logits[:, 0]
+    assert scores.tolist() == pytest.approx(tree_scores(lm, [tree])[0], abs=1e-5)

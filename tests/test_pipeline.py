@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import upweight as uw
 from runs import PAIRS, furnish, rows_of, train, write_rows
 from upweight.cli import main
+from upweight.config import load_run
 from upweight.models.load import load
 from upweight.models.scalar import load_reward_model, one_response_at_a_time, tree_scores
+from upweight.recipes.prepare import load_policy, prepare
 from upweight.training.checkpoint import load as load_checkpoint
 from upweight.types import ResponseId, RowId, Tree
 
@@ -57,6 +60,26 @@ def test_sft_learns_the_chosen_responses_and_says_how_likely_they_are():
     assert AutoModelForCausalLM.from_pretrained("run/model")
 
 
+def test_weights_that_sft_does_not_read_are_counted(capsys: pytest.CaptureFixture[str]):
+    weighed = [{**row, "weight": 2.0} for row in rows_of("pairs.jsonl")]
+    write_rows("pairs.jsonl", weighed)
+    assert train("sft", "--objective", "sft", "--steps", "1") == 0
+    assert train("dpo", "--steps", "1") == 0
+    answers = [{"text": "fine", "weight": 2.0}, {"text": "bad thing", "weight": 1.0}]
+    stated = {"prompt": "stated", "responses": ["fine", "bad"], "preferences": [[0, 1, 3.0]]}
+    plain = {"prompt": "plain", "responses": ["fine", "bad"], "preferences": [[0, 1]]}
+    inside = [{"prompt": "one", "responses": answers}, {**stated, "prompt": "two"}, stated, plain]
+    write_rows("pairs.jsonl", inside)
+    assert train("inside", "--objective", "sft", "--steps", "1") == 0
+    unused = [
+        json.loads(Path(f"{run}/account.json").read_text())["sets"]["train"]["unused_columns"]
+        for run in ("sft", "dpo", "inside")
+    ]
+    wanted = [{"weight": 24}, {}, {"responses.weight": 1, "preferences.weight": 2}]
+    assert unused == wanted  # of the file, before it is split
+    assert "column responses.weight is not read (1 rows)" in capsys.readouterr().err
+
+
 def test_sft_takes_every_turn_of_a_conversation_when_told_to():
     turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
     messages = [{"role": role, "content": text} for role, text in turns]
@@ -72,6 +95,49 @@ def test_sft_takes_every_turn_of_a_conversation_when_told_to():
     assert (last["used"], every["used"], every["earlier_turns"]) == (8, 16, 8)
 
 
+def test_a_reward_is_asked_about_the_turn_that_is_answered():
+    Path("count.py").write_text(
+        "def score(prompt, response, row):\n"
+        "    with open('asked', 'a') as asked:\n"
+        "        print(row['messages'][-1]['content'], prompt, file=asked)\n"
+        "    return 0.0\n"
+    )
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    write_rows("pairs.jsonl", [{"messages": [*messages, {"role": "assistant", "content": c}]}
+                               for c in "abcd"])  # fmt: skip
+    first, last = ({"role": r, "content": c} for r, c in (("user", "four"), ("assistant", "end")))
+    write_rows("other.jsonl", [{"messages": [first, *messages[1:], last]}])
+    words = "--model model --data pairs.jsonl --objective sft --turns all --dtype float32 --out run"
+    words += " --true_reward count.py:score --steps 1 --max_new_tokens 4"
+    assert main(["train", *words.split(), "evaluation.sets={other: other.jsonl}"]) == 0
+    assert set(Path("asked").read_text().splitlines()) == {"end four", "end three"}
+    assert records("run", "eval")[-1]["reward"] == 0.0
+
+
+def test_no_conversation_and_no_turns_prompt_is_trained_on_and_held_out():
+    def said(role: str, text: str) -> dict[str, str]:
+        return {"role": role, "content": text}
+
+    # Two conversations each begin alike, and go apart after the assistant's first turn.
+    talks = [
+        [said("user", f"question {i // 2}"), said("assistant", f"answer {i // 2}"),
+         said("user", f"more of {i}"), said("assistant", f"end of {i}")]
+        for i in range(40)
+    ]  # fmt: skip
+    write_rows("pairs.jsonl", [{"messages": talk} for talk in talks])
+    asked = {"model": "model", "data": "pairs.jsonl", "dtype": "float32", "fraction": 0.3}
+    run = load_run(None, values={**asked, "objective": "sft", "turns": "all"}).run
+    prepared = prepare(run, load_policy(run))
+    prompts = {name: {t.prompt for t in trees} for name, trees in prepared.trees.items()}
+    assert len(prompts["heldout"]) > 4 and not prompts["train"] & prompts["heldout"]
+    lines = {name: {t.ids[0].row.line for t in trees} for name, trees in prepared.trees.items()}
+    assert not lines["train"] & lines["heldout"]
+    for name, account in prepared.accounts.items():
+        talks = len(lines[name])
+        assert (account.read, account.used, account.earlier_turns) == (2 * talks, 2 * talks, talks)
+
+
 @pytest.mark.parametrize("lora", [(), ("--lora", "true", "--learning-rate", "3e-2")])
 def test_a_reward_model_learns_to_rank_and_plain_transformers_reads_its_scores(lora):
     assert judge("run", "--epochs", "3", *lora) == 0
@@ -83,7 +149,7 @@ def test_a_reward_model_learns_to_rank_and_plain_transformers_reads_its_scores(l
     where = tuple(ResponseId(RowId("x", 1), k) for k in range(2))
     tree = Tree(ids[0], (ids[1], ids[2]), (), where, (False, False))
     plain = AutoModelForSequenceClassification.from_pretrained("run/model").eval()
-    assert plain.config.pad_token_id is not None
+    assert plain.config.pad_token_id == tokenizer.pad_token_id is not None
     assert tree_scores(model, [tree])[0] == pytest.approx(one_response_at_a_time(plain, tree))
     # In a padded batch too: the score is read at the last token that is not padding.
     rows = [[*ids[0], *ids[1]], [*ids[0], *ids[2]]]
@@ -240,3 +306,28 @@ def test_a_reward_model_is_asked_for_the_rows_margins(capsys: pytest.CaptureFixt
     write_rows("pairs.jsonl", PAIRS)
     assert judge("no", "--loss.margin", "0.5") == 2
     assert "loss.margin is 0.5, and no row has a margin, or scores" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", ["reward", "dpo"])
+def test_the_held_out_loss_is_the_loss_of_training(objective):
+    marked = [{**row, "weight": 1.0 + 8 * (i % 2), "margin": i % 3} for i, row in enumerate(PAIRS)]
+    write_rows("pairs.jsonl", marked[:12])
+    write_rows("other.jsonl", marked[12:])
+    smoothing, share, centering = 0.2, (0.7 if objective == "reward" else 0.0), 0.3
+    options = {"margin": share, "centering": centering} if objective == "reward" else {}
+    words = f"train --model model --data pairs.jsonl --objective {objective} --out run"
+    words += f" --dtype float32 --learning-rate 1e-3 --label_smoothing {smoothing}"
+    words += "".join(f" --loss.{key} {value}" for key, value in options.items())
+    words += " --samples 0" if objective == "dpo" else ""
+    assert main([*words.split(), "evaluation.sets={other: other.jsonl}"]) == 0
+    asked = {"reference": "model"} if objective == "dpo" else {}
+    found = uw.score(model="run/model", data="other.jsonl", dtype="float32", **asked)
+    total = weights = 0.0
+    for row, scored in zip(marked[12:], found, strict=True):
+        z = scored["margin"] - share * row["margin"]
+        loss = -(1 - smoothing) * F.logsigmoid(torch.tensor(z)).item()
+        loss -= smoothing * F.logsigmoid(torch.tensor(-z)).item()
+        if objective == "reward":
+            loss += centering * (scored["score_chosen"] + scored["score_rejected"]) ** 2
+        total, weights = total + row["weight"] * loss, weights + row["weight"]
+    assert records("run", "eval")[-1]["loss"] == pytest.approx(total / weights, abs=1e-5)

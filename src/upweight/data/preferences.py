@@ -83,6 +83,14 @@ def with_preferences(example: Example, pairing: Pairing, min_gap: float | int) -
     return replace(example, preferences=tuple(weighted))
 
 
+def weights_inside(example: Example) -> list[str]:
+    """The columns whose entries have weights of their own, other than 1."""
+    weights = [answer.weight for answer in example.responses]
+    stated = any(p.weight != weights[p.chosen] * weights[p.rejected] for p in example.preferences)
+    found = {"responses.weight": any(w != 1 for w in weights), "preferences.weight": stated}
+    return [name for name, there in found.items() if there]
+
+
 def unusable(example: Example, *, require_preferences: bool) -> Dropped | None:
     """Why nothing can be learned from the example, or None."""
     out = left_out(example)

@@ -17,7 +17,7 @@ from typing import Any
 from upweight.data.account import Account
 from upweight.data.columns import COLUMNS, detect, printable
 from upweight.data.formats import FORMATS, example_of, prompt_of
-from upweight.data.preferences import Pairing, unusable
+from upweight.data.preferences import Pairing, unusable, weights_inside
 from upweight.data.read import read_rows
 from upweight.data.render import Renderer
 from upweight.data.trees import trees
@@ -33,20 +33,21 @@ def load_examples(
     min_gap: float | int = 0.0,
     limit: int | None = None,
     require_preferences: bool = True,
-    unread: Collection[str] = (),
+    passing_over: Collection[str] = (),
 ) -> tuple[list[Example], Account]:
     """The rows of the files that can be learned from, in order, and the account of all of them.
 
     `layout` is a key of FORMATS, or auto: that of each file's first row. `limit` takes the first
-    rows of all files together. `unread` columns are passed over, and counted as what no layout
-    reads. Raises DataError for files and rows that cannot be read.
+    rows of all files together. The columns `passing_over` are counted as what no layout reads;
+    with `weight` among them so are the weights inside of responses and preferences. Raises
+    DataError for files and rows that cannot be read.
     """
     if layout != "auto" and layout not in FORMATS:
         raise ConfigError(
             f"data.format is {layout}; allowed: auto, {', '.join(FORMATS)}."
             f"{nearest(layout, FORMATS)}"
         )
-    account, examples = Account(), list[Example]()
+    account, examples, passed_over = Account(), list[Example](), set(passing_over)
     layouts: dict[str, str] = {}
     seen: set[bytes] = set()
     for row_id, row in islice(read_rows(paths), limit):
@@ -54,11 +55,13 @@ def load_examples(
         if row_id.source not in layouts:
             layouts[row_id.source] = detect(row, row_id) if layout == "auto" else layout
         found = layouts[row_id.source]
-        for name in map(printable, row.keys() - (set(COLUMNS[found].all) - set(unread))):
+        for name in map(printable, row.keys() - (set(COLUMNS[found].all) - passed_over)):
             account.unused_columns[name] = account.unused_columns.get(name, 0) + 1
-        row = {name: value for name, value in row.items() if name not in unread}
+        row = {name: value for name, value in row.items() if name not in passed_over}
         example = example_of(row, row_id, found, pairing=pairing, min_gap=min_gap)
         if isinstance(example, Example):
+            for name in weights_inside(example) if "weight" in passed_over else ():
+                account.unused_columns[name] = account.unused_columns.get(name, 0) + 1
             example = unusable(example, require_preferences=require_preferences) or example
         if isinstance(example, Dropped):
             account.drop(example)
@@ -105,29 +108,34 @@ def grow(examples: Sequence[Example], renderer: Renderer, account: Account) -> l
 
 
 def split_by_prompt(
-    examples: Sequence[Example], fraction: float | int, seed: int
+    examples: Sequence[Example],
+    fraction: float | int,
+    seed: int,
+    key: Callable[[Example], str] | None = None,
 ) -> tuple[list[Example], list[Example]]:
     """(train, held out): all rows of a prompt on one side, about `fraction` of prompts held out.
 
+    `key` names what of an example counts as its prompt: prompt_key unless told otherwise.
     The side follows from the prompt and the seed alone, whatever else is in the data, but for this:
     where one side would have no prompt, it gets the one that came nearest. Raises DataError for a
     single prompt.
     """
     if fraction == 0:
         return list(examples), []
-    place = {key: _uniform(key, seed) for key in map(prompt_key, examples)}
+    key = key or prompt_key
+    place = {name: _uniform(name, seed) for name in map(key, examples)}
     if len(place) < 2:
         raise DataError(
             f"evaluation.fraction is {fraction}, and the data have {len(place)} prompts: there is "
             "none to hold out. Name a set of its own under evaluation.sets."
         )
-    held = {key for key, u in place.items() if u < fraction}
+    held = {name for name, u in place.items() if u < fraction}
     held = held or {min(place, key=lambda k: place[k])}
     if len(held) == len(place):
         held.remove(max(place, key=lambda k: place[k]))
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
-        sides[prompt_key(example) in held].append(example)
+        sides[key(example) in held].append(example)
     return sides
 
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from upweight.data.account import Account
 from upweight.data.render import Renderer
+from upweight.data.stream import prompt_key
 from upweight.data.trees import prompt_ids
-from upweight.types import Dropped, Example, Response, ResponseId, Tree
+from upweight.types import Dropped, Example, Message, Response, ResponseId, Tree
 
 
 def each_turn(examples: Sequence[Example], account: Account) -> list[Example]:
@@ -22,9 +23,7 @@ def each_turn(examples: Sequence[Example], account: Account) -> list[Example]:
     """
     found: list[Example] = []
     for example in examples:
-        turns = example.prompt if isinstance(example.prompt, tuple) else ()
-        # A conversation that the assistant begins has no prompt there.
-        earlier = [i for i, turn in enumerate(turns) if i and turn["role"] == "assistant"]
+        turns, earlier = _earlier(example)
         found += [
             replace(
                 example,
@@ -40,6 +39,23 @@ def each_turn(examples: Sequence[Example], account: Account) -> list[Example]:
         account.used += len(earlier)
         account.earlier_turns += len(earlier)
     return found
+
+
+def opening_key(example: Example) -> str:
+    """prompt_key of what the assistant's first turn answers.
+
+    Conversations that share any turn's prompt share this one: split by it, no turn's prompt is on
+    both sides.
+    """
+    turns, earlier = _earlier(example)
+    return prompt_key(replace(example, prompt=turns[: earlier[0]]) if earlier else example)
+
+
+def _earlier(example: Example) -> tuple[tuple[Message, ...], list[int]]:
+    """The prompt's turns, and which of them are the assistant's: where it begins the conversation,
+    there is no prompt."""
+    turns = example.prompt if isinstance(example.prompt, tuple) else ()
+    return turns, [i for i, turn in enumerate(turns) if i and turn["role"] == "assistant"]
 
 
 def preferred(trees: Iterable[Tree], account: Account, *, everything: bool = False) -> list[Tree]:

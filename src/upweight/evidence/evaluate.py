@@ -137,12 +137,11 @@ def rank_trees(
     ]
 
 
-def summary(
-    rows: Sequence[Row], prompts: Sequence[object], beta: float, label_smoothing: float
-) -> Row:
+def summary(rows: Sequence[Row], trees: Sequence[Tree], beta: float, label_smoothing: float) -> Row:
     """The means of scored rows by the names of metrics.jsonl; accuracy with its 95 % interval.
 
-    `prompts` names the prompt of each row: preferences of one prompt are not independent.
+    `rows` are those of the trees' preferences, in their order. The loss is that of training,
+    weights included.
     """
 
     def mean(values: list[float]) -> float:
@@ -151,8 +150,8 @@ def summary(
     margin = torch.tensor([row["margin"] for row in rows], dtype=torch.float64)
     e = label_smoothing
     losses = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
-    accuracy = accuracy_interval([row["margin"] for row in rows], prompts)  # pyright: ignore
-    record: Row = {"loss": losses.mean().item(), "num_pairs": len(rows)}
+    accuracy = accuracy_interval([row["margin"] for row in rows], _prompts(trees))
+    record: Row = {"loss": _weighted(losses, trees), "num_pairs": len(rows)}
     for side in ("chosen", "rejected"):
         rewards = mean([row[f"reward_{side}"] for row in rows])
         record[f"rewards/{side}"] = rewards
@@ -181,23 +180,47 @@ def likelihood(lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int) ->
     }
 
 
-def ranking(lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int) -> Row:
-    """How a reward model ranks preferences: accuracy with its 95 % interval, scores, margins."""
+def ranking(
+    lm: LanguageModel,
+    trees: Sequence[Tree],
+    tokens_per_bin: int,
+    loss: Callable[..., Tensor],
+    margin: float | int = 0.0,
+) -> Row:
+    """How a reward model ranks preferences: accuracy with its 95 % interval, scores, margins.
+
+    `loss` and `margin` are those of training (objectives.reward), and weights count as there.
+    """
     rows = rank_trees(lm, trees, tokens_per_bin)
-    pairs = [(row["score_chosen"], row["score_rejected"]) for row in rows]
+    chosen, rejected = (
+        torch.tensor([row[f"score_{side}"] for row in rows], dtype=torch.float64)
+        for side in ("chosen", "rejected")
+    )
+    gaps = torch.tensor([p.margin for t in trees for p in t.preferences], dtype=torch.float64)
+    losses = loss(chosen, rejected, margin=margin * gaps)
     margins = [row["margin"] for row in rows]
-    accuracy = accuracy_interval(margins, [t.prompt for t in trees for _ in t.preferences])
-    losses = -F.logsigmoid(torch.tensor(margins, dtype=torch.float64))
+    accuracy = accuracy_interval(margins, _prompts(trees))
     return {
-        "loss": losses.mean().item(),
-        "num_pairs": len(pairs),
-        "rewards/chosen": math.fsum(c for c, _ in pairs) / len(pairs),
-        "rewards/rejected": math.fsum(r for _, r in pairs) / len(pairs),
+        "loss": _weighted(losses, trees),
+        "num_pairs": len(rows),
+        "rewards/chosen": chosen.mean().item(),
+        "rewards/rejected": rejected.mean().item(),
         "rewards/margins": math.fsum(margins) / len(margins),
         "rewards/accuracies": accuracy.value,
         "rewards/accuracies_low": accuracy.low,
         "rewards/accuracies_high": accuracy.high,
     }
+
+
+def _prompts(trees: Sequence[Tree]) -> list[tuple[int, ...]]:
+    """The prompt of each preference: preferences of one prompt are not independent."""
+    return [tree.prompt for tree in trees for _ in tree.preferences]
+
+
+def _weighted(losses: Tensor, trees: Sequence[Tree]) -> float:
+    """The mean over the trees' preferences by their weights."""
+    weight = torch.tensor([p.weight for t in trees for p in t.preferences], dtype=torch.float64)
+    return ((losses * weight).sum() / weight.sum()).item()
 
 
 def ledger_table(rows: Sequence[Row]) -> pa.Table:  # pyright: ignore

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from upweight.data.pack import collate
 from upweight.data.render import Renderer
@@ -21,7 +22,12 @@ from upweight.models import attention, probes
 from upweight.models.adapter import widened
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.proof import TOLERANCE_NATS, one_at_a_time, probe_forest
-from upweight.models.scalar import one_response_at_a_time, tree_scores
+from upweight.models.scalar import (
+    in_one_batch,
+    one_response_at_a_time,
+    padding_tokenizer,
+    tree_scores,
+)
 from upweight.models.weights import load_tokenizer, load_weights, quiet_peft
 from upweight.types import Example, Forest, Tree
 
@@ -92,25 +98,32 @@ def export_reward_model(lm: LanguageModel, folder: Path, probes: Sequence[Tree])
     model = lm.causal.float()
     merge_adapters(model)
 
-    return _write(
-        folder, lm, model, lambda written: _require_same_scores(lm, written, probes, trained)
-    )
+    def same(written: Path) -> None:
+        _require_same_scores(lm, written, probes, trained)
+
+    return _write(folder, lm, model, same, padding_tokenizer(lm))
 
 
 def _require_same_scores(
     lm: LanguageModel, written: Path, probes: Sequence[Tree], trained: Sequence[float]
 ) -> None:
-    again = load_weights(str(written), str(written), lm.trust_remote_code, scalar=True)
-    read = [s for tree in probes for s in one_response_at_a_time(again.eval(), tree)]
-    worst = max(abs(a - b) for a, b in zip(read, trained, strict=True))
+    again = load_weights(str(written), str(written), lm.trust_remote_code, scalar=True).eval()
+    tokenizer = load_tokenizer(str(written), str(written), lm.trust_remote_code)
+    read = {"": [s for tree in probes for s in one_response_at_a_time(again, tree)]}
+    if tokenizer.pad_token_id is not None:
+        # Users score batches, which transformers reads at the last token that is not padding.
+        batched = [s for tree in probes for s in in_one_batch(again, tokenizer, tree)]
+        read[" in padded batches"] = batched
     # A score is one product of the width more: it is off by as much as a log-prob is.
     tolerance = TOLERANCE_NATS[lm.compute_dtype]
-    if not worst <= tolerance:
-        raise Refusal(
-            "UW401",
-            f"the export is not the trained reward model: read back, it gives a response a score "
-            f"{worst:.3g} off (rounding: {tolerance}). {KEPT}",
-        )
+    for where, scores in read.items():
+        worst = max(abs(a - b) for a, b in zip(scores, trained, strict=True))
+        if not worst <= tolerance:
+            raise Refusal(
+                "UW401",
+                f"the export is not the trained reward model: read back{where}, it gives a "
+                f"response a score {worst:.3g} off (rounding: {tolerance}). {KEPT}",
+            )
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -137,13 +150,14 @@ def _write(
     lm: LanguageModel,
     model: Any,
     check: Callable[[Path], None] = lambda written: None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
     scratch = None
     try:
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         with attention.native_attention(lm.causal), quiet_peft():
             model.save_pretrained(scratch)
-        lm.tokenizer.save_pretrained(scratch)
+        (tokenizer or lm.tokenizer).save_pretrained(scratch)
         scratch.chmod(0o755)
         check(scratch)
         if target.exists():

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from upweight.errors import ModelError
@@ -31,6 +32,9 @@ from upweight.models.weights import load_weights, resolve
 from upweight.types import Forest, Tree
 
 ARCHITECTURE = "ForSequenceClassification"
+
+SPELLED_SPACES = ("\u0120", "\u2581")
+"""How byte-level and SentencePiece vocabularies write a space that begins a token."""
 
 
 def is_reward_model(folder: str | Path) -> bool:
@@ -55,7 +59,8 @@ def with_scalar_head(lm: LanguageModel, stop_ids: Collection[int], seed: int) ->
     config.pad_token_id = _padding(lm, stop_ids)
     try:
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config)
+            # Only what is made here: an adapter's dropout and recomputed layers stay on.
+            model = AutoModelForSequenceClassification.from_config(config).eval()
     except ValueError as error:
         raise ModelError(
             f"{lm.name} is of the family {config.model_type}, of which transformers has no "
@@ -73,16 +78,27 @@ def with_scalar_head(lm: LanguageModel, stop_ids: Collection[int], seed: int) ->
     setattr(model, model.base_model_prefix, lm.causal.base_model)
     model.score = head
     model.generation_config = None
-    return replace(lm, model=model.eval())
+    return replace(lm, model=model)
 
 
 def _padding(lm: LanguageModel, stop_ids: Collection[int]) -> int | None:
     """A token that no response ends with: transformers reads the score at the last token that is
-    not padding, and where that is the stop token it would read one too early."""
-    own = lm.tokenizer.pad_token_id
-    candidates = [own, lm.tokenizer.unk_token_id, *lm.tokenizer.all_special_ids]
-    fits = [i for i in candidates if isinstance(i, int) and i not in stop_ids]
-    return fits[0] if fits else None
+    not padding, and where that is the stop token it would read one too early.
+
+    None is added: the model would have no embedding for it. Where every special token is a stop
+    token it is the last ordinary one that begins with a space, as tokenizers spell it: no text
+    holds that spelling, so that marking it changes no text's tokens.
+    """
+    tokenizer = lm.tokenizer
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1], reverse=True)
+    candidates = [
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+        *tokenizer.all_special_ids,
+        *(i for text, i in vocabulary if text[:1] in SPELLED_SPACES),
+    ]
+    fits = (i for i in candidates if isinstance(i, int) and i not in stop_ids)
+    return next((i for i in fits if i < lm.vocab_size), None)
 
 
 def load_reward_model(
@@ -112,7 +128,7 @@ def load_reward_model(
     causal.set_output_embeddings(head)
     lm = adapt(load(name, weights=causal, **options))
     scoring.to(lm.device)  # pyright: ignore[reportArgumentType]
-    return replace(lm, model=scoring.eval())
+    return replace(lm, model=scoring)
 
 
 def score_head(model: nn.Module) -> nn.Linear:
@@ -161,6 +177,19 @@ def tree_scores(
     return result
 
 
+def padding_tokenizer(lm: LanguageModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that is saved with a reward model: it pads with the token that the model's
+    config names, behind the text, where absolute positions stay what they are."""
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.padding_side = "right"
+    padding = lm.causal.config.pad_token_id
+    if padding is None:
+        tokenizer.pad_token = None
+    elif padding != tokenizer.pad_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+    return tokenizer
+
+
 def one_response_at_a_time(model: PreTrainedModel, tree: Tree) -> list[float]:
     """The oracle: transformers' own forward on each [prompt; response] alone."""
     device = next(model.parameters()).device
@@ -169,3 +198,13 @@ def one_response_at_a_time(model: PreTrainedModel, tree: Tree) -> list[float]:
             float(model(torch.tensor([[*tree.prompt, *r]], device=device)).logits[0, 0])
             for r in tree.responses
         ]
+
+
+def in_one_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tree: Tree
+) -> list[float]:
+    """As `one_response_at_a_time`, all responses in one batch that the tokenizer pads."""
+    rows = [[*tree.prompt, *response] for response in tree.responses]
+    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    with torch.no_grad():
+        return model(**batch.to(next(model.parameters()).device)).logits[:, 0].tolist()

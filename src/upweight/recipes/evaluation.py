@@ -8,9 +8,13 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float
+from torch import Tensor
 
+from upweight.config import Run
 from upweight.evidence import evaluate
 from upweight.evidence.records.ledger import SCHEMA
+from upweight.losses import bradley_terry
 from upweight.models.sample import Sample
 from upweight.recipes.best import samples_are_the_policys
 from upweight.recipes.kinds import KINDS, PROMPTS
@@ -66,8 +70,7 @@ def _preferences(state: State, progress: Progress, trees: Sequence[Tree]) -> Mea
     scored = evaluate.score_trees(
         policy, trees, state.against.logps, run.loss.beta, state.tokens_per_bin, smaller
     )
-    prompts = [t.prompt for t in trees for _ in t.preferences]
-    return evaluate.summary(scored, prompts, run.loss.beta, run.loss.label_smoothing), scored
+    return evaluate.summary(scored, trees, run.loss.beta, run.loss.label_smoothing), scored
 
 
 def _likelihood(state: State, progress: Progress, trees: Sequence[Tree]) -> Measured:
@@ -75,7 +78,16 @@ def _likelihood(state: State, progress: Progress, trees: Sequence[Tree]) -> Meas
 
 
 def _ranking(state: State, progress: Progress, trees: Sequence[Tree]) -> Measured:
-    return evaluate.ranking(state.lm, trees, state.tokens_per_bin), []
+    loss, margin = score_loss(state.run), state.run.loss.margin
+    return evaluate.ranking(state.lm, trees, state.tokens_per_bin, loss, margin), []
+
+
+def score_loss(run: Run) -> Callable[..., Float[Tensor, " pairs"]]:
+    """The loss of a reward model by the run's options, for training and for evaluations."""
+    options = run.loss
+    return functools.partial(
+        bradley_terry, label_smoothing=options.label_smoothing, centering=options.centering
+    )
 
 
 def _answers(state: State, progress: Progress, trees: Sequence[Tree]) -> Measured:

@@ -24,7 +24,6 @@ from upweight.models.logprobs import scored_hidden, token_logps
 from upweight.models.reference import TOLERANCE_NATS
 from upweight.models.scalar import (
     is_reward_model,
-    load_reward_model,
     score_head,
     state_values,
     with_scalar_head,
@@ -32,9 +31,9 @@ from upweight.models.scalar import (
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import load_policy
 from upweight.recipes.reference import reference_model
-from upweight.recipes.rewarding import Scorer, make_scorer
+from upweight.recipes.rewarding import Scorer, make_scorer, reward_model_beside
 from upweight.recipes.start import rollout_sizes, trained
-from upweight.recipes.state import State, Values, Work, smaller_bins
+from upweight.recipes.state import State, Values, Work, smaller_bins, trained_models
 from upweight.training.loop import Record
 from upweight.training.objectives import Surrogate, of_round, pair, policy_gradient
 from upweight.training.rollout import (
@@ -48,7 +47,7 @@ from upweight.training.rollout import (
 )
 from upweight.training.round import Round
 from upweight.training.rundir import replacing
-from upweight.types import Forest, Tree
+from upweight.types import Forest, ResponseId, Tree
 
 TRIES = 8
 """Rounds in a row without a preference, after which online DPO stops: the reward tells no answers
@@ -73,8 +72,7 @@ def values_of(run: Run, lm: LanguageModel, stop_ids: Sequence[int]) -> Values | 
     spec = run.rollout.reward
     as_trained = functools.partial(trained, run, stop_ids=stop_ids)
     if spec is not None and is_reward_model(spec):
-        dtype = str(lm.compute_dtype).removeprefix("torch.")
-        critic = load_reward_model(spec, as_trained, device=str(lm.device), dtype=dtype)
+        critic = reward_model_beside(lm, spec, run, as_trained)
         return Values(critic, critic.model)
     critic = with_scalar_head(as_trained(load_policy(run)), stop_ids, run.seed)
     nn.init.zeros_(score_head(critic.model).weight)
@@ -196,7 +194,7 @@ def _draw(
     beta: float,
 ) -> Round:
     """One round: answers, rewards, log-probs then and of the reference, values, advantages."""
-    run, lm, capacity = state.run, state.lm, state.tokens_per_bin
+    run, lm = state.run, state.lm
     stop_ids = sorted(state.begun.prepared.renderer.stop_ids)
     trees, said = draw_answers(lm, prompts, number, rollout_sizes(run), stop_ids)
     scores = {
@@ -205,8 +203,7 @@ def _draw(
         for i, value in zip(tree.ids, values, strict=True)
     }
     smaller = functools.partial(smaller_bins, state, f"round {number}")
-    with evaluation_mode(lm):
-        found = by_response(functools.partial(_both, state), trees, capacity, smaller)
+    found = _both_by_response(state, trees, smaller)
     logps = {i: both[:, 0] for i, both in found.items()}
     values = None if state.values is None else {i: both[:, 1] for i, both in found.items()}
     gap = largest_gap(logps, said)
@@ -242,6 +239,16 @@ def _times_read(state: State) -> int:
     reference, a value model of its own and a reward model."""
     own = state.values is not None and state.values.critic is not None
     return 3 + own + is_reward_model(str(state.run.rollout.reward))
+
+
+def _both_by_response(
+    state: State, trees: Sequence[Tree], on_smaller: Callable[[int], None]
+) -> dict[ResponseId, Float[Tensor, "tokens 2"]]:
+    """What `_both` says of each response, by policy and value model without dropout."""
+    with contextlib.ExitStack() as stack:
+        for lm in trained_models(state.lm, state.values):
+            stack.enter_context(evaluation_mode(lm))
+        return by_response(functools.partial(_both, state), trees, state.tokens_per_bin, on_smaller)
 
 
 def _both(state: State, forest: Forest) -> Float[Tensor, "scored 2"]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from upweight.config import RESOLVED, Resolved, Run, write
+from upweight.config import Run, write
 from upweight.data.account import Account, percentiles, require_used
 from upweight.data.render import Renderer, make_renderer
 from upweight.data.stream import (
@@ -18,10 +18,11 @@ from upweight.data.stream import (
     load_examples,
     load_prompts,
     overlap,
+    prompt_key,
     split_account,
     split_by_prompt,
 )
-from upweight.data.supervised import each_turn, plant, preferred
+from upweight.data.supervised import each_turn, opening_key, plant, preferred
 from upweight.data.variables import template_variables
 from upweight.errors import ConfigError, Refusal, nearest
 from upweight.models.load import LanguageModel, fingerprint, load
@@ -137,16 +138,20 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     def examples(paths: Sequence[str], limit: int | None) -> tuple[list[Example], Account]:
         if kind.draws:
             return load_prompts(paths, limit)
-        found, account = load_examples(
+        return load_examples(
             paths,
             layout=run.data.format,
             pairing=run.data.pairing,
             min_gap=run.data.min_score_gap,
             limit=limit,
             require_preferences=kind.rows == "preferences",
-            unread=() if _reads_margins(run) else ("margin",),
+            passing_over=_unread_columns(run),
         )
-        return (each_turn(found, account) if run.data.turns == "all" else found), account
+
+    every_turn = run.data.turns == "all"
+
+    def turns(found: list[Example], account: Account) -> list[Example]:
+        return each_turn(found, account) if every_turn else found
 
     def grown(rows: Sequence[Example], account: Account) -> list[Tree]:
         if kind.draws:
@@ -160,12 +165,15 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     require_used(account, f"data {', '.join(run.data.path)}")
     loaded = [(train, account)]
     sets: dict[str, tuple[list[Example], Account]] = {}
-    train, heldout = split_by_prompt(train, run.evaluation.fraction, run.seed)
+    key = opening_key if every_turn else prompt_key
+    train, heldout = split_by_prompt(train, run.evaluation.fraction, run.seed, key)
     if heldout:
         account, held_account = split_account(account, len(heldout))
-        sets["heldout"] = (heldout, held_account)
+        sets["heldout"] = (turns(heldout, held_account), held_account)
+    train = turns(train, account)
     for name, paths in run.evaluation.sets.items():
-        sets[name] = examples(paths, None)
+        rows, its_account = examples(paths, None)
+        sets[name] = (turns(rows, its_account), its_account)
         loaded.append(sets[name])
         _require_apart(name, train, sets[name][0])
     if not kind.draws:
@@ -219,6 +227,13 @@ def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]
 
 def _reads_margins(run: Run) -> bool:
     return run.objective == "reward" and run.loss.margin > 0
+
+
+def _unread_columns(run: Run) -> list[str]:
+    """Weights are those of preferences, of which supervised fine-tuning makes plain responses."""
+    weighs = KINDS[run.objective].rows == "preferences"
+    read = {"margin": _reads_margins(run), "weight": weighs}
+    return [name for name, is_read in read.items() if not is_read]
 
 
 def _require_margins(run: Run, trees: Sequence[Tree]) -> None:
@@ -364,12 +379,3 @@ def describe(lm: LanguageModel) -> str:
     return (
         f"{total:,} parameters ({share}), products in {dtype} on {lm.device}; {lm.plan.describe()}"
     )
-
-
-def with_rates(resolved: Resolved) -> Resolved:
-    """The learning rate that was left open: by the objective, for LoRA or full training."""
-    if resolved.run.optimizer.learning_rate is not None:
-        return resolved
-    kind = KINDS[resolved.run.objective]
-    rate = kind.lora if resolved.run.lora is not None else kind.full
-    return resolved.with_value("optimizer.learning_rate", rate, RESOLVED)

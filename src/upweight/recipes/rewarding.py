@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,7 @@ def make_scorer(spec: str, run: Run, lm: LanguageModel) -> Scorer:
     """
     if not Path(spec).is_dir():
         return _by_text(spec, lm)
-    judge = load_reward_model(
-        spec,
-        device=str(lm.device),
-        dtype=str(lm.compute_dtype).removeprefix("torch."),
-        path=run.compute.attention,
-        sharing=run.compute.sharing,
-        trust_remote_code=run.compute.trust_remote_code,
-    )
+    judge = reward_model_beside(lm, spec, run)
     if judge.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
         raise DataError(
             f"the reward model {spec} has another vocabulary than {lm.name}: it would read other "
@@ -76,25 +70,51 @@ def make_scorer(spec: str, run: Run, lm: LanguageModel) -> Scorer:
     return score
 
 
+def reward_model_beside(
+    lm: LanguageModel,
+    spec: str,
+    run: Run,
+    adapt: Callable[[LanguageModel], LanguageModel] = lambda lm: lm,
+) -> LanguageModel:
+    """The reward model `spec` where and as `lm` runs, by the run's settings."""
+    return load_reward_model(
+        spec,
+        adapt,
+        device=str(lm.device),
+        dtype=str(lm.compute_dtype).removeprefix("torch."),
+        path=run.compute.attention,
+        sharing=run.compute.sharing,
+        trust_remote_code=run.compute.trust_remote_code,
+    )
+
+
 def _by_text(spec: str, lm: LanguageModel) -> Scorer:
     reward = open_reward(spec)
-    rows: dict[RowId, tuple[str, Mapping[str, Any]]] = {}
+    rows: dict[RowId, tuple[Text, Mapping[str, Any]]] = {}
 
     def score(trees: Sequence[Tree]) -> list[list[float]]:
-        missing = {t.ids[0].row.source for t in trees if t.ids[0].row not in rows}
+        missing = {t.ids[0].row.source for t in trees if _whole(t.ids[0].row) not in rows}
         for row_id, row in read_rows(sorted(missing)):
             asked = prompt_of(row, row_id)
             if isinstance(asked, Example):
-                rows[row_id] = _as_text(asked.prompt), row
+                rows[row_id] = asked.prompt, row
         items: list[Sampled] = []
         for tree in trees:
             where = tree.ids[0].row
-            prompt, row = rows[where]
-            items += [Sampled(prompt, text, row, where) for text in texts_of(lm, tree)]
+            prompt, row = rows[_whole(where)]
+            if where.turn is not None and not isinstance(prompt, str):
+                prompt = prompt[: where.turn - 1]
+            question = _as_text(prompt)
+            items += [Sampled(question, text, row, where) for text in texts_of(lm, tree)]
         flat = iter(reward(items))
         return [[next(flat) for _ in tree.responses] for tree in trees]
 
     return score
+
+
+def _whole(row: RowId) -> RowId:
+    """The row of the file, of which an earlier turn is a part."""
+    return replace(row, turn=None)
 
 
 def _as_text(prompt: Text) -> str:

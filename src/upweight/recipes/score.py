@@ -9,7 +9,8 @@ from pathlib import Path
 
 from upweight.config import Run, require_read
 from upweight.data.stream import load_prompts
-from upweight.data.trees import prompt_ids, text_after
+from upweight.data.supervised import plant
+from upweight.data.trees import text_after
 from upweight.errors import ConfigError, DataError, Refusal
 from upweight.evidence.evaluate import rank_trees, score_trees
 from upweight.models.sample import sample, sample_trees, tree_logps
@@ -28,7 +29,7 @@ from upweight.recipes.prepare import (
 from upweight.recipes.reference import reference_model, require_same_tokens
 from upweight.recipes.screen import Screen, Silent
 from upweight.training.rundir import require_file, write_atomic
-from upweight.types import Dropped
+from upweight.types import Example
 
 
 def score_file(run: Run, screen: Screen | None = None) -> list[dict[str, object]]:
@@ -93,19 +94,13 @@ def sample_file(
     lm = load_policy(run)
     renderer = renderer_for(run, lm)
     examples, account = load_prompts(run.data.path, run.data.limit)
-    prompts: list[tuple[int, ...]] = []
-    kept: list[object] = []
-    for example in examples:
-        ids = prompt_ids(example, renderer)
-        if isinstance(ids, Dropped):
-            account.used -= 1
-            account.drop(ids)
-            continue
-        prompts.append(tuple(ids))
-        kept.append(example.prompt if isinstance(example.prompt, str) else list(example.prompt))
+    rows_of = {example.row: example for example in examples}
+    trees = plant(examples, renderer, account)
+    prompts = [tree.prompt for tree in trees]
+    kept = [_asked(rows_of[tree.ids[0].row]) for tree in trees]
     drops = ", ".join(f"{times} {reason}" for reason, times in account.dropped.items())
     screen.note(
-        f"{account.read} prompts read, {len(prompts)} used" + (f" ({drops})" if drops else "")
+        f"{account.read} prompts read, {account.used} used" + (f" ({drops})" if drops else "")
     )
     if not prompts:
         raise DataError(f"{', '.join(run.data.path)}: no prompt can be used ({drops}).")
@@ -124,7 +119,7 @@ def sample_file(
     logps = tree_logps(lm, sample_trees(prompts, drawn), tokens_read_at_once(run, lm))
     rows: list[dict[str, object]] = [
         {
-            "prompt": prompt,
+            **prompt,
             "responses": [
                 {
                     "text": text_after(ids, s.tokens[:-1] if s.stopped else s.tokens, lm.tokenizer),
@@ -139,6 +134,18 @@ def sample_file(
     ]
     _write(run, rows, screen)
     return rows
+
+
+def _asked(example: Example) -> dict[str, object]:
+    """The row's columns that made its prompt: without one, training would render another."""
+    columns: dict[str, object] = {
+        "prompt": example.prompt if isinstance(example.prompt, str) else list(example.prompt)
+    }
+    if example.tools:
+        columns["tools"] = list(example.tools)
+    if example.template_options:
+        columns["template_options"] = dict(example.template_options)
+    return columns
 
 
 def _require_out(run: Run) -> None:

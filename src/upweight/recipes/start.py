@@ -25,7 +25,6 @@ from upweight.recipes.prepare import (
     describe,
     load_policy,
     prepare,
-    with_rates,
 )
 from upweight.recipes.reference import require_same_tokens
 from upweight.recipes.resume import as_begun, require_same_settings
@@ -76,7 +75,7 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     require_read("train", resolved.run)
     if saved is not None:
         resolved = as_begun(resolved)
-    resolved = with_rates(resolved)
+    resolved = _with_rates(resolved)
     best = best_metric(resolved.run)
     require_moments(resolved.run.optimizer.moments)
     screen.stage("model")
@@ -119,6 +118,15 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     if resolved.run.out is not None:
         _require_room(resolved.run, lm, Path(resolved.run.out))
     return Start(resolved, lm, prepared, plan, best, memory)
+
+
+def _with_rates(resolved: Resolved) -> Resolved:
+    """The learning rate that was left open: by the objective, for LoRA or full training."""
+    if resolved.run.optimizer.learning_rate is not None:
+        return resolved
+    kind = KINDS[resolved.run.objective]
+    rate = kind.lora if resolved.run.lora is not None else kind.full
+    return resolved.with_value("optimizer.learning_rate", rate, RESOLVED)
 
 
 def _with_model(resolved: Resolved, lm: LanguageModel) -> Resolved:

@@ -117,6 +117,11 @@ def trained_modules(lm: LanguageModel, values: Values | None) -> nn.Module:
     return nn.ModuleDict({"policy": lm.model, "value": values.module})
 
 
+def trained_models(lm: LanguageModel, values: Values | None) -> list[LanguageModel]:
+    """The policy, and a value model that has a trunk of its own."""
+    return [lm] if values is None or values.critic is None else [lm, values.critic]
+
+
 def note(state: State, forest: Forest, margins: Tensor) -> None:
     """Margins of pairs that are met for the first time: they have not been trained on."""
     if state.noting is not None:
@@ -236,7 +241,8 @@ def make_room(state: State, what: str, forest: Forest) -> bool:
         )
         return True
     if not state.recomputing:
-        checkpoint_layers(state.lm)
+        for lm in trained_models(state.lm, state.values):
+            checkpoint_layers(lm)
         state.recomputing = True
         state.screen.note(f"{happened} ran out of memory: layers are recomputed from here on")
         return True

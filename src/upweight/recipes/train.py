@@ -20,11 +20,11 @@ from upweight.data.stream import plan_epoch, planned
 from upweight.errors import OutputError
 from upweight.evidence.report import write_report
 from upweight.evidence.track import Target, Tracking, clients, tracking
-from upweight.losses import PAIR_LOSSES, bradley_terry
+from upweight.losses import PAIR_LOSSES
 from upweight.models.export import export, export_reward_model
 from upweight.models.probes import served_otherwise
 from upweight.recipes.environment import write_environment
-from upweight.recipes.evaluation import evaluate_sets
+from upweight.recipes.evaluation import evaluate_sets, score_loss
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.online import online, values_of
 from upweight.recipes.prepare import account_record
@@ -226,13 +226,8 @@ def sft(state: State) -> Work:
 
 
 def reward(state: State) -> Work:
-    options = state.run.loss
-    loss = functools.partial(
-        bradley_terry,
-        label_smoothing=options.label_smoothing,
-        centering=options.centering,
-    )
-    return _from_rows(state, objectives.reward(loss, options.margin))
+    loss = score_loss(state.run)
+    return _from_rows(state, objectives.reward(loss, state.run.loss.margin))
 
 
 WORK: dict[str, Callable[[State], Work]] = {
