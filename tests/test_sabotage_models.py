@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 import upweight.training.objectives as objectives
-from runs import furnish, train
+from runs import PAIRS, furnish, train, write_rows
 from tiny import CHATML, byte_tokenizer, save_tiny, tiny_model
 from upweight.cli import main
 from upweight.config import load_run
@@ -45,19 +45,33 @@ def shift(values: list[list[float]]) -> list[list[float]]:
     return [values[turned.get(i, i)] for i in range(len(values))]
 
 
-@pytest.mark.parametrize("spoil", [shift, lambda values: [[x + 0.5 for x in v] for v in values]])
-def test_reference_log_probs_that_are_of_other_rows_are_refused(
-    spoil: Callable[[list[list[float]]], list[list[float]]], capsys: pytest.CaptureFixture[str]
-):
-    assert train("first") == 0
+def spoil_cache(spoil: Callable[[list[list[float]]], list[list[float]]]) -> None:
     for part in Path("cache").rglob("part-*.parquet"):
         table = pq.read_table(part, schema=SCHEMA)
         values = spoil(table["logps"].to_pylist())
         logps = pa.array(values, SCHEMA.field("logps").type)
         pq.write_table(table.set_column(1, SCHEMA.field("logps"), logps), part)
+
+
+@pytest.mark.parametrize("spoil", [shift, lambda values: [[x + 0.5 for x in v] for v in values]])
+def test_reference_log_probs_that_are_of_other_rows_are_refused(
+    spoil: Callable[[list[list[float]]], list[list[float]]], capsys: pytest.CaptureFixture[str]
+):
+    assert train("first") == 0
+    spoil_cache(spoil)
     assert train("second") == 2
     said = capsys.readouterr().err
     assert "error[UW107]" in said and "pairs.jsonl:" in said and "Delete that folder" in said
+
+
+def test_a_few_spoiled_rows_among_many_fresh_ones_are_refused(capsys: pytest.CaptureFixture[str]):
+    write_rows("pairs.jsonl", PAIRS[:3])
+    assert train("first") == 0
+    spoil_cache(lambda values: [[x + 5 for x in v] for v in values])
+    fresh = [{**row, "prompt": f"another {i}"} for i, row in enumerate(PAIRS * 3)]
+    write_rows("pairs.jsonl", [*fresh, *PAIRS[:3]])
+    assert train("second") == 2
+    assert "error[UW107]" in capsys.readouterr().err
 
 
 class Changing(Silent):

@@ -325,11 +325,13 @@ def fill_reference(
 ) -> Reference:
     """The reference's log-probs for all trees, from the cache where it has them.
 
-    `model` is the reference. A handful of rows that were known is recomputed; Refusal UW107 when
-    they differ.
+    `model` is the reference. A handful of the rows that were known is recomputed; Refusal UW107
+    when they differ.
     """
     reference = open_reference(fingerprint(model), model)
-    known = len(trees) - len(reference.missing(trees))
+    # Before fill(): what it computes agrees with `model` whatever the cache held.
+    unknown = set(map(id, reference.missing(trees)))
+    known = [tree for tree in trees if id(tree) not in unknown]
     computed = fill(
         reference,
         model,
@@ -339,9 +341,9 @@ def fill_reference(
         on_smaller=functools.partial(note_smaller, screen, "the reference pass"),
     )
     if known:
-        verify(reference, model, trees)
+        verify(reference, model, known)
     screen.note(
-        f"reference: {computed} responses computed, {known} of {len(trees)} prompts known "
+        f"reference: {computed} responses computed, {len(known)} of {len(trees)} prompts known "
         f"from before (kept in {reference.folder})"
     )
     return reference
