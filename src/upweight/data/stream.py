@@ -15,7 +15,7 @@ from itertools import count, islice
 from typing import Any
 
 from upweight.data.account import Account
-from upweight.data.columns import COLUMNS, detect, printable
+from upweight.data.columns import detect, printable, unread
 from upweight.data.formats import FORMATS, example_of, prompt_of
 from upweight.data.preferences import Pairing, unusable
 from upweight.data.read import read_rows
@@ -33,20 +33,20 @@ def load_examples(
     min_gap: float | int = 0.0,
     limit: int | None = None,
     require_preferences: bool = True,
-    unread: Collection[str] = (),
+    passing_over: Collection[str] = (),
 ) -> tuple[list[Example], Account]:
     """The rows of the files that can be learned from, in order, and the account of all of them.
 
     `layout` is a key of FORMATS, or auto: that of each file's first row. `limit` takes the first
-    rows of all files together. `unread` columns are passed over, and counted as what no layout
-    reads. Raises DataError for files and rows that cannot be read.
+    rows of all files together. The columns `passing_over` are counted as what no layout reads.
+    Raises DataError for files and rows that cannot be read.
     """
     if layout != "auto" and layout not in FORMATS:
         raise ConfigError(
             f"data.format is {layout}; allowed: auto, {', '.join(FORMATS)}."
             f"{nearest(layout, FORMATS)}"
         )
-    account, examples = Account(), list[Example]()
+    account, examples, passed_over = Account(), list[Example](), set(passing_over)
     layouts: dict[str, str] = {}
     seen: set[bytes] = set()
     for row_id, row in islice(read_rows(paths), limit):
@@ -54,9 +54,9 @@ def load_examples(
         if row_id.source not in layouts:
             layouts[row_id.source] = detect(row, row_id) if layout == "auto" else layout
         found = layouts[row_id.source]
-        for name in map(printable, row.keys() - (set(COLUMNS[found].all) - set(unread))):
+        for name in map(printable, unread(row, found) | passed_over.intersection(row)):
             account.unused_columns[name] = account.unused_columns.get(name, 0) + 1
-        row = {name: value for name, value in row.items() if name not in unread}
+        row = {name: value for name, value in row.items() if name not in passed_over}
         example = example_of(row, row_id, found, pairing=pairing, min_gap=min_gap)
         if isinstance(example, Example):
             example = unusable(example, require_preferences=require_preferences) or example

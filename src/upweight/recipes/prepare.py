@@ -144,7 +144,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
             min_gap=run.data.min_score_gap,
             limit=limit,
             require_preferences=kind.rows == "preferences",
-            unread=() if _reads_margins(run) else ("margin",),
+            passing_over=() if _reads_margins(run) else ("margin",),
         )
         return (each_turn(found, account) if run.data.turns == "all" else found), account
 
@@ -279,6 +279,7 @@ def account_lines(prepared: Prepared) -> list[str]:
         for label, num in (
             ("stop tokens appended", account.appended_stop),
             ("stop tokens cut off", account.truncated["response"]),
+            ("responses that did not stop, by their rows", account.unfinished),
             ("boundaries repaired", account.boundary_repaired),
             ("rewritten by the template", account.rewritten),
             ("with special tokens in the prompt", account.special_in_prompt),
