@@ -20,9 +20,10 @@ import upweight as uw
 import upweight.recipes.state as run_state
 import upweight.recipes.train as run_train
 from runs import PAIRS, furnish, rows_of, train, write_rows
-from tiny import save_tiny
+from tiny import CHATML, byte_tokenizer, save_tiny
 from upweight.cli import main
 from upweight.config import load_run
+from upweight.data.stream import load_prompts
 from upweight.evidence import evaluate
 from upweight.models.load import LanguageModel
 from upweight.recipes import train_model
@@ -463,6 +464,25 @@ def test_sample_writes_the_k_responses_layout():
     rows = uw.sample("model", ["pairs.jsonl"], num=2, max_new_tokens=4, limit=3)
     assert len(rows) == 3
     assert all(len(row["responses"]) == 2 for row in rows)
+
+
+def test_what_sample_writes_is_learned_from_as_it_was_drawn():
+    style = "{{ style }}{% if tools %}{{ tools | length }}{% endif %}"
+    byte_tokenizer(style + CHATML).save_pretrained("model")
+    own = {"template_options": {"style": "curt"}, "tools": [{"name": "f"}]}
+    write_rows("asked.jsonl", [{"prompt": "question", **own}, {"prompt": "another"}])
+    rows = uw.sample("model", "asked.jsonl", num=2, max_new_tokens=4)
+    for row in rows:
+        row["preferences"] = [[0, 1]]
+    write_rows("drawn.jsonl", rows)
+    prompts = []
+    for name in ("asked.jsonl", "drawn.jsonl"):
+        examples, _ = load_prompts([name])
+        prompts.append([(e.prompt, e.tools, e.template_options) for e in examples])
+    assert prompts[0] == prompts[1]
+    found = uw.check(model="model", data="drawn.jsonl", fraction=0, samples=0)
+    assert found.accounts["train"].unfinished == 4
+    assert not any(any(tree.stopped) for tree in found.trees["train"])
 
 
 def test_temperature_zero_is_the_same_answer_every_time():

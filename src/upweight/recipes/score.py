@@ -28,7 +28,7 @@ from upweight.recipes.prepare import (
 from upweight.recipes.reference import reference_model, require_same_tokens
 from upweight.recipes.screen import Screen, Silent
 from upweight.training.rundir import require_file, write_atomic
-from upweight.types import Dropped
+from upweight.types import Dropped, Example
 
 
 def score_file(run: Run, screen: Screen | None = None) -> list[dict[str, object]]:
@@ -94,7 +94,7 @@ def sample_file(
     renderer = renderer_for(run, lm)
     examples, account = load_prompts(run.data.path, run.data.limit)
     prompts: list[tuple[int, ...]] = []
-    kept: list[object] = []
+    kept: list[dict[str, object]] = []
     for example in examples:
         ids = prompt_ids(example, renderer)
         if isinstance(ids, Dropped):
@@ -102,7 +102,7 @@ def sample_file(
             account.drop(ids)
             continue
         prompts.append(tuple(ids))
-        kept.append(example.prompt if isinstance(example.prompt, str) else list(example.prompt))
+        kept.append(_asked(example))
     drops = ", ".join(f"{times} {reason}" for reason, times in account.dropped.items())
     screen.note(
         f"{account.read} prompts read, {len(prompts)} used" + (f" ({drops})" if drops else "")
@@ -124,7 +124,7 @@ def sample_file(
     logps = tree_logps(lm, sample_trees(prompts, drawn), tokens_read_at_once(run, lm))
     rows: list[dict[str, object]] = [
         {
-            "prompt": prompt,
+            **prompt,
             "responses": [
                 {
                     "text": text_after(ids, s.tokens[:-1] if s.stopped else s.tokens, lm.tokenizer),
@@ -139,6 +139,18 @@ def sample_file(
     ]
     _write(run, rows, screen)
     return rows
+
+
+def _asked(example: Example) -> dict[str, object]:
+    """The row's columns that made its prompt: without one, training would render another."""
+    columns: dict[str, object] = {
+        "prompt": example.prompt if isinstance(example.prompt, str) else list(example.prompt)
+    }
+    if example.tools:
+        columns["tools"] = list(example.tools)
+    if example.template_options:
+        columns["template_options"] = dict(example.template_options)
+    return columns
 
 
 def _require_out(run: Run) -> None:
