@@ -48,6 +48,16 @@ def test_preferences_in_a_circle_are_found():
     assert code == "UW210" and "3 of 63 preferences contradict" in said
 
 
+def test_preferences_of_one_row_in_a_circle_are_found():
+    texts = ["river stone", "cloud", "lamp paper seven"]
+    rows = [
+        {"prompt": f"which {i}", "responses": [f"{text} {i}" for text in texts]} for i in range(20)
+    ]
+    around = [row | {"preferences": [[0, 1], [1, 2], [2, 0]]} for row in rows]
+    assert "60 of 60 preferences contradict each other" in dict(findings(around))["UW210"]
+    assert "UW210" not in dict(findings([row | {"scores": [3, 2, 1]} for row in rows]))
+
+
 def test_only_what_lies_on_circles_or_between_them_is_left():
     edges = {"ab": 0, "ba": 1, "bc": 2, "cd": 3, "dc": 4, "xa": 5, "de": 6, "ef": 7}
     left = _in_circles([((ord(x),), (ord(y),)) for x, y in edges])

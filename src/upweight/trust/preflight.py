@@ -118,15 +118,13 @@ def contradictory(examined: Examined) -> Seen:
     rows: list[str] = []
     total = 0
     for trees in by_prompt.values():
-        total += sum(len(tree.preferences) for tree in trees)
-        # The scores of one row cannot contradict themselves.
-        if len(trees) > 1:
-            edges = [
-                (t.responses[p.chosen], t.responses[p.rejected], _row(t, p.chosen))
-                for t in trees
-                for p in t.preferences
-            ]
-            rows += [edges[i][2] for i in sorted(_in_circles([edge[:2] for edge in edges]))]
+        edges = [
+            (t.responses[p.chosen], t.responses[p.rejected], _row(t, p.chosen))
+            for t in trees
+            for p in t.preferences
+        ]
+        total += len(edges)
+        rows += [edges[i][2] for i in sorted(_in_circles([edge[:2] for edge in edges]))]
     limit, figures = examined.limits.contradictory, _counted("contradictory", len(rows), total)
     if not rows or len(rows) <= limit * total:
         return Seen(figures)
