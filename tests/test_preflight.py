@@ -111,6 +111,38 @@ def test_cutting_many_responses_is_refused():
     assert "UW205" not in dict(findings(rows, **cut, **{"preflight.cut": 0.6}))
 
 
+CUT = {"data.max_length": 120, "data.truncation": "response"}
+
+
+def test_cutting_the_responses_of_supervised_rows_is_refused():
+    answers = (f"river {i} " * (2 + 20 * (i % 2)) for i in range(20))
+    rows = [{"prompt": f"question {i}", "responses": [answer]} for i, answer in enumerate(answers)]
+    with pytest.raises(Refusal, match=r"50% of responses cut.*UW205"):
+        findings(rows, objective="sft", **CUT)
+
+
+def test_cutting_all_of_many_responses_is_refused():
+    texts = [f"{chr(97 + k)} river" * 40 for k in range(8)]
+    rows = [
+        {"prompt": f"question {i}", "responses": texts, "scores": list(range(8))} for i in range(9)
+    ]
+    with pytest.raises(Refusal, match="100% of chosen responses cut, 100% of rejected responses"):
+        findings(rows, **CUT)
+
+
+def test_responses_too_long_and_prompts_cut_count_as_what_is_cut():
+    draw = random.Random(5)
+    rows = [
+        {"prompt": f"question {i}", "scores": [1, 2, 3],
+         "responses": [sentence(draw, 3), sentence(draw, 4), "river " * 30]}
+        for i in range(20)
+    ]  # fmt: skip
+    with pytest.raises(Refusal, match=r"33% of responses left out as too long.*UW205"):
+        findings(rows, **{"data.max_length": 120})
+    with pytest.raises(Refusal, match=r"50% of prompts cut.*UW205"):
+        findings(rows, **{"data.max_length": 210, "data.truncation": "prompt"})
+
+
 def test_what_a_run_warns_of_is_said_and_written(capsys: pytest.CaptureFixture[str]):
     rows = plain_rows(24)
     write_rows("pairs.jsonl", [*rows, *rows[:5]])

@@ -310,8 +310,8 @@ class Preflight(Section):
 
     cut: Share = Field(
         default=0.2,
-        description="Responses of either side that are cut, or rows too long, as a share: more is "
-        "refused (UW205).",
+        description="Responses of either side, or prompts, that are cut, or rows and responses "
+        "too long, as a share: more is refused (UW205).",
     )
     swapped: Share = Field(
         default=0.25,

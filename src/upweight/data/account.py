@@ -38,7 +38,7 @@ class Account:
 
     `dropped` counts rows by reason, `examples` holds the first few of each as (row, detail).
     `left_out` counts the responses of used rows that are not used. `truncated` counts prompts and
-    responses that were cut, and the cut responses by their side in preferences (chosen, rejected).
+    responses that were cut, and the preferences whose chosen, or rejected, response was.
     `unfinished` counts responses whose rows say that they did not stop, `boundary_repaired` rows
     whose prompt gave white space to the responses, `rewritten` responses whose content the chat
     template changed, `special_in_prompt` rows that hold a special token's text before the template
@@ -100,7 +100,7 @@ class Account:
         self.truncated["response"] += len(cut)
         self.lengths["prompt"].append(len(tree.prompt))
         for side, ks in sides.items():
-            self.truncated[side] += len(cut.intersection(ks))
+            self.truncated[side] += sum(k in cut for k in ks)
             self.lengths[side] += [len(tree.responses[k]) for k in ks]
 
     def check(self) -> Account:

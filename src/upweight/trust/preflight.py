@@ -76,13 +76,19 @@ def _counted(name: str, num: float | int, of: int) -> Figures:
 
 
 def cut(examined: Examined) -> Seen:
-    """So many responses lost their end, or did not fit, that what is learned is length."""
+    """So many responses lost their end, or did not fit, that what is learned is length; or so many
+    prompts lost their beginning that it is an answer to something else."""
     account, limit = examined.account, examined.limits.cut
-    shares = {
-        f"{side} responses cut": account.truncated[side] / max(1, account.preferences)
-        for side in ("chosen", "rejected")
+    answers = account.responses + sum(account.left_out.values())
+    counts = {
+        "chosen responses cut": (account.truncated["chosen"], account.preferences),
+        "rejected responses cut": (account.truncated["rejected"], account.preferences),
+        "responses cut": (account.truncated["response"], account.responses),
+        "prompts cut": (account.truncated["prompt"], account.used),
+        "responses left out as too long": (account.left_out.get("too_long", 0), answers),
+        "rows dropped as too long": (account.dropped.get("too_long", 0), account.read),
     }
-    shares["rows dropped as too long"] = account.dropped.get("too_long", 0) / max(1, account.read)
+    shares = {what: num / max(1, of) for what, (num, of) in counts.items()}
     figures = _counted("cut", max(shares.values()), 1)
     high = {what: share for what, share in shares.items() if share > limit}
     if not high:
