@@ -152,12 +152,13 @@ def test_what_a_run_warns_of_is_said_and_written(capsys: pytest.CaptureFixture[s
     assert found["code"] == "UW210" and "repeat an earlier one" in found["said"]
 
 
+@pytest.mark.parametrize(("command", "end"), [("train", ""), ("check", " of the river" * 18)])
 def test_swapped_columns_are_suspected_where_the_reference_disagrees_nearly_always(
-    capsys: pytest.CaptureFixture[str],
+    command: str, end: str, capsys: pytest.CaptureFixture[str]
 ):
     # A policy that has learned to prefer is the reference of data that are the other way round.
     right = [
-        {"prompt": f"question {i}", "chosen": "fine fine fine", "rejected": "no no no"}
+        {"prompt": f"question {i}{end}", "chosen": "fine fine fine", "rejected": "no no no"}
         for i in range(24)
     ]
     write_rows("pairs.jsonl", right)
@@ -165,11 +166,12 @@ def test_swapped_columns_are_suspected_where_the_reference_disagrees_nearly_alwa
     capsys.readouterr()
     swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in right]
     write_rows("pairs.jsonl", swapped)
-    assert train("again", "--model", "run/model") == 0
-    assert "warning[UW207]: train: the reference finds the chosen" in capsys.readouterr().err
+    assert train("again", "--model", "run/model", command=command) == 0
+    said = "".join(capsys.readouterr())
+    assert "warning[UW207]: train: the reference finds the chosen" in said
     write_rows("pairs.jsonl", right)
-    assert train("third", "--model", "run/model") == 0
-    assert "UW207" not in capsys.readouterr().err
+    assert train("third", "--model", "run/model", command=command) == 0
+    assert "UW207" not in "".join(capsys.readouterr())
 
 
 def test_check_says_the_same_to_machines(capsys: pytest.CaptureFixture[str]):
