@@ -45,8 +45,8 @@ from upweight.trust.identity import (
     require_quiet,
     starts_elsewhere,
 )
-from upweight.trust.likely import by_reference, spread
-from upweight.trust.preflight import Examined, Figures, examine
+from upweight.trust.likely import by_reference, spread, swapped
+from upweight.trust.preflight import Examined, Figures, examine, settle
 from upweight.trust.spans import Texts, examine_texts
 from upweight.types import Tree
 
@@ -98,17 +98,25 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     prepared = _noticed(
         prepared, {e.name: examine(e) for e in examined_sets(run, prepared)}, screen
     )
+    kind = KINDS[run.objective]
+    if kind.rows == "preferences" and not kind.by_reference:
+        # What the lengths say does not take a reference.
+        alone = {e.name: settle([swapped(e, ())]) for e in examined_sets(run, prepared)}
+        prepared = _noticed(prepared, alone, screen)
     # The texts have been read back, and are not needed in memory while the run goes on.
     prepared = replace(prepared, examples={})
     if saved is not None:
         require_same_settings(saved, run, prepared)
-    if not KINDS[run.objective].draws:
+    if not kind.draws:
         off = require_alone(lm, computed_together(prepared.trees["train"]))
         prepared = prepared.noticed({"train": {"alone_nats": Interval(off, off, off)}}, [])
     lm = trained(run, lm, prepared.renderer.stop_ids)
     screen.note(f"model: {lm.name}, {describe(lm)}")
     trees, steps = _learned_from(run, prepared)
-    forward = token_logps if KINDS[run.objective].answers else response_scores
+    forward = token_logps if kind.answers else response_scores
+    if run.lora is None or not run.lora.dropout:
+        few = spread(prepared.trees["train"], 16)
+        require_quiet(lm, min(few, key=lambda tree: tree.num_tokens), forward)
     moment = MOMENT_BYTES[run.optimizer.moments]
     memory = plan_memory(lm, trees, steps, run.batch.tokens_per_bin, moment, forward)
     screen.note(memory.describe())
@@ -201,8 +209,6 @@ def with_reference(
     known = [tree for tree in trees if id(tree) not in unknown]
     # What is wrong with a start is wrong in every row: short ones are asked.
     few = sorted(spread(known, 16), key=lambda tree: tree.num_tokens)[:PROBES]
-    if run.lora is None or not run.lora.dropout:
-        require_quiet(begun.lm, few)
     found = {e.name: by_reference(e, reference, own) for e in examined_sets(run, prepared)}
     if fresh:
         named = run.reference is not None

@@ -228,7 +228,7 @@ PAGES: tuple[Page, ...] = (
             "most for it; the share by length only where the reference does not agree with the "
             "labels more often than not. Read them: a model that prefers what people reject is "
             "also why one collects preferences. `upweight check` asks the reference about a few "
-            "rows of each set, training about all."
+            "rows of each set, training about all. For a reward model the lengths alone are asked."
         ),
         guarded_by=(
             "The report says so when a held-out accuracy is below chance by its whole interval. "
