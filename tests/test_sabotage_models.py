@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -257,6 +258,39 @@ def _half(folder: str, to: str) -> None:
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(to)
     AutoTokenizer.from_pretrained(folder).save_pretrained(to)
     Path(to, "probes.json").write_bytes(Path(folder, "probes.json").read_bytes())
+
+
+def no_probe(record: dict[str, Any]) -> None:
+    record["probes"].clear()
+
+
+def one_logp_less(record: dict[str, Any]) -> None:
+    record["probes"][1]["logps"].pop()
+
+
+def a_token_of_another_model(record: dict[str, Any]) -> None:
+    record["probes"][0]["response_ids"][0] = 99_999
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (no_probe, "probes.json holds no probe, so there is nothing to compare"),
+        (one_logp_less, "probe 2 has 6 logps for 7 response_ids"),
+        (a_token_of_another_model, "has the token id 99,999, and model has 260 tokens"),
+    ],
+)
+def test_probes_that_cannot_be_compared_are_a_message(
+    spoil: Callable[[dict[str, Any]], None], said: str, capsys: pytest.CaptureFixture[str]
+):
+    probe = {"messages": [{"role": "user", "content": "Name a bird."}], "prompt_ids": [5, 6],
+             "response_ids": [*range(7)], "logps": [-1.0] * 7}  # fmt: skip
+    record: dict[str, Any] = {"template": "chat", "template_options": {}, "stop_token_ids": [2]}
+    record["probes"] = [copy.deepcopy(probe) for _ in range(2)]
+    spoil(record)
+    Path("model/probes.json").write_text(json.dumps(record))
+    assert main(["check", "--model", "model"]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_no_row_of_the_data_is_among_the_probes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status is 0, 2 for a mistake or refusal, 130 when stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Rows hold letters that a terminal's encoding may lack.
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv)
     if arguments.command is None and not unknown:
