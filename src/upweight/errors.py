@@ -44,11 +44,13 @@ class RewardError(UpweightError):
 
 
 class Refusal(UpweightError):
-    """The run would finish and be wrong. `code` is one of the diagnosis codes, such as "UW107"."""
+    """The run would finish and be wrong. `code` is one of the diagnosis codes, such as "UW107", and
+    `said` the message without where to read about it."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{message}  Run: upweight explain {code}")
         self.code = code
+        self.said = message
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
