@@ -72,6 +72,11 @@ def test_sft_takes_every_turn_of_a_conversation_when_told_to():
     assert (last["used"], every["used"], every["earlier_turns"]) == (8, 16, 8)
 
 
+def test_every_turn_of_text_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert train("run", "--objective", "sft", "--turns", "all") == 2
+    assert "data.turns is all, and no row is a conversation" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("lora", [(), ("--lora", "true", "--learning-rate", "3e-2")])
 def test_a_reward_model_learns_to_rank_and_plain_transformers_reads_its_scores(lora):
     assert judge("run", "--epochs", "3", *lora) == 0

@@ -170,6 +170,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
         _require_apart(name, train, sets[name][0])
     if not kind.draws:
         _require_scores(run, loaded)
+        _require_turns(run, loaded)
     trees, accounts = {"train": grown(train, account)}, {"train": account}
     repeats = {"train": copies(train)}
     require_used(account, f"data {', '.join(run.data.path)}")
@@ -215,6 +216,17 @@ def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]
         "UW109",
         f"{said}, and no row has scores: their preferences are stated. Leave it out.",
     )
+
+
+def _require_turns(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]]) -> None:
+    """Raises Refusal UW109 for all turns of what is no conversation."""
+    rows = [example for examples, _ in loaded for example in examples]
+    if run.data.turns == "all" and all(isinstance(row.prompt, str) for row in rows):
+        raise Refusal(
+            "UW109",
+            "data.turns is all, and no row is a conversation: text has no earlier turns. Leave it "
+            "out.",
+        )
 
 
 def _reads_margins(run: Run) -> bool:
