@@ -34,6 +34,7 @@ SAMPLE = "sample --model model --prompts pairs.jsonl --out o.jsonl --max_new_tok
         ("train --model nowhere/at/all --data pairs.jsonl --out o", "no folder nowhere/at/all"),
         ("train --model model --data missing.jsonl --out o", "missing.jsonl"),
         (TRAIN, "out is missing"),
+        (f"{TRAIN} --out o --epochs 1e300", "epochs must be a number > 0 and <= 1000000"),
         (f"{TRAIN} --out o --lora.rank 100000000000", "lora.rank 100,000,000,000 cannot be put on"),
         ("train --model model --data bad.jsonl --out o", "bad.jsonl:1"),
         ("train --model empty --data pairs.jsonl --out o", "no config.json"),

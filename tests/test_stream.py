@@ -470,6 +470,10 @@ def test_epochs_become_steps():
     assert num_steps(trees, 4, seed=0, epochs=0.4) == 1
     assert num_steps(trees, 4, seed=0, epochs=0.5) == 2
     assert num_steps(trees, 4, seed=0, epochs=1.01) == 4
+    assert num_steps(trees, 4, seed=0, epochs=1e6) == 3_000_000
+    for epochs in (2.3, 3, 3.5, 6.79, 7):
+        walked = next(p for p in steps(trees, 4, seed=0) if p.epochs_done >= epochs - 1e-9)
+        assert num_steps(trees, 4, seed=0, epochs=epochs) == walked.step + 1
 
 
 @pytest.mark.parametrize("name", ["truthfulqa_pairs", "longprompt_pairs", "gsm8k_responses"])

@@ -425,7 +425,7 @@ class Run(Section):
     objective: Literal["dpo", "sft", "reward", "ppo", "grpo", "rloo", "online_dpo"] = Field(
         default="dpo", description="What is optimized."
     )
-    epochs: Positive = Field(default=1.0, description="Passes over the preferences.")
+    epochs: Positive = Field(default=1.0, le=1e6, description="Passes over the preferences.")
     steps: Count | None = Field(
         default=None, description="Optimizer steps, in place of epochs; null: epochs decides."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -197,7 +198,7 @@ def plan_epoch(
             plan.append([])
             num_pairs = 0
         plan[-1].append(i)
-        num_pairs += len(grown[i].preferences) or len(grown[i].responses)
+        num_pairs += _num_items(grown[i])
     return plan
 
 
@@ -232,7 +233,17 @@ def planned(grown: Sequence[Tree], pairs_per_step: int, seed: int) -> Callable[[
 
 def num_steps(grown: Sequence[Tree], pairs_per_step: int, seed: int, epochs: float | int) -> int:
     """How many steps it takes until `epochs` epochs are done; part of an epoch is a number too."""
+    before = 0
+    if len({_num_items(tree) for tree in grown}) == 1:
+        # Then every epoch has as many steps, whatever its order.
+        whole = max(0, math.ceil(epochs) - 2)
+        before, epochs = whole * len(plan_epoch(grown, pairs_per_step, seed, 0)), epochs - whole
     for plan in steps(grown, pairs_per_step, seed):
         if plan.epochs_done >= epochs - 1e-9:
-            return plan.step + 1
+            return before + plan.step + 1
     raise AssertionError("steps never end")
+
+
+def _num_items(tree: Tree) -> int:
+    """What a tree counts for where steps are made up: its preferences, or else its responses."""
+    return len(tree.preferences) or len(tree.responses)

@@ -6,7 +6,7 @@ is too much. The page of a code says whether it warns or refuses.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -148,13 +148,21 @@ def contradictory(examined: Examined) -> Seen:
 def _in_circles(edges: Sequence[tuple[Ids, Ids]]) -> set[int]:
     """The edges that stay when those that begin where none ends, or end where none begins, are
     taken away until there is none: they lie on circles, or between two."""
+    touching: dict[Ids, list[int]] = defaultdict(list)
+    for i, edge in enumerate(edges):
+        for end in edge:
+            touching[end].append(i)
+    num_out, num_in = (Counter(edge[side] for edge in edges) for side in (0, 1))
     left = set(range(len(edges)))
-    while True:
-        begins, ends = {edges[i][0] for i in left}, {edges[i][1] for i in left}
-        gone = {i for i in left if edges[i][0] not in ends or edges[i][1] not in begins}
-        if not gone:
-            return left
-        left -= gone
+    loose = [end for end in touching if not num_out[end] or not num_in[end]]
+    while loose:
+        for i in left.intersection(touching[loose.pop()]):
+            left.remove(i)
+            for end, num in zip(edges[i], (num_out, num_in), strict=True):
+                num[end] -= 1
+                if not num[end]:
+                    loose.append(end)
+    return left
 
 
 def repeated(examined: Examined) -> Seen:
