@@ -66,6 +66,10 @@ WORTH_A_TRY = 50
 VALUE_RATE = 10.0
 """A value model starts from nothing, and learns at so many times the policy's rate."""
 
+OF_THE_NEXT_STEP = ("UW302", "UW303")
+"""Refusals of a step that is not taken then. What is not the last step's is not on record as such:
+a run that resumes from there must lose the line."""
+
 PROBES = 4
 """Prompts that a reward model is asked about again when its export is read back."""
 
@@ -132,9 +136,7 @@ def _refusals_on_record(state: State, progress: Progress) -> Generator[None]:
     try:
         yield
     except Refusal as refusal:
-        # What is wrong with a step that is to be taken is not the last one's: a run that resumes
-        # from there must lose the line.
-        step = progress.step + (refusal.code in ("UW302", "UW303"))
+        step = progress.step + (refusal.code in OF_THE_NEXT_STEP)
         finding = asdict(Finding(refusal.code, refusal.said, metric="loss"))
         line = {"step": step, "kind": "warning", "refused": True, **finding}
         append_jsonl(state.rundir.file("metrics.jsonl"), line)

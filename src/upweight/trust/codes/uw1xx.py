@@ -302,6 +302,7 @@ PAGES: tuple[Page, ...] = (
             "upweight.config.commands:require_read",
             "upweight.recipes.prepare:_require_template_reads",
             "upweight.recipes.prepare:_require_scores",
+            "upweight.recipes.prepare:_require_turns",
             "upweight.recipes.prepare:_require_margins",
             "upweight.recipes.score:score_file",
         ),
