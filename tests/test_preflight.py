@@ -153,6 +153,29 @@ def test_responses_too_long_and_prompts_cut_count_as_what_is_cut():
         findings(rows, **{"data.max_length": 210, "data.truncation": "prompt"})
 
 
+def test_a_refusal_takes_nothing_that_was_found_with_it(capsys: pytest.CaptureFixture[str]):
+    rows = plain_rows()
+    for row in rows[:30]:
+        row["rejected"] = "river " * 200
+    for row in rows[30:34]:
+        row["rejected"] = row["chosen"]
+    echo = "which of these is the better answer"
+    rows += [{"prompt": f"{echo} {i}", "chosen": f"{echo} {i} a", "rejected": f"{echo} {i} b"}
+             for i in range(20)]  # fmt: skip
+    write_rows("rows.jsonl", rows)
+    words = ["check", "--model", "model", "--data", "rows.jsonl", "--max_length", "150"]
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert "warning[UW201]" in shown.out and "warning[UW206]" in shown.out
+    assert "responses cut on one side, or rows too long" in shown.out
+    assert "error[UW205]" in shown.err and "Found besides, above: UW201, UW206" in shown.err
+    assert main([*words, "--json"]) == 2
+    said = json.loads(capsys.readouterr().out)
+    assert said["error"]["code"] == "UW205" and said["sets"]["train"]["read"] == 80
+    assert {"UW201", "UW205", "UW206"} <= {found["code"] for found in said["findings"]}
+    assert said["figures"]["train"]["cut"]["value"] == pytest.approx(30 / 80)
+
+
 def test_what_a_run_warns_of_is_said_and_written(capsys: pytest.CaptureFixture[str]):
     rows = plain_rows(24)
     write_rows("pairs.jsonl", [*rows, *rows[:5]])

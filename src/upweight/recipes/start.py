@@ -11,6 +11,7 @@ import torch
 
 from upweight.config import INHERITED, PROBED, RESOLVED, Resolved, Run, require_read, unread
 from upweight.data.stream import num_steps, plan_epoch
+from upweight.errors import Refusal
 from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.logprobs import token_logps
@@ -22,7 +23,9 @@ from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import (
     Prepared,
     account_lines,
+    account_record,
     describe,
+    figure_lines,
     load_policy,
     prepare,
     with_rates,
@@ -37,7 +40,7 @@ from upweight.training.memory import MemoryPlan, plan_memory
 from upweight.training.optimizer import MOMENT_BYTES, require_moments
 from upweight.training.rollout import Sizes
 from upweight.training.rundir import require_space
-from upweight.trust.finding import Finding
+from upweight.trust.finding import Finding, Refused
 from upweight.trust.identity import (
     PROBES,
     computed_together,
@@ -103,6 +106,7 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
         # What the lengths say does not take a reference.
         alone = {e.name: settle([swapped(e, ())]) for e in examined_sets(run, prepared)}
         prepared = _noticed(prepared, alone, screen)
+    _require_accepted(prepared, screen)
     # The texts have been read back, and are not needed in memory while the run goes on.
     prepared = replace(prepared, examples={})
     if saved is not None:
@@ -225,8 +229,24 @@ def _noticed(
     figures = {name: measured for name, (measured, _) in found.items()}
     findings = [finding for _, warned in found.values() for finding in warned]
     for finding in findings:
-        screen.note(str(finding))
+        if not isinstance(finding, Refused):
+            screen.note(str(finding))
     return prepared.noticed(figures, findings)
+
+
+def _require_accepted(prepared: Prepared, screen: Screen) -> None:
+    """Raises the first Refusal that the rows have earned, once everything else is said."""
+    refused = [f for f in prepared.findings if isinstance(f, Refused)]
+    if not refused:
+        return
+    for line in figure_lines(prepared.figures):
+        screen.note(line)
+    first, *others = refused
+    for finding in others:
+        screen.note(str(finding))
+    codes = sorted({f.code for f in prepared.findings} - {first.code})
+    also = f" Found besides, above: {', '.join(codes)}." if codes else ""
+    raise Refusal(first.code, first.sentence + also, account_record(prepared))
 
 
 def trained(run: Run, lm: LanguageModel, stop_ids: Collection[int]) -> LanguageModel:

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 
 from upweight.config import Preflight
 from upweight.data.account import Account
-from upweight.errors import Refusal
 from upweight.stats import Interval, accuracy_interval
 from upweight.trust.codes import page
-from upweight.trust.finding import Finding
+from upweight.trust.finding import Finding, Refused
 from upweight.trust.near import near_copies, nearly_same
 from upweight.trust.words import Compared, count_words
 from upweight.types import Preference, RowId, Tree
@@ -56,18 +55,17 @@ class Seen:
 
 
 def examine(examined: Examined) -> tuple[Figures, list[Finding]]:
-    """What the examinations measure and warn of, in the order of their codes. Raises Refusal for
-    what they refuse."""
+    """What the examinations measure, warn of and refuse, in the order of their codes."""
     return settle([examination(examined) for examination in EXAMINATIONS])
 
 
 def settle(seen: Sequence[Seen]) -> tuple[Figures, list[Finding]]:
     figures = {name: value for one in seen for name, value in one.figures.items()}
     found = [one.finding for one in seen if one.finding is not None]
-    for finding in found:
-        if page(finding.code).severity == "refuses":
-            raise Refusal(finding.code, finding.sentence)
-    return figures, found
+    return figures, [
+        Refused(f.code, f.said, f.rows, f.metric) if page(f.code).severity == "refuses" else f
+        for f in found
+    ]
 
 
 def _counted(name: str, num: float | int, of: int) -> Figures:
