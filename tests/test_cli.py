@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import upweight as uw
-from runs import furnish, train
+from runs import furnish, train, write_rows
 from upweight.cli import main
 from upweight.config import READS
 from upweight.config.keys import keys
@@ -33,6 +34,8 @@ SAMPLE = "sample --model model --prompts pairs.jsonl --out o.jsonl --max_new_tok
         ("train --model nowhere/at/all --data pairs.jsonl --out o", "no folder nowhere/at/all"),
         ("train --model model --data missing.jsonl --out o", "missing.jsonl"),
         (TRAIN, "out is missing"),
+        (f"{TRAIN} --out o --epochs 1e300", "epochs must be a number > 0 and <= 1000000"),
+        (f"{TRAIN} --out o --lora.rank 100000000000", "lora.rank 100,000,000,000 cannot be put on"),
         ("train --model model --data bad.jsonl --out o", "bad.jsonl:1"),
         ("train --model empty --data pairs.jsonl --out o", "no config.json"),
         ("train --model bare --data pairs.jsonl --out o", "tokenizer"),
@@ -90,6 +93,18 @@ def test_a_command_refuses_what_it_does_not_read_and_names_those_that_do(
     assert "reference is nowhere, and sample does not read it: train, check and score do." in said
     with pytest.raises(Refusal, match="lora is true, and score does not read it"):
         uw.score(model="model", data="pairs.jsonl", lora=True)
+
+
+def test_a_terminal_that_lacks_a_letter_shows_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"prompt": f"{i} caf\u00e9", "chosen": "\u00e9t\u00e9", "rejected": "b"} for i in range(4)
+    ]
+    write_rows("pairs.jsonl", rows)
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert main(["check", "--model", "model", "--data", "pairs.jsonl"]) == 0
+    sys.stdout.flush()
+    assert b"\\xe9t\\xe9" in shown.getvalue()
 
 
 def test_sample_takes_its_rows_from_prompts_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -398,6 +398,9 @@ def test_score_reads_beta_only_with_a_reference() -> None:
         (["merge=true"], "export.merge is true, and it has no effect without lora"),
         (["watch.easy=.9"], "watch.easy is 0.9, and it has no effect without an evaluation"),
         (["objective=ppo", "value_coefficient=1"], "has no effect while policy.value is own"),
+        (["prompt_files=[p.jsonl]", "samples=0"], "while evaluation.samples is 0"),
+        (["objective=sft", "reference=sft"], "sft asks it for answers alone, and no evaluation"),
+        (["objective=grpo", "edits=.1"], "objective grpo does not read it: dpo, sft and reward"),
         (["objective=grpo", "kl_stop=1", "log_every=2"], "only after a step that is logged"),
     ],
 )
@@ -406,6 +409,11 @@ def test_a_key_that_waits_for_another_is_refused_without_it(said: list[str], why
         with pytest.raises(Refusal, match="UW109") as caught:
             require_read(command, run_of(*said))
         assert why in str(caught.value)
+
+
+def test_a_reference_that_answers_is_read_and_so_are_the_lengths_of_a_reward_models_rows() -> None:
+    require_read("train", run_of("objective=sft", "reference=sft", "fraction=.1"))
+    require_read("train", run_of("objective=reward", "swapped=.1"))
 
 
 def test_no_samples_may_be_asked_for_without_an_evaluation() -> None:

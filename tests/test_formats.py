@@ -351,6 +351,8 @@ def many_row(**columns):
         (many_row(responses=[{"text": "a", "score": math.nan}]), None,
          "responses[0].score is a number (NaN); allowed: a finite number."),
         (many_row(responses=[{"text": "a", "score": 1}], scores=[2]), None, "Keep one."),
+        (many_row(responses=[{"text": "a", "stopped": "no"}]), None,
+         'responses[0].stopped is text ("no"); allowed: true, or false where'),
         (many_row(scores=[1]), None, "train.jsonl:7 has 1 scores for 2 responses."),
         (many_row(preferences=[[0]]), None, "[0] is a list ([0]); allowed: [chosen, rejected]"),
         (many_row(preferences=[[1, 1]]), None, "preferences[0] is a list ([1, 1])"),

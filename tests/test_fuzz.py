@@ -27,7 +27,8 @@ from upweight.data.formats import example_of, prompt_of
 from upweight.data.preferences import unusable
 from upweight.data.render import Renderer, make_renderer
 from upweight.data.stream import grow, load_examples, load_prompts, overlap, split_by_prompt
-from upweight.errors import DataError, ModelError, UpweightError
+from upweight.errors import DataError, ModelError
+from upweight.trust.finding import Refused
 from upweight.trust.spans import Texts, examine_texts
 from upweight.types import Dropped, Example, RowId
 
@@ -106,12 +107,11 @@ def rendered(examples: list[Example], account: Account, renderer: Renderer) -> N
     assert account.used == len(found)
     assert account.read == read == account.used + sum(account.dropped.values())
     texts = Texts("rows", examples, found, account, renderer, renderer.stop_ids, Preflight())
-    try:
-        examine_texts(texts)
-    except UpweightError as error:
-        assert error.code in ("UW201", "UW202", "UW203", "UW204"), error
-        # No other code than that of shares: no row is scored on tokens that are not its own.
-        assert "preflight.spans" in str(error), error
+    for finding in examine_texts(texts):
+        if isinstance(finding, Refused):
+            assert finding.code in ("UW201", "UW202", "UW203", "UW204"), finding
+            # No other than that of shares: no row is scored on tokens that are not its own.
+            assert "preflight.spans" in finding.said, finding
 
 
 def accounted(paths: list[str]) -> tuple[list[Example], Account] | None:

@@ -306,3 +306,16 @@ def test_a_gradient_that_is_not_finite_is_refused_too(tmp_path):
     with pytest.raises(Refusal, match="the loss is 0.* the gradient's norm nan"):
         train(lm, tmp_path, WHOLE, loss=steep)
     assert fingerprint(lm) == before
+
+
+def test_a_refused_step_names_the_rows_that_it_is_refused_for(tmp_path):
+    def spoiled(logps):
+        seven = torch.maximum(logps.tokens_chosen, logps.tokens_rejected) == 7
+        return torch.where(seven, torch.nan, dpo(logps))
+
+    culprits = [str(TREES[i].ids[0].row) for i in (2, 7)]
+    said = f"The rows whose loss it is: {', '.join(culprits)}."
+    for name, cut in (("whole", WHOLE), ("ragged", RAGGED)):
+        with pytest.raises(Refusal) as refused:
+            train(loaded(), tmp_path / name, cut, loss=spoiled)
+        assert said in str(refused.value)

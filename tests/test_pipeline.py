@@ -138,6 +138,11 @@ def test_no_conversation_and_no_turns_prompt_is_trained_on_and_held_out():
         assert (account.read, account.used, account.earlier_turns) == (2 * talks, 2 * talks, talks)
 
 
+def test_every_turn_of_text_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert train("run", "--objective", "sft", "--turns", "all") == 2
+    assert "data.turns is all, and no row is a conversation" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("lora", [(), ("--lora", "true", "--learning-rate", "3e-2")])
 def test_a_reward_model_learns_to_rank_and_plain_transformers_reads_its_scores(lora):
     assert judge("run", "--epochs", "3", *lora) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,30 @@ def test_preferences_in_a_circle_are_found():
     assert code == "UW210" and "3 of 63 preferences contradict" in said
 
 
+def test_preferences_of_one_row_in_a_circle_are_found():
+    texts = ["river stone", "cloud", "lamp paper seven"]
+    rows = [
+        {"prompt": f"which {i}", "responses": [f"{text} {i}" for text in texts]} for i in range(20)
+    ]
+    around = [row | {"preferences": [[0, 1], [1, 2], [2, 0]]} for row in rows]
+    assert "60 of 60 preferences contradict each other" in dict(findings(around))["UW210"]
+    assert "UW210" not in dict(findings([row | {"scores": [3, 2, 1]} for row in rows]))
+
+
 def test_only_what_lies_on_circles_or_between_them_is_left():
     edges = {"ab": 0, "ba": 1, "bc": 2, "cd": 3, "dc": 4, "xa": 5, "de": 6, "ef": 7}
     left = _in_circles([((ord(x),), (ord(y),)) for x, y in edges])
     assert left == {0, 1, 2, 3, 4}
     assert _in_circles([]) == set()
+
+
+def test_a_long_chain_of_preferences_takes_no_longer_than_its_rows():
+    edges = [((i,), (i + 1,)) for i in range(20_000)]
+    began = time.process_time()
+    assert _in_circles(edges) == set()
+    assert _in_circles([*edges, ((20_000,), (0,))]) == set(range(20_001))
+    # 150 s where every round of the peeling looks at all of them.
+    assert time.process_time() - began < 5
 
 
 def test_rows_that_repeat_are_found():
@@ -101,6 +121,61 @@ def test_cutting_many_responses_is_refused():
     assert "UW205" not in dict(findings(rows, **cut, **{"preflight.cut": 0.6}))
 
 
+CUT = {"data.max_length": 120, "data.truncation": "response"}
+
+
+def test_cutting_the_responses_of_supervised_rows_is_refused():
+    answers = (f"river {i} " * (2 + 20 * (i % 2)) for i in range(20))
+    rows = [{"prompt": f"question {i}", "responses": [answer]} for i, answer in enumerate(answers)]
+    with pytest.raises(Refusal, match=r"50% of responses cut.*UW205"):
+        findings(rows, objective="sft", **CUT)
+
+
+def test_cutting_all_of_many_responses_is_refused():
+    texts = [f"{chr(97 + k)} river" * 40 for k in range(8)]
+    rows = [
+        {"prompt": f"question {i}", "responses": texts, "scores": list(range(8))} for i in range(9)
+    ]
+    with pytest.raises(Refusal, match="100% of chosen responses cut, 100% of rejected responses"):
+        findings(rows, **CUT)
+
+
+def test_responses_too_long_and_prompts_cut_count_as_what_is_cut():
+    draw = random.Random(5)
+    rows = [
+        {"prompt": f"question {i}", "scores": [1, 2, 3],
+         "responses": [sentence(draw, 3), sentence(draw, 4), "river " * 30]}
+        for i in range(20)
+    ]  # fmt: skip
+    with pytest.raises(Refusal, match=r"33% of responses left out as too long.*UW205"):
+        findings(rows, **{"data.max_length": 120})
+    with pytest.raises(Refusal, match=r"50% of prompts cut.*UW205"):
+        findings(rows, **{"data.max_length": 210, "data.truncation": "prompt"})
+
+
+def test_a_refusal_takes_nothing_that_was_found_with_it(capsys: pytest.CaptureFixture[str]):
+    rows = plain_rows()
+    for row in rows[:30]:
+        row["rejected"] = "river " * 200
+    for row in rows[30:34]:
+        row["rejected"] = row["chosen"]
+    echo = "which of these is the better answer"
+    rows += [{"prompt": f"{echo} {i}", "chosen": f"{echo} {i} a", "rejected": f"{echo} {i} b"}
+             for i in range(20)]  # fmt: skip
+    write_rows("rows.jsonl", rows)
+    words = ["check", "--model", "model", "--data", "rows.jsonl", "--max_length", "150"]
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert "warning[UW201]" in shown.out and "warning[UW206]" in shown.out
+    assert "responses cut on one side, or rows too long" in shown.out
+    assert "error[UW205]" in shown.err and "Found besides, above: UW201, UW206" in shown.err
+    assert main([*words, "--json"]) == 2
+    said = json.loads(capsys.readouterr().out)
+    assert said["error"]["code"] == "UW205" and said["sets"]["train"]["read"] == 80
+    assert {"UW201", "UW205", "UW206"} <= {found["code"] for found in said["findings"]}
+    assert said["figures"]["train"]["cut"]["value"] == pytest.approx(30 / 80)
+
+
 def test_what_a_run_warns_of_is_said_and_written(capsys: pytest.CaptureFixture[str]):
     rows = plain_rows(24)
     write_rows("pairs.jsonl", [*rows, *rows[:5]])
@@ -110,12 +185,13 @@ def test_what_a_run_warns_of_is_said_and_written(capsys: pytest.CaptureFixture[s
     assert found["code"] == "UW210" and "repeat an earlier one" in found["said"]
 
 
+@pytest.mark.parametrize(("command", "end"), [("train", ""), ("check", " of the river" * 18)])
 def test_swapped_columns_are_suspected_where_the_reference_disagrees_nearly_always(
-    capsys: pytest.CaptureFixture[str],
+    command: str, end: str, capsys: pytest.CaptureFixture[str]
 ):
     # A policy that has learned to prefer is the reference of data that are the other way round.
     right = [
-        {"prompt": f"question {i}", "chosen": "fine fine fine", "rejected": "no no no"}
+        {"prompt": f"question {i}{end}", "chosen": "fine fine fine", "rejected": "no no no"}
         for i in range(24)
     ]
     write_rows("pairs.jsonl", right)
@@ -123,11 +199,12 @@ def test_swapped_columns_are_suspected_where_the_reference_disagrees_nearly_alwa
     capsys.readouterr()
     swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in right]
     write_rows("pairs.jsonl", swapped)
-    assert train("again", "--model", "run/model") == 0
-    assert "warning[UW207]: train: the reference finds the chosen" in capsys.readouterr().err
+    assert train("again", "--model", "run/model", command=command) == 0
+    said = "".join(capsys.readouterr())
+    assert "warning[UW207]: train: the reference finds the chosen" in said
     write_rows("pairs.jsonl", right)
-    assert train("third", "--model", "run/model") == 0
-    assert "UW207" not in capsys.readouterr().err
+    assert train("third", "--model", "run/model", command=command) == 0
+    assert "UW207" not in "".join(capsys.readouterr())
 
 
 def test_check_says_the_same_to_machines(capsys: pytest.CaptureFixture[str]):

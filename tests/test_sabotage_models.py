@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 import upweight.recipes.reference as recipe
 import upweight.training.objectives as objectives
-from runs import furnish, train
+from runs import PAIRS, furnish, train, write_rows
 from tiny import CHATML, byte_tokenizer, save_tiny, tiny_model
 from upweight.cli import main
 from upweight.config import load_run
@@ -49,19 +50,33 @@ def shift(values: list[list[float]]) -> list[list[float]]:
     return [values[turned.get(i, i)] for i in range(len(values))]
 
 
-@pytest.mark.parametrize("spoil", [shift, lambda values: [[x + 0.5 for x in v] for v in values]])
-def test_reference_log_probs_that_are_of_other_rows_are_refused(
-    spoil: Callable[[list[list[float]]], list[list[float]]], capsys: pytest.CaptureFixture[str]
-):
-    assert train("first") == 0
+def spoil_cache(spoil: Callable[[list[list[float]]], list[list[float]]]) -> None:
     for part in Path("cache").rglob("part-*.parquet"):
         table = pq.read_table(part, schema=SCHEMA)
         values = spoil(table["logps"].to_pylist())
         logps = pa.array(values, SCHEMA.field("logps").type)
         pq.write_table(table.set_column(1, SCHEMA.field("logps"), logps), part)
+
+
+@pytest.mark.parametrize("spoil", [shift, lambda values: [[x + 0.5 for x in v] for v in values]])
+def test_reference_log_probs_that_are_of_other_rows_are_refused(
+    spoil: Callable[[list[list[float]]], list[list[float]]], capsys: pytest.CaptureFixture[str]
+):
+    assert train("first") == 0
+    spoil_cache(spoil)
     assert train("second") == 2
     said = capsys.readouterr().err
     assert "error[UW107]" in said and "pairs.jsonl:" in said and "Delete that folder" in said
+
+
+def test_a_few_spoiled_rows_among_many_fresh_ones_are_refused(capsys: pytest.CaptureFixture[str]):
+    write_rows("pairs.jsonl", PAIRS[:3])
+    assert train("first") == 0
+    spoil_cache(lambda values: [[x + 5 for x in v] for v in values])
+    fresh = [{**row, "prompt": f"another {i}"} for i, row in enumerate(PAIRS * 3)]
+    write_rows("pairs.jsonl", [*fresh, *PAIRS[:3]])
+    assert train("second") == 2
+    assert "error[UW107]" in capsys.readouterr().err
 
 
 class Changing(Silent):
@@ -269,6 +284,39 @@ def _half(folder: str, to: str) -> None:
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(to)
     AutoTokenizer.from_pretrained(folder).save_pretrained(to)
     Path(to, "probes.json").write_bytes(Path(folder, "probes.json").read_bytes())
+
+
+def no_probe(record: dict[str, Any]) -> None:
+    record["probes"].clear()
+
+
+def one_logp_less(record: dict[str, Any]) -> None:
+    record["probes"][1]["logps"].pop()
+
+
+def a_token_of_another_model(record: dict[str, Any]) -> None:
+    record["probes"][0]["response_ids"][0] = 99_999
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (no_probe, "probes.json holds no probe, so there is nothing to compare"),
+        (one_logp_less, "probe 2 has 6 logps for 7 response_ids"),
+        (a_token_of_another_model, "has the token id 99,999, and model has 260 tokens"),
+    ],
+)
+def test_probes_that_cannot_be_compared_are_a_message(
+    spoil: Callable[[dict[str, Any]], None], said: str, capsys: pytest.CaptureFixture[str]
+):
+    probe = {"messages": [{"role": "user", "content": "Name a bird."}], "prompt_ids": [5, 6],
+             "response_ids": [*range(7)], "logps": [-1.0] * 7}  # fmt: skip
+    record: dict[str, Any] = {"template": "chat", "template_options": {}, "stop_token_ids": [2]}
+    record["probes"] = [copy.deepcopy(probe) for _ in range(2)]
+    spoil(record)
+    Path("model/probes.json").write_text(json.dumps(record))
+    assert main(["check", "--model", "model"]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_no_row_of_the_data_is_among_the_probes():

@@ -116,8 +116,11 @@ def test_columns_that_are_swapped_by_the_length_of_what_they_hold():
     said = check(**{"preflight.shortcut": 0.99})["UW207"]
     assert "the longer response is the chosen one in only" in said and "pairs.jsonl:" in said
     assert check(**{"preflight.shortcut": 0.99, "preflight.swapped": 0.0}) == {}
+    judged = check(**{"preflight.shortcut": 0.99}, objective="reward")["UW207"]
+    assert "the longer response is the chosen one in only" in judged
     write_rows("pairs.jsonl", lengths("chosen", "rejected"))
     assert check(**{"preflight.shortcut": 0.99}) == {}
+    assert check(**{"preflight.shortcut": 0.99}, objective="reward") == {}
 
 
 def test_data_that_the_reference_would_never_say(capsys: pytest.CaptureFixture[str]):
@@ -180,7 +183,8 @@ def test_no_family_hears_its_neighbours(family: str):
     assert require_alone(loaded(family), computed_together(trees)) < 1e-3
 
 
-def test_noise_is_refused_by_check_too(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("objective", ["dpo", "sft", "reward", "grpo"])
+def test_noise_is_refused_by_check_too(objective: str, monkeypatch: pytest.MonkeyPatch):
     made = run_start.trained
 
     def noisy(run: Run, lm: LanguageModel, stop_ids: object) -> LanguageModel:
@@ -190,8 +194,9 @@ def test_noise_is_refused_by_check_too(monkeypatch: pytest.MonkeyPatch):
         return lm
 
     monkeypatch.setattr(run_start, "trained", noisy)
+    asked = {"rollout.reward": "number", "loss.beta": 0.05} if objective == "grpo" else {}
     with pytest.raises(Refusal, match="UW106"):
-        check()
+        check(objective=objective, **asked)
 
 
 def test_check_holds_the_policy_against_a_reference_that_is_named():

@@ -122,6 +122,8 @@ def test_a_policy_that_is_its_own_reference_is_refused(
     assert train("run") == 2
     said = capsys.readouterr().err
     assert "error[UW102]" in said and "step 2" in said
+    assert warned()["UW102"]["refused"]
+    assert "step 2, and ended the run" in Path("run/report.html").read_text()
 
 
 # How a step is made
@@ -205,6 +207,9 @@ def test_a_loss_that_overflows_stops_before_the_optimizer(
     monkeypatch.setattr(objectives, "pair", exploding)
     assert train("run") == 2
     assert "error[UW303]: step 1: the loss is inf" in capsys.readouterr().err
+    last = rows_of("run/metrics.jsonl")[-1]
+    assert (last["code"], last["step"], last["refused"]) == ("UW303", 1, True)
+    assert '<code id="warning-uw303">' in Path("run/report.html").read_text()
 
 
 # What the curves do

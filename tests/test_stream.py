@@ -65,6 +65,14 @@ def test_json_lines_give_every_row_with_its_line(tmp_path, name, mark):
     assert rows_of(path) == [(RowId(path, 1), ROWS[0]), (RowId(path, 3), ROWS[1])]
 
 
+def test_keys_of_a_response_that_nothing_reads_are_counted(tmp_path):
+    answers = [{"text": "a b", "score": 1, "wieght": 9}, {"text": "c", "score": 0, "gone": None}]
+    turn = {"role": "assistant", "content": "a", "thinking": "hm", "score": 2}
+    rows = [{"prompt": "p", "responses": [*answers, turn], "id": 1}]
+    _, account = load_examples([write_rows(tmp_path / "a.jsonl", rows)])
+    assert account.unused_columns == {"id": 1, "responses.wieght": 1}
+
+
 @pytest.mark.parametrize("value", [ROWS, {"version": 1, "data": ROWS}])
 def test_json_is_a_list_of_rows_or_an_object_that_holds_one(tmp_path, value):
     path = write(tmp_path / "a.json", json.dumps(value, indent=1))
@@ -339,6 +347,7 @@ def test_growing_trees_moves_rows_from_used_to_dropped(tmp_path):
         "left_out": {"empty_response": 1, "identical_responses": 1},
         "truncated": {"prompt": 0, "response": 1, "chosen": 1, "rejected": 0},
         "appended_stop": 0,
+        "unfinished": 0,
         "boundary_repaired": 0,
         "rewritten": 0,
         "special_in_prompt": 0,
@@ -461,6 +470,10 @@ def test_epochs_become_steps():
     assert num_steps(trees, 4, seed=0, epochs=0.4) == 1
     assert num_steps(trees, 4, seed=0, epochs=0.5) == 2
     assert num_steps(trees, 4, seed=0, epochs=1.01) == 4
+    assert num_steps(trees, 4, seed=0, epochs=1e6) == 3_000_000
+    for epochs in (2.3, 3, 3.5, 6.79, 7):
+        walked = next(p for p in steps(trees, 4, seed=0) if p.epochs_done >= epochs - 1e-9)
+        assert num_steps(trees, 4, seed=0, epochs=epochs) == walked.step + 1
 
 
 @pytest.mark.parametrize("name", ["truthfulqa_pairs", "longprompt_pairs", "gsm8k_responses"])

@@ -29,6 +29,7 @@ from upweight.data.render import make_renderer
 from upweight.data.stream import grow, load_examples
 from upweight.data.trees import prompt_ids, show, text_after, tree, trees
 from upweight.errors import ConfigError, DataError, ModelError
+from upweight.trust.reread import again
 from upweight.types import Dropped, Example, Preference, Response
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -190,6 +191,19 @@ def test_plain_text_gets_one_end_of_text():
     assert notes.num_appended == 1
     assert reason(pair_of(chosen="a<|endoftext|>b"), tok) == "stop_in_response"
     assert reason(pair_of(chosen="<|endoftext|>"), tok) == "empty_response"
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_a_response_that_was_cut_off_gets_no_stop(template):
+    tok = byte_tokenizer(template)
+    answers = [{"text": "Bec", "stopped": False}, {"text": "No.", "stopped": True}]
+    row = {"prompt": "Why?", "responses": answers, "preferences": [[1, 0]]}
+    example = example_of(row, ROW, "responses")
+    found, notes = grown(example, tok)
+    assert texts(found, tok)[1:] == ["Bec", "No.<|im_end|>"]
+    assert found.stopped == (False, True)
+    assert (notes.num_unfinished, notes.num_appended) == (1, int(template is None))
+    assert again(example, found, make_renderer(tok)) is None
 
 
 @pytest.mark.parametrize("prompt", ["Why?", "<s>Why?"])

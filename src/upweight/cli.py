@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from upweight.config import (
     load_stages,
     values_from_flags,
 )
-from upweight.errors import UpweightError, nearest
+from upweight.errors import Refusal, UpweightError, nearest
 
 if TYPE_CHECKING:
     from upweight.recipes.screen import Screen
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status is 0, 2 for a mistake or refusal, 130 when stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Rows hold letters that a terminal's encoding may lack.
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv)
     if arguments.command is None and not unknown:
@@ -224,7 +229,7 @@ def _check_model(arguments: argparse.Namespace, screen: Screen | None = None) ->
 
 def _check_as_json(arguments: argparse.Namespace) -> int:
     """What was found on standard output, of a model the largest difference in nats, or
-    {"error": {"code", "message"}} and status 2."""
+    {"error": {"code", "message"}} and status 2, beside what was found until then."""
     try:
         if _is_model_alone(arguments):
             record: dict[str, object] = {"largest_difference": _check_model(arguments)}
@@ -235,7 +240,9 @@ def _check_as_json(arguments: argparse.Namespace) -> int:
             record = check_stages(stages).to_json()
         print(json.dumps(record, ensure_ascii=False, indent=1))
     except UpweightError as error:
-        print(json.dumps({"error": {"code": error.code, "message": str(error)}}, indent=1))
+        found = error.found if isinstance(error, Refusal) else {}
+        record = {"error": {"code": error.code, "message": str(error)}, **found}
+        print(json.dumps(record, ensure_ascii=False, indent=1))
         return 2
     return 0
 

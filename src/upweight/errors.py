@@ -14,7 +14,7 @@ Our own bugs are assertions and keep their traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class UpweightError(Exception):
@@ -44,11 +44,15 @@ class RewardError(UpweightError):
 
 
 class Refusal(UpweightError):
-    """The run would finish and be wrong. `code` is one of the diagnosis codes, such as "UW107"."""
+    """The run would finish and be wrong. `code` is one of the diagnosis codes, such as "UW107", and
+    `said` the message without where to read about it. `found` is all that was known when it was
+    raised, as JSON has it."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, found: Mapping[str, object] | None = None) -> None:
         super().__init__(f"{message}  Run: upweight explain {code}")
         self.code = code
+        self.said = message
+        self.found = found or {}
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -38,12 +38,15 @@ class RowId:
 class Response:
     """One answer to a prompt: plain text or the assistant's messages, and its score if it has one.
 
-    A preference weighs its own weight times those of its two responses.
+    A preference weighs its own weight times those of its two responses. `stopped` is False for
+    text that was cut off before its end, such as a sample that met its limit: no stop token follows
+    it.
     """
 
     content: Text
     score: float | None = None
     weight: float = 1.0
+    stopped: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +100,9 @@ class Tree:
     """One prompt with K responses, as token ids: a trie of depth two.
 
     Every response's first token is predicted at the prompt's last token. `stopped[k]` says
-    whether response k ends in its stop token (False when truncation cut it off). `ids` says which
-    row each response came from: trees with equal prompts are merged, and the ledger still has to
-    name the rows.
+    whether response k ends in its stop token (False when truncation cut it off, or the row says
+    that it was). `ids` says which row each response came from: trees with equal prompts are
+    merged, and the ledger still has to name the rows.
     """
 
     prompt: tuple[int, ...]

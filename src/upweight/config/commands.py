@@ -57,6 +57,10 @@ def _is_sampled(run: Run) -> bool:
     return run.evaluation.samples > 0 or not _is_evaluated(run)
 
 
+def _asks_its_reference(run: Run) -> bool:
+    return run.objective != "sft" or (run.evaluation.samples > 0 and _is_evaluated(run))
+
+
 def _samples_are_the_policys(run: Run) -> bool:
     return run.evaluation.temperature == 1
 
@@ -87,6 +91,7 @@ _WITHOUT = (
     "evaluation.prompt_files"
 )
 _UNSAMPLED = "has no effect while evaluation.samples is 0"
+_UNASKED = "has no effect: sft asks it for answers alone, and no evaluation samples any"
 _UNLIKE = "has no effect while evaluation.temperature is not 1: samples are then not the policy's"
 _WHOLE = "has no effect without lora: all weights are trained, and there is no adapter to merge"
 _APART = "has no effect while policy.value is own: the two losses then move different weights"
@@ -101,7 +106,8 @@ _SAMPLED = (
 NEEDS: tuple[Need, ...] = (
     Need(_TRAINING, ("evaluation.every", "watch.easy", *_SAMPLED), _is_evaluated, _WITHOUT),
     Need(_TRAINING, ("evaluation.samples",), _asks_for_no_samples_or_is_evaluated, _WITHOUT),
-    Need(_TRAINING, _SAMPLED, _is_sampled, _UNSAMPLED),
+    Need(_TRAINING, (*_SAMPLED, "evaluation.prompt_files"), _is_sampled, _UNSAMPLED),
+    Need(_TRAINING, ("reference",), _asks_its_reference, _UNASKED),
     Need(_TRAINING, ("watch.kl",), _samples_are_the_policys, _UNLIKE),
     Need(_TRAINING, ("export.merge",), _has_adapter, _WHOLE),
     Need(_TRAINING, ("policy.value_coefficient",), _has_a_trunk_in_common, _APART),

@@ -25,7 +25,8 @@ _ANSWERS = (
     *of_section("watch", "length", "repetition", "stopped", "kl"),
 )
 _MARGINS = of_section("watch", "displaced", "solved", "spread", "flat")
-_ROUNDS = (*_ANSWERS, *_REPEATS, "rollout", "loss.beta")
+# A prompt has no responses that could nearly be another's.
+_ROUNDS = (*_ANSWERS, *of_section("preflight", "cut", "repeated"), "rollout", "loss.beta")
 _SURROGATE = of_section("policy", "clip_low", "clip_high", "kl_estimator", "kl_target", "kl_stop")
 _GROUP = of_section("policy", "advantages", "aggregation")
 _VALUES = of_section(
@@ -47,6 +48,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "reward": (
         *_PAIRS,
         *of_section("loss", "label_smoothing", "margin", "centering"),
+        "preflight.swapped",
         *of_section("watch", "solved", "easy"),
     ),
     "ppo": (*_ROUNDS, *_SURROGATE, *_VALUES),

@@ -310,8 +310,8 @@ class Preflight(Section):
 
     cut: Share = Field(
         default=0.2,
-        description="Responses of either side that are cut, or rows too long, as a share: more is "
-        "refused (UW205).",
+        description="Responses of either side, or prompts, that are cut, or rows and responses "
+        "too long, as a share: more is refused (UW205).",
     )
     swapped: Share = Field(
         default=0.25,
@@ -425,7 +425,7 @@ class Run(Section):
     objective: Literal["dpo", "sft", "reward", "ppo", "grpo", "rloo", "online_dpo"] = Field(
         default="dpo", description="What is optimized."
     )
-    epochs: Positive = Field(default=1.0, description="Passes over the preferences.")
+    epochs: Positive = Field(default=1.0, le=1e6, description="Passes over the preferences.")
     steps: Count | None = Field(
         default=None, description="Optimizer steps, in place of epochs; null: epochs decides."
     )

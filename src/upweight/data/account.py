@@ -38,13 +38,14 @@ class Account:
 
     `dropped` counts rows by reason, `examples` holds the first few of each as (row, detail).
     `left_out` counts the responses of used rows that are not used. `truncated` counts prompts and
-    responses that were cut, and the cut responses by their side in preferences (chosen, rejected).
-    `boundary_repaired` counts rows whose prompt gave white space to the responses, `rewritten`
-    responses whose content the chat template changed, `special_in_prompt` rows that hold a special
-    token's text before the template adds any (rendered twice, perhaps), `duplicates` rows that say
-    the same as an earlier one and are used, `earlier_turns` rows that were made of a conversation's
-    earlier turns, `unused_columns` rows by the columns that no layout
-    reads. `lengths` are in tokens: each prompt, and the two sides of each preference.
+    responses that were cut, and the preferences whose chosen, or rejected, response was.
+    `unfinished` counts responses whose rows say that they did not stop, `boundary_repaired` rows
+    whose prompt gave white space to the responses, `rewritten` responses whose content the chat
+    template changed, `special_in_prompt` rows that hold a special token's text before the template
+    adds any (rendered twice, perhaps), `duplicates` rows that say the same as an earlier one and
+    are used, `earlier_turns` rows that were made of a conversation's earlier turns,
+    `unused_columns` rows by the columns (and the keys of responses) that no layout reads.
+    `lengths` are in tokens: each prompt, and the two sides of each preference.
     """
 
     read: int = 0
@@ -58,6 +59,7 @@ class Account:
         default_factory=lambda: dict.fromkeys(("prompt", "response", "chosen", "rejected"), 0)
     )
     appended_stop: int = 0
+    unfinished: int = 0
     boundary_repaired: int = 0
     rewritten: int = 0
     special_in_prompt: int = 0
@@ -83,6 +85,7 @@ class Account:
             assert reason in REASONS, reason
             self.left_out[reason] = self.left_out.get(reason, 0) + 1
         self.appended_stop += notes.num_appended
+        self.unfinished += notes.num_unfinished
         self.boundary_repaired += notes.repaired
         self.rewritten += notes.num_rewritten
         self.special_in_prompt += notes.special_in_prompt
@@ -97,7 +100,7 @@ class Account:
         self.truncated["response"] += len(cut)
         self.lengths["prompt"].append(len(tree.prompt))
         for side, ks in sides.items():
-            self.truncated[side] += len(cut.intersection(ks))
+            self.truncated[side] += sum(k in cut for k in ks)
             self.lengths[side] += [len(tree.responses[k]) for k in ks]
 
     def check(self) -> Account:
@@ -118,6 +121,7 @@ class Account:
             "left_out": dict(self.left_out),
             "truncated": dict(self.truncated),
             "appended_stop": self.appended_stop,
+            "unfinished": self.unfinished,
             "boundary_repaired": self.boundary_repaired,
             "rewritten": self.rewritten,
             "special_in_prompt": self.special_in_prompt,

@@ -39,6 +39,22 @@ COLUMNS: dict[str, Columns] = {
 READ = frozenset(name for columns in COLUMNS.values() for name in columns.all)
 """The columns that some layout reads."""
 
+BESIDE_TEXT = ("score", "weight", "stopped")
+"""What an item of the column responses may have beside its text."""
+_OF_A_RESPONSE = ("text", "messages", "content", *BESIDE_TEXT)
+
+
+def unread(row: Row, layout: str) -> set[str]:
+    """The row's columns that the layout does not read, and the keys that no response has."""
+    found = set(row) - set(COLUMNS[layout].all)
+    items = row.get("responses") if layout == "responses" else None
+    for item in items if isinstance(items, list | tuple) else ():
+        # What has a role is a message, and all of it goes to the chat template.
+        if isinstance(item, Mapping) and "role" not in item:
+            filled = {str(key) for key, value in item.items() if value is not None}
+            found |= {f"responses.{key}" for key in filled.difference(_OF_A_RESPONSE)}
+    return found
+
 
 def detect(row: Row, row_id: RowId) -> str:
     """The layout that the row's columns make: the first of COLUMNS whose required ones are there.

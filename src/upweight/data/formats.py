@@ -2,7 +2,7 @@
 
     pair       {prompt, chosen, rejected}, as text or messages; without a prompt column the prompt
                is what chosen and rejected share
-    responses  {prompt, responses: [{text, score, weight}, ...]}, K >= 1, optionally with
+    responses  {prompt, responses: [{text, score, weight, stopped}, ...]}, K >= 1, optionally with
                preferences: [[chosen, rejected], ...]
     messages   {messages}: the last message, the assistant's, is the response
 
@@ -14,9 +14,11 @@ learned from, is a Dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from upweight.data.columns import (
+    BESIDE_TEXT,
     READ,
     Row,
     conversation,
@@ -64,13 +66,13 @@ def pair(row: Row, row_id: RowId) -> Example | Dropped:
 
 
 def responses(row: Row, row_id: RowId) -> Example | Dropped:
-    """{prompt, responses: [{text | messages | content, score, weight}, ...]}, K >= 1.
+    """{prompt, responses: [{text | messages | content, score, weight, stopped}, ...]}, K >= 1.
 
     A response may also be a plain string, and its score stand in a list `scores`. Preferences are
     those of the column `preferences` ([chosen, rejected] or [chosen, rejected, weight], counted
     from 0); without it, `with_preferences` makes them from the scores. An empty list says that
     there are none, whatever the scores. A response's weight multiplies that of the preferences it
-    is in.
+    is in; one whose `stopped` is false was cut off, and gets no stop token.
     Raises DataError where a column is missing or of another type.
     """
     require(row, "responses", row_id)
@@ -91,7 +93,11 @@ def responses(row: Row, row_id: RowId) -> Example | Dropped:
             raise DataError(f"{row_id} has a score in {name} and one in scores. Keep one.")
     said_none = isinstance(row.get("preferences"), list | tuple) and not preferences
     answers = tuple(
-        Response(content, None if said_none else a.score if score is None else score, a.weight)
+        replace(
+            a,
+            content=content,
+            score=None if said_none else a.score if score is None else score,
+        )
         for content, a, score in zip(contents, answers, scores, strict=True)
     )
     return _example(row, row_id, prompt, answers, preferences)
@@ -190,12 +196,12 @@ def _response(item: Any, where: str, row_id: RowId) -> Response:
     if not isinstance(item, Mapping):
         raise DataError(
             f"{row_id}: {where} is {shown(item)}; allowed: text, or an object with text, "
-            "messages or content, and score and weight."
+            "messages or content, and score, weight and stopped."
         )
     score, own_weight = item.get("score"), weight(item.get("weight"), f"{where}.weight", row_id)
     names = [n for n in ("text", "messages", "content") if item.get(n) is not None]
     if "role" in item:
-        rest = {k: v for k, v in item.items() if k not in ("score", "weight")}
+        rest = {k: v for k, v in item.items() if k not in BESIDE_TEXT}
         content: Text = (message(rest, where, row_id),)
     elif len(names) == 1:
         content = text_or_messages(item[names[0]], f"{where}.{names[0]}", row_id)
@@ -208,7 +214,16 @@ def _response(item: Any, where: str, row_id: RowId) -> Response:
             "content."
         )
     found = None if score is None else number(score, f"{where}.score", row_id)
-    return Response(content, found, own_weight)
+    return Response(content, found, own_weight, _stopped(item.get("stopped"), where, row_id))
+
+
+def _stopped(value: Any, where: str, row_id: RowId) -> bool:
+    if value is None or isinstance(value, bool):
+        return value is not False
+    raise DataError(
+        f"{row_id}: {where}.stopped is {shown(value)}; allowed: true, or false where the text was "
+        "cut off before its end."
+    )
 
 
 def _scores(row: Row, num_responses: int, row_id: RowId) -> list[float | None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -20,7 +20,7 @@ import jinja2
 from upweight.data.columns import texts_in
 from upweight.data.preferences import clipped, is_empty
 from upweight.errors import ConfigError, DataError, ModelError
-from upweight.types import Dropped, Example, Message, Text
+from upweight.types import Dropped, Example, Message, Response, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -78,14 +78,16 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What follows the prompt. `stopped`: it ends in its stop token, else one is to be appended.
-    `num_stops`: how many the text holds. `rewritten`: the template changed the content by more than
-    white space at its ends."""
+    """What follows the prompt. `stopped`: it ends in its stop token, else one is to be appended,
+    but for one that is `unfinished`: the row says that it was cut off. `num_stops`: how many the
+    text holds. `rewritten`: the template changed the content by more than white space at its ends.
+    """
 
     text: str
     stopped: bool
     num_stops: int
     rewritten: bool = False
+    unfinished: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +205,7 @@ def render(example: Example, indices: Sequence[int], renderer: Renderer) -> Rend
         if isinstance(found, Problem):
             problems[i] = found
         else:
-            answers[i] = found
+            answers[i] = _as_said(found, example.responses[i], renderer)
     return Rendering(prompt_text, answers, problems, written)
 
 
@@ -237,6 +239,22 @@ def _answer(
     return Answer(text, stop is not None, num_stops, content not in inner)
 
 
+def _as_said(answer: Answer, response: Response, renderer: Renderer) -> Answer:
+    """Without its stop token, if the row says that the response was cut off before it."""
+    if response.stopped:
+        return answer
+    if not answer.stopped:
+        return replace(answer, unfinished=True)
+    (*_, last) = renderer.stops.finditer(answer.text)
+    return replace(
+        answer,
+        text=answer.text[: last.start()],
+        stopped=False,
+        num_stops=answer.num_stops - 1,
+        unfinished=True,
+    )
+
+
 def _content_end(rest: str, content: str, num_turns: int, after: str | None) -> int | None:
     """Where the last message's content ends; None if the template shows nothing of it."""
     if after is not None and rest.endswith(after):
@@ -264,7 +282,8 @@ def _render_text(
         if problem or not body.strip():
             problems[i] = problem or Problem("empty_response", clipped(content))
         else:
-            answers[i] = Answer(text if last else content, last is not None, int(last is not None))
+            found = Answer(text if last else content, last is not None, int(last is not None))
+            answers[i] = _as_said(found, example.responses[i], renderer)
     if prompt == "" and renderer.bos is None:
         return Dropped(
             example.row,

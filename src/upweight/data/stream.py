@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from itertools import count, islice
 from typing import Any
 
 from upweight.data.account import Account
-from upweight.data.columns import COLUMNS, detect, printable
+from upweight.data.columns import detect, printable, unread
 from upweight.data.formats import FORMATS, example_of, prompt_of
 from upweight.data.preferences import Pairing, unusable, weights_inside
 from upweight.data.read import read_rows
@@ -55,7 +56,7 @@ def load_examples(
         if row_id.source not in layouts:
             layouts[row_id.source] = detect(row, row_id) if layout == "auto" else layout
         found = layouts[row_id.source]
-        for name in map(printable, row.keys() - (set(COLUMNS[found].all) - passed_over)):
+        for name in map(printable, unread(row, found) | passed_over.intersection(row)):
             account.unused_columns[name] = account.unused_columns.get(name, 0) + 1
         row = {name: value for name, value in row.items() if name not in passed_over}
         example = example_of(row, row_id, found, pairing=pairing, min_gap=min_gap)
@@ -205,7 +206,7 @@ def plan_epoch(
             plan.append([])
             num_pairs = 0
         plan[-1].append(i)
-        num_pairs += len(grown[i].preferences) or len(grown[i].responses)
+        num_pairs += _num_items(grown[i])
     return plan
 
 
@@ -240,7 +241,17 @@ def planned(grown: Sequence[Tree], pairs_per_step: int, seed: int) -> Callable[[
 
 def num_steps(grown: Sequence[Tree], pairs_per_step: int, seed: int, epochs: float | int) -> int:
     """How many steps it takes until `epochs` epochs are done; part of an epoch is a number too."""
+    before = 0
+    if len({_num_items(tree) for tree in grown}) == 1:
+        # Then every epoch has as many steps, whatever its order.
+        whole = max(0, math.ceil(epochs) - 2)
+        before, epochs = whole * len(plan_epoch(grown, pairs_per_step, seed, 0)), epochs - whole
     for plan in steps(grown, pairs_per_step, seed):
         if plan.epochs_done >= epochs - 1e-9:
-            return plan.step + 1
+            return before + plan.step + 1
     raise AssertionError("steps never end")
+
+
+def _num_items(tree: Tree) -> int:
+    """What a tree counts for where steps are made up: its preferences, or else its responses."""
+    return len(tree.preferences) or len(tree.responses)

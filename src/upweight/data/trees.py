@@ -31,6 +31,7 @@ class TreeNotes:
 
     left_out: Mapping[int, str]
     num_appended: int
+    num_unfinished: int
     num_rewritten: int
     repaired: bool
     special_in_prompt: bool
@@ -167,7 +168,9 @@ def _split(
     end = min(shared.values(), default=len(prompt))
     added = (renderer.added_stop,)
     responses = {
-        i: fulls[i][end:] + (() if rendering.answers[i].stopped else added) for i in shared
+        i: fulls[i][end:] + (() if answer.stopped or answer.unfinished else added)
+        for i, answer in rendering.answers.items()
+        if i in shared
     }
     return _Tokens(prompt[:end], responses, problems)
 
@@ -249,9 +252,10 @@ def _tree(example: Example, rendering: Rendering, tokens: _Tokens, repaired: boo
     notes = TreeNotes(
         left_out={i: known.get(i, "unpaired") for i in unused},
         num_appended=sum(
-            not a.stopped and i not in tokens.response_cut
+            not a.stopped and not a.unfinished and i not in tokens.response_cut
             for i, a in zip(used, answers, strict=True)
         ),
+        num_unfinished=sum(a.unfinished for a in answers),
         num_rewritten=sum(a.rewritten for a in answers),
         repaired=repaired,
         special_in_prompt=rendering.special_in_prompt,
@@ -265,7 +269,10 @@ def _tree(example: Example, rendering: Rendering, tokens: _Tokens, repaired: boo
             replace(p, chosen=number[p.chosen], rejected=number[p.rejected]) for p in preferences
         ),
         ids=tuple(ResponseId(example.row, i) for i in used),
-        stopped=tuple(i not in tokens.response_cut for i in used),
+        stopped=tuple(
+            not a.unfinished and i not in tokens.response_cut
+            for i, a in zip(used, answers, strict=True)
+        ),
     )
     return grown, notes
 

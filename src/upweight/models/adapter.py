@@ -60,6 +60,11 @@ def add_lora(
             f"{', '.join(sorted(names))}. Use lora.targets=all-linear for all of them. peft says: "
             f"{first_lines(error)}"
         ) from error
+    except (RuntimeError, MemoryError) as error:  # out of memory, by the allocator or Python
+        raise ModelError(
+            f"lora.rank {rank:,} cannot be put on {lm.name}: {first_lines(error)}. Use a smaller "
+            "rank; 8 to 64 are common."
+        ) from error
     require_untied(f"lora.targets {targets!r}", tied, wrapped.targeted_module_names)
     wrapped.eval()
     if dropout:

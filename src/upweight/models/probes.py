@@ -122,14 +122,32 @@ def read_probes(path: Path) -> Probes:
             )
             for p in record["probes"]
         )
-        options: Mapping[str, Any] = record["template_options"]
+        options: Mapping[str, Any] = dict(record["template_options"])
         stops = tuple(map(int, record["stop_token_ids"]))
-        return Probes(str(record["template"]), options, stops, found)
+        for i, probe in enumerate(found, start=1):
+            _require_whole(probe, f"probe {i}")
+        read = Probes(str(record["template"]), options, stops, found)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"{path} is not what an export writes ({type(error).__name__}: {error}). Copy it from "
             "the run's model folder again."
         ) from error
+    if not found:
+        raise DataError(
+            f"{path} holds no probe, so there is nothing to compare: the model's chat template "
+            "took none of the conversations when it was exported. Name data to check a run."
+        )
+    return read
+
+
+def _require_whole(probe: Probe, where: str) -> None:
+    ids = (*probe.prompt_ids, *probe.response_ids)
+    if not (probe.prompt_ids and probe.response_ids) or min(ids) < 0:
+        raise ValueError(f"{where} has no token ids in prompt_ids or response_ids")
+    if len(probe.logps) != len(probe.response_ids):
+        raise ValueError(
+            f"{where} has {len(probe.logps)} logps for {len(probe.response_ids)} response_ids"
+        )
 
 
 def require_same_rendering(

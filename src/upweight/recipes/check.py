@@ -15,7 +15,7 @@ from upweight.config import Resolved, Run
 from upweight.data.account import Account
 from upweight.data.pack import collate
 from upweight.data.trees import Shown, show
-from upweight.errors import ModelError, Refusal
+from upweight.errors import DataError, ModelError, Refusal
 from upweight.evidence.track import clients
 from upweight.models.load import LanguageModel
 from upweight.models.probes import FILE, Probes, probe_trees, read_probes, require_same_probes
@@ -139,6 +139,12 @@ def check_model(run: Run, screen: Screen | None = None) -> float:
     probes = read_probes(file)
     screen.stage("model")
     lm = load_policy(run)
+    largest = max(max(*p.prompt_ids, *p.response_ids) for p in probes.probes)
+    if largest >= lm.vocab_size:
+        raise DataError(
+            f"{file} has the token id {largest:,}, and {run.model} has {lm.vocab_size:,} tokens: "
+            f"it is another model's. Copy the {FILE} that this one was exported with."
+        )
     require_same_probes(run.model, lm.tokenizer, probes)
     worst, allowed = _largest_difference(lm, probes), _rounding(Path(lm.folder))
     if not worst <= allowed:
@@ -155,8 +161,6 @@ def check_model(run: Run, screen: Screen | None = None) -> float:
 
 
 def _largest_difference(lm: LanguageModel, probes: Probes) -> float:
-    if not probes.probes:
-        return 0.0
     known = torch.tensor([x for probe in probes.probes for x in probe.logps])
     found = one_at_a_time(lm, collate(probe_trees(probes))).cpu()
     return (found - known).abs().max().item()

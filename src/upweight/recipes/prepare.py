@@ -178,6 +178,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
         _require_apart(name, train, sets[name][0])
     if not kind.draws:
         _require_scores(run, loaded)
+        _require_turns(run, loaded)
     trees, accounts = {"train": grown(train, account)}, {"train": account}
     repeats = {"train": copies(train)}
     require_used(account, f"data {', '.join(run.data.path)}")
@@ -223,6 +224,17 @@ def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]
         "UW109",
         f"{said}, and no row has scores: their preferences are stated. Leave it out.",
     )
+
+
+def _require_turns(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]]) -> None:
+    """Raises Refusal UW109 for all turns of what is no conversation."""
+    rows = [example for examples, _ in loaded for example in examples]
+    if run.data.turns == "all" and all(isinstance(row.prompt, str) for row in rows):
+        raise Refusal(
+            "UW109",
+            "data.turns is all, and no row is a conversation: text has no earlier turns. Leave it "
+            "out.",
+        )
 
 
 def _reads_margins(run: Run) -> bool:
@@ -294,6 +306,7 @@ def account_lines(prepared: Prepared) -> list[str]:
         for label, num in (
             ("stop tokens appended", account.appended_stop),
             ("stop tokens cut off", account.truncated["response"]),
+            ("responses that did not stop, by their rows", account.unfinished),
             ("boundaries repaired", account.boundary_repaired),
             ("rewritten by the template", account.rewritten),
             ("with special tokens in the prompt", account.special_in_prompt),
@@ -340,11 +353,13 @@ def fill_reference(
 ) -> Reference:
     """The reference's log-probs for all trees, from the cache where it has them.
 
-    `model` is the reference. A handful of rows that were known is recomputed; Refusal UW107 when
-    they differ.
+    `model` is the reference. A handful of the rows that were known is recomputed; Refusal UW107
+    when they differ.
     """
     reference = open_reference(fingerprint(model), model)
-    known = len(trees) - len(reference.missing(trees))
+    # Before fill(): what it computes agrees with `model` whatever the cache held.
+    unknown = set(map(id, reference.missing(trees)))
+    known = [tree for tree in trees if id(tree) not in unknown]
     computed = fill(
         reference,
         model,
@@ -354,9 +369,9 @@ def fill_reference(
         on_smaller=functools.partial(note_smaller, screen, "the reference pass"),
     )
     if known:
-        verify(reference, model, trees)
+        verify(reference, model, known)
     screen.note(
-        f"reference: {computed} responses computed, {known} of {len(trees)} prompts known "
+        f"reference: {computed} responses computed, {len(known)} of {len(trees)} prompts known "
         f"from before (kept in {reference.folder})"
     )
     return reference

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from upweight.config import Run
-from upweight.data.pack import collate
+from upweight.data.pack import bins, collate
 from upweight.errors import DataError, Refusal
 from upweight.evidence import evaluate
 from upweight.models.adapter import adapter_off
@@ -33,7 +33,9 @@ from upweight.stats import Interval
 from upweight.trust.likely import own_nats, spread
 from upweight.types import Tree
 
-FEWEST_ROWS = 4
+FEWEST_ROWS = 16
+"""Of fewer, none right, the interval's upper end is near a quarter: swapped columns would not
+show."""
 PROBE_ROWS = 32
 PROBE_TOKENS = 2048
 """What `check` asks the reference about in each set: minutes of training are seconds here."""
@@ -91,16 +93,22 @@ def probe_reference(run: Run, lm: LanguageModel, prepared: Prepared) -> tuple[Re
         for name, trees in prepared.trees.items():
             if name == PROMPTS:
                 continue
-            forest = collate(_probes(trees))
-            with torch.no_grad():
-                logps.take(forest, token_logps(model, forest))
+            for group in bins(_probes(trees), PROBE_TOKENS):
+                forest = collate(group)
+                with torch.no_grad():
+                    logps.take(forest, token_logps(model, forest))
         return logps, own_nats(model, prepared.trees["train"], stop_ids, run.seed)
 
 
 def _probes(trees: Sequence[Tree]) -> list[Tree]:
-    """As many rows as have about PROBE_TOKENS, spread over the data, at least FEWEST_ROWS."""
+    """As many rows as have about PROBE_TOKENS, spread over the data. Where those are too few, short
+    ones of as many prompts as it takes."""
     per_row = sum(tree.num_tokens for tree in trees) / len(trees)
-    return spread(trees, min(PROBE_ROWS, max(FEWEST_ROWS, int(PROBE_TOKENS / per_row))))
+    num = min(PROBE_ROWS, int(PROBE_TOKENS / per_row))
+    if num >= FEWEST_ROWS:
+        return spread(trees, num)
+    by_prompt = {tree.prompt: tree for tree in spread(trees, 8 * FEWEST_ROWS)}
+    return sorted(by_prompt.values(), key=lambda tree: tree.num_tokens)[:FEWEST_ROWS]
 
 
 def _at_start(run: Run, lm: LanguageModel) -> contextlib.AbstractContextManager[LanguageModel]:

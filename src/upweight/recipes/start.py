@@ -11,6 +11,7 @@ import torch
 
 from upweight.config import INHERITED, PROBED, RESOLVED, Resolved, Run, require_read, unread
 from upweight.data.stream import num_steps, plan_epoch
+from upweight.errors import Refusal
 from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.logprobs import token_logps
@@ -22,7 +23,9 @@ from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import (
     Prepared,
     account_lines,
+    account_record,
     describe,
+    figure_lines,
     load_policy,
     prepare,
 )
@@ -36,7 +39,7 @@ from upweight.training.memory import MemoryPlan, plan_memory
 from upweight.training.optimizer import MOMENT_BYTES, require_moments
 from upweight.training.rollout import Sizes
 from upweight.training.rundir import require_space
-from upweight.trust.finding import Finding
+from upweight.trust.finding import Finding, Refused
 from upweight.trust.identity import (
     PROBES,
     computed_together,
@@ -44,8 +47,8 @@ from upweight.trust.identity import (
     require_quiet,
     starts_elsewhere,
 )
-from upweight.trust.likely import by_reference, spread
-from upweight.trust.preflight import Examined, Figures, examine
+from upweight.trust.likely import by_reference, spread, swapped
+from upweight.trust.preflight import Examined, Figures, examine, settle
 from upweight.trust.spans import Texts, examine_texts
 from upweight.types import Tree
 
@@ -97,17 +100,26 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     prepared = _noticed(
         prepared, {e.name: examine(e) for e in examined_sets(run, prepared)}, screen
     )
+    kind = KINDS[run.objective]
+    if kind.rows == "preferences" and not kind.by_reference:
+        # What the lengths say does not take a reference.
+        alone = {e.name: settle([swapped(e, ())]) for e in examined_sets(run, prepared)}
+        prepared = _noticed(prepared, alone, screen)
+    _require_accepted(prepared, screen)
     # The texts have been read back, and are not needed in memory while the run goes on.
     prepared = replace(prepared, examples={})
     if saved is not None:
         require_same_settings(saved, run, prepared)
-    if not KINDS[run.objective].draws:
+    if not kind.draws:
         off = require_alone(lm, computed_together(prepared.trees["train"]))
         prepared = prepared.noticed({"train": {"alone_nats": Interval(off, off, off)}}, [])
     lm = trained(run, lm, prepared.renderer.stop_ids)
     screen.note(f"model: {lm.name}, {describe(lm)}")
     trees, steps = _learned_from(run, prepared)
-    forward = token_logps if KINDS[run.objective].answers else response_scores
+    forward = token_logps if kind.answers else response_scores
+    if run.lora is None or not run.lora.dropout:
+        few = spread(prepared.trees["train"], 16)
+        require_quiet(lm, min(few, key=lambda tree: tree.num_tokens), forward)
     moment = MOMENT_BYTES[run.optimizer.moments]
     memory = plan_memory(lm, trees, steps, run.batch.tokens_per_bin, moment, forward)
     screen.note(memory.describe())
@@ -209,8 +221,6 @@ def with_reference(
     known = [tree for tree in trees if id(tree) not in unknown]
     # What is wrong with a start is wrong in every row: short ones are asked.
     few = sorted(spread(known, 16), key=lambda tree: tree.num_tokens)[:PROBES]
-    if run.lora is None or not run.lora.dropout:
-        require_quiet(begun.lm, few)
     found = {e.name: by_reference(e, reference, own) for e in examined_sets(run, prepared)}
     if fresh:
         named = run.reference is not None
@@ -227,8 +237,24 @@ def _noticed(
     figures = {name: measured for name, (measured, _) in found.items()}
     findings = [finding for _, warned in found.values() for finding in warned]
     for finding in findings:
-        screen.note(str(finding))
+        if not isinstance(finding, Refused):
+            screen.note(str(finding))
     return prepared.noticed(figures, findings)
+
+
+def _require_accepted(prepared: Prepared, screen: Screen) -> None:
+    """Raises the first Refusal that the rows have earned, once everything else is said."""
+    refused = [f for f in prepared.findings if isinstance(f, Refused)]
+    if not refused:
+        return
+    for line in figure_lines(prepared.figures):
+        screen.note(line)
+    first, *others = refused
+    for finding in others:
+        screen.note(str(finding))
+    codes = sorted({f.code for f in prepared.findings} - {first.code})
+    also = f" Found besides, above: {', '.join(codes)}." if codes else ""
+    raise Refusal(first.code, first.sentence + also, account_record(prepared))
 
 
 def trained(run: Run, lm: LanguageModel, stop_ids: Collection[int]) -> LanguageModel:

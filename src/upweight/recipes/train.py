@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from upweight.config import Resolved, dump, leaf_values
 from upweight.data.pack import bins, collate, merge_same_prompts, split
 from upweight.data.stream import plan_epoch, planned
-from upweight.errors import OutputError
+from upweight.errors import OutputError, Refusal
 from upweight.evidence.report import write_report
 from upweight.evidence.track import Target, Tracking, clients, tracking
 from upweight.losses import PAIR_LOSSES
@@ -49,7 +49,14 @@ from upweight.training import checkpoint, objectives
 from upweight.training.loop import Hooks, Progress, fit, rehearse, too_large
 from upweight.training.objectives import Objective
 from upweight.training.optimizer import make_optimizer
-from upweight.training.rundir import RunDir, open_run_dir, require_space, write_atomic
+from upweight.training.rundir import (
+    RunDir,
+    append_jsonl,
+    open_run_dir,
+    require_space,
+    write_atomic,
+)
+from upweight.trust.finding import Finding
 from upweight.trust.watch import Told, Watch
 from upweight.types import Forest, Tree
 
@@ -58,6 +65,10 @@ WORTH_A_TRY = 50
 
 VALUE_RATE = 10.0
 """A value model starts from nothing, and learns at so many times the policy's rate."""
+
+OF_THE_NEXT_STEP = ("UW302", "UW303")
+"""Refusals of a step that is not taken then. What is not the last step's is not on record as such:
+a run that resumes from there must lose the line."""
 
 PROBES = 4
 """Prompts that a reward model is asked about again when its export is read back."""
@@ -107,14 +118,30 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
         progress = go_back(state, saved) if saved is not None else Progress()
         _write_records(state)
         screen.stage("training")
-        # A run that stopped at step 0 was evaluated before it was saved.
-        if saved is None and evaluate_sets(state, progress):
-            save(state, progress)
-        if not _train(state, work, progress, stop):
+        with _refusals_on_record(state, progress):
+            # A run that stopped at step 0 was evaluated before it was saved.
+            if saved is None and evaluate_sets(state, progress):
+                save(state, progress)
+            finished = _train(state, work, progress, stop)
+        if not finished:
             screen.note(f"stopped after step {progress.step}; checkpoint saved.")
             screen.note(f"Go on with:  {resume_command(rundir.path)}")
             return Result(rundir.path, None, None, False, progress.step)
         return _finish(state, progress)
+
+
+@contextlib.contextmanager
+def _refusals_on_record(state: State, progress: Progress) -> Generator[None]:
+    """A refusal of the block stands in metrics.jsonl and in the report before it ends the run."""
+    try:
+        yield
+    except Refusal as refusal:
+        step = progress.step + (refusal.code in OF_THE_NEXT_STEP)
+        finding = asdict(Finding(refusal.code, refusal.said, metric="loss"))
+        line = {"step": step, "kind": "warning", "refused": True, **finding}
+        append_jsonl(state.rundir.file("metrics.jsonl"), line)
+        state.screen.note(f"report: {write_report(state.rundir.path)}")
+        raise
 
 
 def _newest(rundir: RunDir) -> checkpoint.TrainState | None:

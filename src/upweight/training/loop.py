@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from upweight.data.pack import collate
 from upweight.errors import ModelError, Refusal
 from upweight.models.load import LanguageModel
 from upweight.models.reading import attempt, is_out_of_memory
@@ -17,7 +18,7 @@ from upweight.models.weights import first_lines
 from upweight.training.objectives import Objective
 from upweight.training.optimizer import clip, room_for_moments
 from upweight.training.schedules import learning_rate_factor
-from upweight.types import Forest
+from upweight.types import Forest, Tree
 
 Record = dict[str, object]
 
@@ -149,7 +150,7 @@ def fit(
         window.merge(sums)
         norms = {part: clip(parameters, plan.max_grad_norm) for part, parameters in parts.items()}
         for norm in norms.values():
-            _refuse_nonfinite(lm, loss, norm, batch, progress.step)
+            _refuse_nonfinite(lm, objective, (loss, norm), batch, progress.step)
         norm = norms.pop(POLICY)
         window.add({f"grad_norm/{part}": _once(value) for part, value in norms.items()})
         rate = plan.learning_rate * learning_rate_factor(
@@ -294,17 +295,41 @@ def _refuse_miscounted(count: torch.Tensor, total: float, num: int, step: int) -
 
 
 def _refuse_nonfinite(
-    lm: LanguageModel, loss: torch.Tensor, norm: torch.Tensor, batch: Sequence[Forest], step: int
+    lm: LanguageModel,
+    objective: Objective,
+    made: tuple[torch.Tensor, torch.Tensor],
+    batch: Sequence[Forest],
+    step: int,
 ) -> None:
+    """`made` are the step's loss and its gradient's norm."""
+    loss, norm = made
     if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):
         return
-    rows = list(dict.fromkeys(str(i.row) for f in batch for t in f.trees for i in t.ids))
+    trees = [tree for forest in batch for tree in forest.trees]
+    found = [] if bool(torch.isfinite(loss)) else _not_finite(lm, objective, batch)
+    some = 0 < len(found) < len(trees)
+    rows = list(dict.fromkeys(str(i.row) for t in (found if some else trees) for i in t.ids))
     shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    whose = "The rows whose loss it is" if some else "Its rows"
     raise Refusal(
         "UW303",
         f"step {step + 1}: the loss is {loss.item():.4g}, the gradient's norm {norm.item():.4g}; "
-        f"{_cause(lm, loss)}. The weights are as they were before this step. Its rows: {shown}.",
+        f"{_cause(lm, loss)}. The weights are as they were before this step. {whose}: {shown}.",
     )
+
+
+def _not_finite(lm: LanguageModel, objective: Objective, batch: Sequence[Forest]) -> list[Tree]:
+    """The trees whose loss is not finite: computed alone, or else with those of their bin."""
+
+    def spoils(forest: Forest) -> bool:
+        with torch.no_grad():
+            return not bool(torch.isfinite(objective.step(lm, forest.to(lm.device)).loss_sum))
+
+    found: list[Tree] = []
+    for forest in filter(spoils, batch):
+        alone = [tree for tree in forest.trees if spoils(collate([tree]))]
+        found += alone or forest.trees
+    return found
 
 
 def _cause(lm: LanguageModel, loss: torch.Tensor) -> str:

@@ -52,8 +52,10 @@ def as_markdown() -> str:
             "",
             "## For machines",
             "",
-            "`upweight check --json` prints one object. With status 2 it is `error`: an object of "
-            "`code` (null for a mistake that is no diagnosis) and `message`. With status 0:",
+            "`upweight check --json` prints one object. With status 2 it has `error`: an object of "
+            "`code` (null for a mistake that is no diagnosis) and `message`; where the rows are "
+            "refused also `template`, `sets`, `findings` (all refusals among them) and `figures`. "
+            "With status 0:",
             "",
             *_table("field", FIELDS),
             "",

@@ -1,4 +1,4 @@
-"""What the preflight and the watch report."""
+"""What the preflight and the watch report, and what ends a run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,21 @@ class Finding:
     metric: str = ""
 
     def __str__(self) -> str:
-        return f"warning[{self.code}]: {self.sentence}  Run: upweight explain {self.code}"
+        return f"{self.level}[{self.code}]: {self.sentence}  Run: upweight explain {self.code}"
+
+    @property
+    def level(self) -> str:
+        return "warning"
 
     @property
     def sentence(self) -> str:
         return self.said + (f" Rows: {', '.join(self.rows)}." if self.rows else "")
+
+
+@dataclass(frozen=True)
+class Refused(Finding):
+    """A finding with which no run begins."""
+
+    @property
+    def level(self) -> str:
+        return "error"

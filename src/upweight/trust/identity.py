@@ -3,7 +3,7 @@ reference: asked on a few of the rows themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -21,7 +21,7 @@ from upweight.models.sample import first_logps
 from upweight.stats import Interval
 from upweight.trust.finding import Finding
 from upweight.trust.preflight import Seen
-from upweight.types import Tree
+from upweight.types import Forest, Tree
 
 PROBES = 4
 """Trees that are asked: a fault of the start is in all of them."""
@@ -130,17 +130,26 @@ def starts_elsewhere(
     raise Refusal("UW101", f"{said}.")
 
 
-def require_quiet(lm: LanguageModel, trees: Sequence[Tree]) -> None:
-    """Two forward passes as in training must agree to the bit. Raises Refusal UW106."""
-    for tree in trees[:1]:
-        forest = collate([tree])
-        with torch.no_grad():
-            first, second = token_logps(lm, forest), token_logps(lm, forest)
-        if not torch.equal(first, second):
-            worst = (first - second).abs().max().item()
-            raise Refusal(
-                "UW106",
-                f"{lm.name} says something else each time: two forward passes over "
-                f"{tree.ids[0].row} differ by {worst:.3g} nats in a token. Dropout is on, or the "
-                "model draws random numbers.",
-            )
+def require_quiet(
+    lm: LanguageModel,
+    tree: Tree,
+    forward: Callable[[LanguageModel, Forest], Tensor] = token_logps,
+) -> None:
+    """Two passes `forward` as in training must agree to the bit. Raises Refusal UW106.
+
+    Of a prompt alone its own beginning stands for the answer that is yet to be drawn.
+    """
+    if not tree.responses:
+        tree = replace(tree, responses=(tree.prompt[:TOGETHER],), stopped=(False,))
+    forest = collate([tree])
+    with torch.no_grad():
+        first, second = forward(lm, forest), forward(lm, forest)
+    if not torch.equal(first, second):
+        worst = (first - second).abs().max().item()
+        what = "nats in a token" if forward is token_logps else "in a score"
+        raise Refusal(
+            "UW106",
+            f"{lm.name} says something else each time: two forward passes over "
+            f"{tree.ids[0].row} differ by {worst:.3g} {what}. Dropout is on, or the model draws "
+            "random numbers.",
+        )

@@ -6,16 +6,15 @@ is too much. The page of a code says whether it warns or refuses.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from upweight.config import Preflight
 from upweight.data.account import Account
-from upweight.errors import Refusal
 from upweight.stats import Interval, accuracy_interval
 from upweight.trust.codes import page
-from upweight.trust.finding import Finding
+from upweight.trust.finding import Finding, Refused
 from upweight.trust.near import near_copies, nearly_same
 from upweight.trust.words import Compared, count_words
 from upweight.types import Preference, RowId, Tree
@@ -56,18 +55,17 @@ class Seen:
 
 
 def examine(examined: Examined) -> tuple[Figures, list[Finding]]:
-    """What the examinations measure and warn of, in the order of their codes. Raises Refusal for
-    what they refuse."""
+    """What the examinations measure, warn of and refuse, in the order of their codes."""
     return settle([examination(examined) for examination in EXAMINATIONS])
 
 
 def settle(seen: Sequence[Seen]) -> tuple[Figures, list[Finding]]:
     figures = {name: value for one in seen for name, value in one.figures.items()}
     found = [one.finding for one in seen if one.finding is not None]
-    for finding in found:
-        if page(finding.code).severity == "refuses":
-            raise Refusal(finding.code, finding.sentence)
-    return figures, found
+    return figures, [
+        Refused(f.code, f.said, f.rows, f.metric) if page(f.code).severity == "refuses" else f
+        for f in found
+    ]
 
 
 def _counted(name: str, num: float | int, of: int) -> Figures:
@@ -76,13 +74,19 @@ def _counted(name: str, num: float | int, of: int) -> Figures:
 
 
 def cut(examined: Examined) -> Seen:
-    """So many responses lost their end, or did not fit, that what is learned is length."""
+    """So many responses lost their end, or did not fit, that what is learned is length; or so many
+    prompts lost their beginning that it is an answer to something else."""
     account, limit = examined.account, examined.limits.cut
-    shares = {
-        f"{side} responses cut": account.truncated[side] / max(1, account.preferences)
-        for side in ("chosen", "rejected")
+    answers = account.responses + sum(account.left_out.values())
+    counts = {
+        "chosen responses cut": (account.truncated["chosen"], account.preferences),
+        "rejected responses cut": (account.truncated["rejected"], account.preferences),
+        "responses cut": (account.truncated["response"], account.responses),
+        "prompts cut": (account.truncated["prompt"], account.used),
+        "responses left out as too long": (account.left_out.get("too_long", 0), answers),
+        "rows dropped as too long": (account.dropped.get("too_long", 0), account.read),
     }
-    shares["rows dropped as too long"] = account.dropped.get("too_long", 0) / max(1, account.read)
+    shares = {what: num / max(1, of) for what, (num, of) in counts.items()}
     figures = _counted("cut", max(shares.values()), 1)
     high = {what: share for what, share in shares.items() if share > limit}
     if not high:
@@ -118,15 +122,13 @@ def contradictory(examined: Examined) -> Seen:
     rows: list[str] = []
     total = 0
     for trees in by_prompt.values():
-        total += sum(len(tree.preferences) for tree in trees)
-        # The scores of one row cannot contradict themselves.
-        if len(trees) > 1:
-            edges = [
-                (t.responses[p.chosen], t.responses[p.rejected], _row(t, p.chosen))
-                for t in trees
-                for p in t.preferences
-            ]
-            rows += [edges[i][2] for i in sorted(_in_circles([edge[:2] for edge in edges]))]
+        edges = [
+            (t.responses[p.chosen], t.responses[p.rejected], _row(t, p.chosen))
+            for t in trees
+            for p in t.preferences
+        ]
+        total += len(edges)
+        rows += [edges[i][2] for i in sorted(_in_circles([edge[:2] for edge in edges]))]
     limit, figures = examined.limits.contradictory, _counted("contradictory", len(rows), total)
     if not rows or len(rows) <= limit * total:
         return Seen(figures)
@@ -144,13 +146,21 @@ def contradictory(examined: Examined) -> Seen:
 def _in_circles(edges: Sequence[tuple[Ids, Ids]]) -> set[int]:
     """The edges that stay when those that begin where none ends, or end where none begins, are
     taken away until there is none: they lie on circles, or between two."""
+    touching: dict[Ids, list[int]] = defaultdict(list)
+    for i, edge in enumerate(edges):
+        for end in edge:
+            touching[end].append(i)
+    num_out, num_in = (Counter(edge[side] for edge in edges) for side in (0, 1))
     left = set(range(len(edges)))
-    while True:
-        begins, ends = {edges[i][0] for i in left}, {edges[i][1] for i in left}
-        gone = {i for i in left if edges[i][0] not in ends or edges[i][1] not in begins}
-        if not gone:
-            return left
-        left -= gone
+    loose = [end for end in touching if not num_out[end] or not num_in[end]]
+    while loose:
+        for i in left.intersection(touching[loose.pop()]):
+            left.remove(i)
+            for end, num in zip(edges[i], (num_out, num_in), strict=True):
+                num[end] -= 1
+                if not num[end]:
+                    loose.append(end)
+    return left
 
 
 def repeated(examined: Examined) -> Seen:

@@ -52,9 +52,10 @@ def again(example: Example, tree: Tree, renderer: Renderer) -> Odd | None:
         # Where the template writes no stop one was appended, and the text before it may end in
         # white space that the template joins with its own.
         same = rest[: len(ids)] == ids
-        if stopped and renderer.stop_ids.isdisjoint(rest):
-            text, body = (t.strip() for t in decode([rest, ids[:-1]], renderer))
-            same = text.removesuffix((renderer.after or "").strip()).rstrip() == body
+        if (stopped or not response.stopped) and renderer.stop_ids.isdisjoint(rest):
+            own = ids[:-1] if stopped else ids
+            text, body = (t.strip() for t in decode([rest, own], renderer))
+            same = same or text.removesuffix((renderer.after or "").strip()).rstrip() == body
         if not same:
             return Odd(example.row, "span", f"response {of.index} is scored on {_OTHER_TOKENS}")
         odd = _text_lost(example, response, ids, renderer) if stopped else None

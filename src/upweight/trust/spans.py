@@ -18,8 +18,7 @@ import jinja2
 from upweight.config import Preflight
 from upweight.data.account import Account
 from upweight.data.render import Renderer
-from upweight.errors import Refusal
-from upweight.trust.finding import Finding
+from upweight.trust.finding import Finding, Refused
 from upweight.trust.reread import Kind, Odd, again, decode, plainly_says, served, turns_of
 from upweight.types import Example, Message, Response, RowId, Tree
 
@@ -83,14 +82,12 @@ class _Wrong:
 
 
 def examine_texts(texts: Texts) -> list[Finding]:
-    """What is suspicious, in the order of the codes. Raises Refusal for what is certain."""
-    found: list[Finding] = []
-    for examination in EXAMINATIONS:
-        for wrong in examination(texts):
-            if wrong.certain:
-                raise Refusal(wrong.finding.code, wrong.finding.sentence)
-            found.append(wrong.finding)
-    return sorted(found, key=lambda finding: finding.code)
+    """What is certain, the first to be told first, then what is suspicious, in the order of the
+    codes."""
+    found = [wrong for examination in EXAMINATIONS for wrong in examination(texts)]
+    certain = [Refused(w.finding.code, w.finding.said, w.finding.rows) for w in found if w.certain]
+    doubted = [wrong.finding for wrong in found if not wrong.certain]
+    return [*certain, *sorted(doubted, key=lambda finding: finding.code)]
 
 
 def scored(texts: Texts) -> list[_Wrong]:

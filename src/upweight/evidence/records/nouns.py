@@ -113,7 +113,7 @@ class Warned:
     """A diagnosis that was reported: before step 1, where `step` is None, or after a step.
 
     `metric` is the one whose curve shows it, of the evaluation set `set` or, without one, of the
-    training steps.
+    training steps. `refused`: it ended the run.
     """
 
     code: str
@@ -122,6 +122,7 @@ class Warned:
     step: int | None
     metric: str = ""
     set: str | None = None
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,7 @@ def _warned(line: JsonObject, step: int | None = None) -> Warned:
         step,
         line.text("metric") if "metric" in line.fields else "",
         line.text("set") if "set" in line.fields else None,
+        line.fields.get("refused") is True,
     )
 
 

@@ -133,8 +133,10 @@ def _marks(
     records: Records, trained: set[str], evaluated: set[str], sets: Sequence[str]
 ) -> tuple[Mark, ...]:
     """The warnings that were raised by a line of this chart: of training, or of one of its sets."""
+    last = last_step(records) or 0
     return tuple(
-        Mark(float(found.step), found.code, found.said)
+        # A step that was refused is not on the curve: the mark stands at its end.
+        Mark(float(min(found.step, last)), found.code, found.said)
         for found in records.warnings
         if found.step is not None
         and (found.metric in trained if found.set is None else

@@ -32,7 +32,9 @@ def warnings(records: Records) -> str:
             f"<code>{esc(found.code)}</code>"
             if found.step is None
             else f'<code id="{anchor(found.code)}">{esc(found.code)}</code>',
-            "before step 1" if found.step is None else f"step {count(found.step)}",
+            "before step 1"
+            if found.step is None
+            else f"step {count(found.step)}" + (", and ended the run" if found.refused else ""),
             f"<bdi>{esc(found.said.removeprefix(f'step {found.step}: '))}</bdi>"
             + (f" Rows: <bdi>{esc(', '.join(found.rows))}</bdi>." if found.rows else ""),
         )

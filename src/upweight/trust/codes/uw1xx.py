@@ -178,9 +178,9 @@ PAGES: tuple[Page, ...] = (
             "reference does not start at a loss of ln 2."
         ),
         found_by=(
-            "Before step 1, and by `upweight check`, the model scores a training prompt twice, as "
-            "in training; the two must agree to the last bit. It is not asked where `lora.dropout` "
-            "is above 0."
+            "Before step 1, and by `upweight check`, the model scores a training row twice, as "
+            "in training, whatever the objective; the two must agree to the last bit. It is not "
+            "asked where `lora.dropout` is above 0."
         ),
         guarded_by=(
             "Models are put into evaluation mode when they are loaded and stay in it, so their "
@@ -304,6 +304,7 @@ PAGES: tuple[Page, ...] = (
             "upweight.config.commands:require_read",
             "upweight.recipes.prepare:_require_template_reads",
             "upweight.recipes.prepare:_require_scores",
+            "upweight.recipes.prepare:_require_turns",
             "upweight.recipes.prepare:_require_margins",
             "upweight.recipes.score:score_file",
         ),

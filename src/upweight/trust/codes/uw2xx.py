@@ -158,8 +158,9 @@ PAGES: tuple[Page, ...] = (
             "token, and a prompt that is cut may have lost its question."
         ),
         found_by=(
-            "Before step 1, in every set: the share of chosen and of rejected responses that were "
-            "cut, and of rows dropped as too long. One of them above `preflight.cut` is refused. "
+            "Before step 1, in every set: the share of preferences whose chosen, or rejected, "
+            "response was cut, of responses and of prompts that were cut, and of responses and "
+            "rows left out as too long. One of them above `preflight.cut` is refused. "
             "`truncated`, `dropped` and `lengths` in `account.json` have the counts."
         ),
         guarded_by=(
@@ -175,7 +176,8 @@ PAGES: tuple[Page, ...] = (
         do=(
             "Raise `data.max_length`, up to the model's limit.",
             "Keep `data.truncation=drop` unless prompts are what is long; then use "
-            "`data.truncation=prompt`, which cuts prompts at their beginning.",
+            "`data.truncation=prompt`, which cuts prompts at their beginning, and set "
+            "`preflight.cut` to the share that may lose it.",
             "Balance the lengths in the data, and look at UW211.",
         ),
         detectors=("upweight.trust.preflight:cut",),
@@ -226,7 +228,7 @@ PAGES: tuple[Page, ...] = (
             "most for it; the share by length only where the reference does not agree with the "
             "labels more often than not. Read them: a model that prefers what people reject is "
             "also why one collects preferences. `upweight check` asks the reference about a few "
-            "rows of each set, training about all."
+            "rows of each set, training about all. For a reward model the lengths alone are asked."
         ),
         guarded_by=(
             "The report says so when a held-out accuracy is below chance by its whole interval. "

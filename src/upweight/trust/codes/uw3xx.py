@@ -84,8 +84,9 @@ PAGES: tuple[Page, ...] = (
         found_by=(
             "After the backward pass of every step, the step's loss and the joint norm of all "
             "gradients must be finite. If not, the run is refused before the optimizer sees them, "
-            "and the message names up to 8 rows of the step and what broke first: a weight, the "
-            "forward pass or the backward pass. The weights are as before the step."
+            "and the message names up to 8 rows, those whose loss is not finite where only some "
+            "are, and what broke first: a weight, the forward pass or the backward pass. The "
+            "weights are as before the step, and `metrics.jsonl` and the report have the refusal."
         ),
         causes=(
             "The learning rate is too high, and the model came apart in the steps before.",
