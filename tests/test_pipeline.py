@@ -118,7 +118,7 @@ def test_a_policy_that_is_rewarded_for_small_letters_learns_to_write_them(object
         ("ppo", ["--passes", "2", "--minibatches", "2"]),
         ("ppo", ["--value", "shared", "--kl_target", "1", "--steps", "6"]),
         ("grpo", ["--renew_reference", "1", "--responses", "4"]),
-        ("online_dpo", ["--lora", "true"]),
+        ("online_dpo", ["--lora", "true", "--renew_reference", "1", "--log_every", "3"]),
     ],
 )
 def test_a_run_of_rounds_that_is_resumed_ends_bit_identically(objective, more):
@@ -137,6 +137,20 @@ def test_a_run_of_rounds_that_is_resumed_ends_bit_identically(objective, more):
     assert [r["loss"] for r in records("whole", "train")] == [
         r["loss"] for r in records("cut", "train")
     ]
+
+
+@pytest.mark.parametrize(
+    "more", [["--renew_reference", "1"], ["--renew_reference", "2", "--log_every", "2"]]
+)
+def test_a_reference_that_is_renewed_is_not_taken_for_the_policy(more):
+    # Right after a renewal the log-ratios are 0 but for rounding, at the end of a run too.
+    long = ["--steps", "32", "--learning-rate", "1e-4", "--evaluation.every", "32"]
+    assert online("run", "online_dpo", *long, *more) == 0
+    steps = records("run", "train")
+    assert {r["reference/renewed"] for r in steps} <= {0.5, 1.0}
+    assert records("run", "warning") == []
+    begun = [r["logratios/chosen"] for r in steps if r["reference/renewed"] == 1]
+    assert begun == pytest.approx([0] * len(begun), abs=1e-4)
 
 
 def test_a_policy_without_a_reward_is_told_what_to_give(capsys: pytest.CaptureFixture[str]):

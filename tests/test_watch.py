@@ -74,6 +74,14 @@ def codes(watch: Watch, records: list[dict[str, object]]) -> list[str]:
     return [finding.code for row in records for finding in watch.after(row)]
 
 
+def test_a_policy_is_told_from_its_reference_unless_that_was_just_renewed():
+    same = {"logratios/chosen": 0.0, "logratios/rejected": 0.0}
+    assert codes(moving(), [record(2, **same, **{"reference/renewed": 1.0})]) == []
+    for more in ({}, {"reference/renewed": 0.5}):
+        with pytest.raises(Refusal, match="the reference is the policy itself"):
+            codes(moving(), [record(2, **same, **more)])
+
+
 def test_chosen_responses_that_lose_probability_are_reported_once():
     falling = [record(step, **{"logratios/chosen": -11.0}) for step in range(1, 3 * RECENT)]
     assert codes(moving(), falling) == ["UW304"]

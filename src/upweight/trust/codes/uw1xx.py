@@ -60,7 +60,8 @@ PAGES: tuple[Page, ...] = (
         ),
         found_by=(
             "From the second training record on: the log-ratios of chosen and rejected are "
-            "exactly 0, and the first step has moved weights."
+            "exactly 0, and the first step has moved weights. Not where "
+            "`rollout.renew_reference` has just made the policy its own reference."
         ),
         guarded_by=(
             "The reference is data: its log-probs are computed before step 1 and kept as numbers, "

@@ -39,7 +39,7 @@ def swallowed(seen: Seen, record: Record) -> Finding | None:
 
 def is_the_reference(seen: Seen, record: Record) -> Finding | None:
     """The weights move and the margin stays exactly 0."""
-    if record["step"] < 2 or not seen.moved:
+    if record["step"] < 2 or not seen.moved or record.get("reference/renewed") == 1:
         return None
     if any(record.get(f"logratios/{side}") != 0 for side in ("chosen", "rejected")):
         return None
