@@ -354,6 +354,11 @@ def test_contradictions_between_sections_are_refused(tmp_path: Path) -> None:
         "run.yaml:3: checkpoint.best needs an evaluation: give evaluation.sets or "
         "evaluation.fraction."
     )
+    for objective in ("grpo", "rloo", "online_dpo"):
+        assert error_of(f"objective={objective}", "responses=1") == (
+            f"responses is 1, and {objective} compares answers: give 2 or more."
+        )
+    assert run_of("objective=ppo", "responses=1").rollout.responses == 1
     assert error_of("template=none", "template_options={a: 1}") == (
         "template_options has no effect with data.template none; keep one of them."
     )

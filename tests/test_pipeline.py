@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,37 @@ def test_a_reward_that_tells_nothing_apart_ends_online_dpo(capsys: pytest.Captur
     Path("count.py").write_text("def score(prompt, response, row):\n    return 1.0\n")
     assert online("run", "online_dpo") == 2
     assert "told no two answers to a prompt apart in 8 rounds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("objective", "value", "more"),
+    [("grpo", 0.0, ["--kl_estimator", "k3"]), ("rloo", 1.0, []), ("ppo", 0.0, [])],
+)
+def test_a_reward_that_never_tells_answers_apart_is_refused(objective, value, more, capsys):
+    Path("count.py").write_text(f"def score(prompt, response, row):\n    return {value}\n")
+    assert online("run", objective, "--checkpoint.every", "1", *more) == 2
+    said = capsys.readouterr().err
+    assert "error[UW103]: step 4: no answer so far had an advantage" in said
+    assert not Path("run/model").exists()
+    # Gone on with from its third step, it comes to the same end.
+    assert main(["train", "run/run.yaml", "resume=true"]) == 2
+    assert "error[UW103]: step 4" in capsys.readouterr().err
+
+
+def test_a_run_that_has_learned_may_end_with_a_round_that_teaches_nothing():
+    # Rewards of the first two rounds only, of 4 prompts with 8 answers each.
+    Path("count.py").write_text(
+        "def score(prompt, response, row):\n    with open('asked', 'a') as asked:\n"
+        "        asked.write('.')\n        early = asked.tell() <= 64\n"
+        "    return early * sum(map(str.islower, response))\n"
+    )
+    Path("judge.py").write_text(LETTERS)
+    judged = ["--true_reward", "judge.py:score", "--checkpoint.every", "1", "--keep", "9"]
+    assert online("run", "grpo", *judged, "--kl_estimator", "k3") == 0
+    assert [r["advantages/nonzero"] > 0 for r in records("run", "train")] == [1, 1, 0, 0]
+    shutil.rmtree("run/checkpoints/step-00000004")
+    assert main(["train", "run/run.yaml", "resume=true"]) == 0
+    assert records("run", "train")[-1]["advantages/nonzero"] == 0
 
 
 def test_a_value_model_may_start_from_the_reward_model():

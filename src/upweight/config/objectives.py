@@ -60,6 +60,10 @@ A key that no line names is read by every objective, in `train` and `check`.
 """
 
 
+COMPARING = ("grpo", "rloo", "online_dpo")
+"""The objectives that hold the answers to one prompt against each other."""
+
+
 def objectives_reading(key: str) -> list[str]:
     """The objectives that read the key with this full name."""
     names = {key, keys()[key].section}

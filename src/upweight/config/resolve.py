@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from upweight.config.keys import SWITCHED, candidates, keys, unknown_key
-from upweight.config.objectives import OBJECTIVES, unread
+from upweight.config.objectives import COMPARING, OBJECTIVES, unread
 from upweight.config.sections import SECTIONS, Run
 from upweight.config.settings import (
     Layer,
@@ -224,6 +224,11 @@ def _contradictions(held: Mapping[str, Setting], problems: Problems) -> None:
     if given("checkpoint.best") is not None and not sets and not fraction:
         setting = held["checkpoint.best"]
         said = f"{setting.shown} needs an evaluation: give evaluation.sets or evaluation.fraction."
+        problems.at(setting, said)
+    objective = given("objective")
+    if given("rollout.responses") == 1 and objective in COMPARING:
+        setting = held["rollout.responses"]
+        said = f"{setting.shown} is 1, and {objective} compares answers: give 2 or more."
         problems.at(setting, said)
     attention = given("compute.attention")
     if given("compute.sharing") is False and attention not in (None, "auto"):

@@ -185,7 +185,7 @@ def go_back(state: State, saved: checkpoint.TrainState) -> Progress:
     truncate_jsonl_after(state.rundir.file("metrics.jsonl"), where.step)
     truncate_jsonl_after(state.rundir.file("samples.jsonl"), where.step)
     truncate_jsonl_after(state.rundir.file("margins.jsonl"), where.step)
-    state.watch.reported |= warned_of(state.rundir)
+    state.watch.resumed(written_so_far(state.rundir))
     truncate_ledger_after(state.rundir.file("ledger.parquet"), where.step)
     if where.tokens_per_bin is not None and where.tokens_per_bin < state.tokens_per_bin:
         state.tokens_per_bin = where.tokens_per_bin
@@ -198,11 +198,11 @@ def go_back(state: State, saved: checkpoint.TrainState) -> Progress:
     return Progress(where.step, where.num_tokens, where.seconds, window)
 
 
-def warned_of(rundir: RunDir) -> set[str]:
-    """The codes that the run has warned of so far."""
+def written_so_far(rundir: RunDir) -> list[Record]:
+    """The records of metrics.jsonl."""
     path = rundir.file("metrics.jsonl")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {record["code"] for record in map(json.loads, lines) if record["kind"] == "warning"}
+    return [json.loads(line) for line in lines]
 
 
 def smaller_bins(state: State, what: str, tokens_per_bin: int) -> None:

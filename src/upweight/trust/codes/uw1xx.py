@@ -90,7 +90,9 @@ PAGES: tuple[Page, ...] = (
             "After the first step: some 256 elements of every "
             "trained tensor are compared with what they were before. If none has moved the run is "
             "refused; the message says whether no gradient arrived (`grad_norm` is 0) or the "
-            "updates were too small for the weights to hold."
+            "updates were too small for the weights to hold. A run that learns from its own "
+            "answers is refused after 64 steps, or at its last one, in which no answer had an "
+            "advantage over another."
         ),
         guarded_by=(
             "A model without a trainable parameter is an error, and so are `lora.targets` that "
@@ -101,6 +103,7 @@ PAGES: tuple[Page, ...] = (
             "The learning rate is too small for so few steps. Where none is set it is 5e-7 for "
             "full training and 1e-5 for LoRA.",
             "The run is so short that `optimizer.warmup` takes much of it.",
+            "The reward tells no two answers to a prompt apart.",
             "The preferences carry no signal that generalizes; then the training loss falls and "
             "the held-out one does not (UW306).",
         ),
@@ -111,7 +114,10 @@ PAGES: tuple[Page, ...] = (
             "Train on a few rows (`data.limit=8`) for many `epochs`: if `rewards/accuracies` does "
             "not reach 1 on rows seen so often, the fault is not in the amount of data.",
         ),
-        detectors=("upweight.trust.watch.weights:nothing_learns",),
+        detectors=(
+            "upweight.trust.watch.weights:nothing_learns",
+            "upweight.trust.watch.weights:nothing_is_taught",
+        ),
     ),
     Page(
         code="UW104",

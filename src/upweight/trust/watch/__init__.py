@@ -3,7 +3,7 @@ step, and in a sample of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from upweight.config import Watch as Limits
 from upweight.data.stream import StepPlan
@@ -27,7 +27,13 @@ from upweight.trust.watch.curves import (
 )
 from upweight.trust.watch.orders import require_every_pair
 from upweight.trust.watch.seen import RECENT, Record, Seen, Told, some_weights
-from upweight.trust.watch.weights import is_the_reference, nothing_learns, same_order, swallowed
+from upweight.trust.watch.weights import (
+    is_the_reference,
+    nothing_is_taught,
+    nothing_learns,
+    same_order,
+    swallowed,
+)
 from upweight.types import Forest, Tree
 
 __all__ = ["RECENT", "Told", "Watch"]
@@ -36,6 +42,7 @@ Observer = Callable[[Seen, Record], Finding | None]
 
 TRAINING: Sequence[Observer] = (
     nothing_learns,
+    nothing_is_taught,
     swallowed,
     is_the_reference,
     displaced,
@@ -64,6 +71,13 @@ class Watch:
     def __init__(self, lm: LanguageModel, limits: Limits, told: Told | None = None) -> None:
         self.seen = Seen(lm, limits, told or Told(), some_weights(lm))
         self.reported: set[str] = set()
+
+    def resumed(self, records: Iterable[Mapping[str, object]]) -> None:
+        """What the run has written so far: it goes on from there."""
+        for record in records:
+            if record["kind"] == "warning":
+                self.reported.add(str(record["code"]))
+            self.seen.taught |= record["kind"] == "train" and record.get("advantages/nonzero") != 0
 
     def packed(
         self, step: int, plan: StepPlan | None, batch: Sequence[Tree], forests: Sequence[Forest]
