@@ -197,6 +197,20 @@ def test_a_run_that_has_learned_may_end_with_a_round_that_teaches_nothing():
     assert records("run", "train")[-1]["advantages/nonzero"] == 0
 
 
+def test_a_reward_that_failed_in_the_first_round_is_mended_and_tried_again(capsys):
+    Path("count.py").write_text("def score(prompt, response, row):\n    return row['wrong']\n")
+    assert online("run", "grpo") == 2
+    assert "KeyError" in capsys.readouterr().err and Path("run/run.yaml").exists()
+    Path("count.py").write_text(LETTERS)
+    assert online("run", "grpo") == 0
+    assert "stopped before its first checkpoint. It is begun anew; removed: account.json" in (
+        capsys.readouterr().err
+    )
+    assert [r["step"] for r in records("run", "train")] == [1, 2, 3, 4]
+    assert online("run", "grpo") == 2
+    assert "holds a run already. Set resume: true" in capsys.readouterr().err
+
+
 def test_a_value_model_may_start_from_the_reward_model():
     assert judge("judge") == 0
     assert online("run", "ppo", "--reward", "judge/model") == 0

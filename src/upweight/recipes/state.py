@@ -23,12 +23,12 @@ from upweight.recipes.start import Start
 from upweight.training import checkpoint
 from upweight.training.loop import Progress, Record, Window
 from upweight.training.objectives import Objective
-from upweight.training.rundir import (
-    RunDir,
+from upweight.training.records import (
     append_jsonl,
     truncate_jsonl_after,
     truncate_ledger_after,
 )
+from upweight.training.rundir import RunDir
 from upweight.trust.watch import Watch
 from upweight.types import Forest, Tree
 

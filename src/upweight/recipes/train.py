@@ -105,6 +105,7 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
         work = WORK[begun.run.objective](state)
         state.rounds = work.rounds
         progress = go_back(state, saved) if saved is not None else Progress()
+        _begin_anew(rundir, screen)
         _write_records(state)
         screen.stage("training")
         # A run that stopped at step 0 was evaluated before it was saved.
@@ -166,6 +167,15 @@ def _optimizer(begun: Start, values: Values | None) -> torch.optim.Optimizer:
         epsilon=options.epsilon,
         moments=options.moments,
     )
+
+
+def _begin_anew(rundir: RunDir, screen: Screen) -> None:
+    if rundir.left:
+        rundir.remove_left()
+        screen.note(
+            f"{rundir.path} held a run that stopped before its first checkpoint. It is begun anew; "
+            f"removed: {', '.join(rundir.left)}"
+        )
 
 
 def _write_records(state: State) -> None:
