@@ -211,6 +211,23 @@ def test_a_reward_that_failed_in_the_first_round_is_mended_and_tried_again(capsy
     assert "holds a run already. Set resume: true" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("objective", ["ppo", "online_dpo"])
+def test_a_run_without_an_evaluation_is_watched_by_its_rounds(objective):
+    words = (
+        f"train --model model --data prompts.jsonl --objective {objective} --dtype float32 "
+        "--reward count.py:score --prompts_per_round 4 --max_tokens 8 --steps 4 --passes 1 --out"
+    ).split()
+    assert main([*words, "clean", "--learning-rate", "1e-5"]) == 0
+    assert records("clean", "warning") == []
+    step = records("clean", "train")[0]
+    assert step["length_low"] <= step["length"] <= step["length_high"]
+    assert step["repetition_low"] <= step["repetition"] and step["stopped"] <= step["stopped_high"]
+    assert main([*words, "run", "--learning-rate", "1e-2", "--watch.kl", "0.01"]) == 0
+    (found,) = records("run", "warning")
+    assert found["code"] == "UW308" and "set" not in found
+    assert 'href="#warning-uw308"' in Path("run/report.html").read_text()
+
+
 def test_a_value_model_may_start_from_the_reward_model():
     assert judge("judge") == 0
     assert online("run", "ppo", "--reward", "judge/model") == 0

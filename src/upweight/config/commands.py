@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from upweight.config.keys import keys
-from upweight.config.objectives import objectives_reading, of_section, unread
+from upweight.config.objectives import draws, objectives_reading, of_section, unread
 from upweight.config.resolve import leaf_values
 from upweight.config.sections import Data, Run
 from upweight.config.written import write
@@ -57,8 +57,16 @@ def _is_sampled(run: Run) -> bool:
     return run.evaluation.samples > 0 or not _is_evaluated(run)
 
 
-def _samples_are_the_policys(run: Run) -> bool:
-    return run.evaluation.temperature == 1
+def _is_watched(run: Run) -> bool:
+    return draws(run.objective) or _is_evaluated(run)
+
+
+def _has_answers_to_watch(run: Run) -> bool:
+    return draws(run.objective) or _is_sampled(run)
+
+
+def _draws_or_samples_are_the_policys(run: Run) -> bool:
+    return draws(run.objective) or run.evaluation.temperature == 1
 
 
 def _has_adapter(run: Run) -> bool:
@@ -93,16 +101,16 @@ _APART = "has no effect while policy.value is own: the two losses then move diff
 _UNLOGGED = "ends a round only after a step that is logged: leave log_every at 1"
 _ALONE = "has no effect: score reads it only with a reference"
 _TRAINING = ("train", "check")
-_SAMPLED = (
-    *of_section("evaluation", "max_new_tokens", "temperature", "true_reward"),
-    *of_section("watch", "length", "repetition", "stopped", "kl"),
-)
+_SAMPLED = of_section("evaluation", "max_new_tokens", "temperature", "true_reward")
+_WATCHED = of_section("watch", "length", "repetition", "stopped", "kl")
 
 NEEDS: tuple[Need, ...] = (
     Need(_TRAINING, ("evaluation.every", "watch.easy", *_SAMPLED), _is_evaluated, _WITHOUT),
     Need(_TRAINING, ("evaluation.samples",), _asks_for_no_samples_or_is_evaluated, _WITHOUT),
     Need(_TRAINING, _SAMPLED, _is_sampled, _UNSAMPLED),
-    Need(_TRAINING, ("watch.kl",), _samples_are_the_policys, _UNLIKE),
+    Need(_TRAINING, _WATCHED, _is_watched, _WITHOUT),
+    Need(_TRAINING, _WATCHED, _has_answers_to_watch, _UNSAMPLED),
+    Need(_TRAINING, ("watch.kl",), _draws_or_samples_are_the_policys, _UNLIKE),
     Need(_TRAINING, ("export.merge",), _has_adapter, _WHOLE),
     Need(_TRAINING, ("policy.value_coefficient",), _has_a_trunk_in_common, _APART),
     Need(_TRAINING, ("policy.kl_stop",), _logs_every_step, _UNLOGGED),

@@ -64,6 +64,11 @@ COMPARING = ("grpo", "rloo", "online_dpo")
 """The objectives that hold the answers to one prompt against each other."""
 
 
+def draws(objective: str) -> bool:
+    """Whether it learns from answers that it draws, round by round."""
+    return "rollout" in OBJECTIVES[objective]
+
+
 def objectives_reading(key: str) -> list[str]:
     """The objectives that read the key with this full name."""
     names = {key, keys()[key].section}

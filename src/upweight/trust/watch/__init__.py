@@ -26,6 +26,7 @@ from upweight.trust.watch.curves import (
     too_easy,
 )
 from upweight.trust.watch.orders import require_every_pair
+from upweight.trust.watch.rounds import answers_change
 from upweight.trust.watch.seen import RECENT, Record, Seen, Told, some_weights
 from upweight.trust.watch.weights import (
     is_the_reference,
@@ -50,6 +51,8 @@ TRAINING: Sequence[Observer] = (
     saturated,
     flat,
     same_order,
+    answers_change,
+    far_from_the_reference,
 )
 """What looks at training records."""
 
@@ -77,7 +80,8 @@ class Watch:
         for record in records:
             if record["kind"] == "warning":
                 self.reported.add(str(record["code"]))
-            self.seen.taught |= record["kind"] == "train" and record.get("advantages/nonzero") != 0
+            if record["kind"] == "train":
+                self.seen.remember(_numbers(record))
 
     def packed(
         self, step: int, plan: StepPlan | None, batch: Sequence[Tree], forests: Sequence[Forest]
@@ -93,7 +97,7 @@ class Watch:
 
         Raises Refusal for what cannot end well: the weights are as the last checkpoint has them.
         """
-        values = {k: float(v) for k, v in record.items() if isinstance(v, (int, float))}
+        values = _numbers(record)
         trained = record["kind"] == "train"
         if trained:
             self.seen.train(values)
@@ -106,3 +110,7 @@ class Watch:
                 self.reported.add(finding.code)
                 found.append(finding)
         return found
+
+
+def _numbers(record: Mapping[str, object]) -> dict[str, float]:
+    return {k: float(v) for k, v in record.items() if isinstance(v, (int, float))}
