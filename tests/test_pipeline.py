@@ -228,6 +228,41 @@ def test_a_run_without_an_evaluation_is_watched_by_its_rounds(objective):
     assert 'href="#warning-uw308"' in Path("run/report.html").read_text()
 
 
+def test_a_run_is_resumed_with_the_rewards_that_it_began_with_only(capsys):
+    Path("both.py").write_text(LETTERS)
+    assert online("run", "grpo", "--true_reward", "both.py:score", "--checkpoint.every", "1") == 0
+    resume = ["train", "run/run.yaml", "resume=true"]
+
+    def refused() -> str:
+        capsys.readouterr()
+        assert main(resume) == 2
+        return capsys.readouterr().err
+
+    changed = LETTERS.replace("islower", "isupper")
+    for key, file in (("rollout.reward", "count.py"), ("evaluation.true_reward", "both.py")):
+        Path(file).write_text(changed)
+        assert f"resume: {key} is {file}:score, whose content is not what the run" in refused()
+        Path(file).write_text(LETTERS)
+    rows = rows_of("prompts.jsonl")
+    write_rows("prompts.jsonl", [{**row, "answer": 1} for row in rows])
+    assert "resume: the rows that the rewards of the run in run are given differ" in refused()
+    write_rows("prompts.jsonl", rows)
+    assert main(resume) == 0
+
+
+def test_a_run_is_resumed_with_the_reward_model_that_it_began_with_only(capsys):
+    assert judge("judge", "--steps", "1") == 0
+    assert online("run", "grpo", "--reward", "judge/model", "--steps", "2") == 0
+    # Its rows are not read by a model: a column more does not matter.
+    write_rows("prompts.jsonl", [{**row, "answer": 1} for row in rows_of("prompts.jsonl")])
+    assert main(["train", "run/run.yaml", "resume=true"]) == 0
+    assert judge("other", "--steps", "2") == 0
+    shutil.rmtree("judge")
+    Path("other").rename("judge")
+    assert main(["train", "run/run.yaml", "resume=true"]) == 2
+    assert "resume: rollout.reward is judge/model, whose content is" in capsys.readouterr().err
+
+
 def test_a_value_model_may_start_from_the_reward_model():
     assert judge("judge") == 0
     assert online("run", "ppo", "--reward", "judge/model") == 0

@@ -31,9 +31,9 @@ from upweight.recipes.reference import require_same_tokens
 from upweight.recipes.resume import as_begun, require_same_settings
 from upweight.recipes.screen import Screen
 from upweight.stats import Interval
-from upweight.training.checkpoint import Position
 from upweight.training.loop import Plan
 from upweight.training.memory import MemoryPlan, plan_memory
+from upweight.training.moment import Position
 from upweight.training.optimizer import MOMENT_BYTES, require_moments
 from upweight.training.rollout import Sizes
 from upweight.training.rundir import require_space

@@ -22,6 +22,7 @@ from upweight.recipes.screen import Screen
 from upweight.recipes.start import Start
 from upweight.training import checkpoint
 from upweight.training.loop import Progress, Record, Window
+from upweight.training.moment import Position, TrainState
 from upweight.training.objectives import Objective
 from upweight.training.records import (
     append_jsonl,
@@ -83,6 +84,7 @@ class State:
     watch: Watch
     values: Values | None = None
     judge: Callable[[Sequence[Tree]], list[list[float]]] | None = None
+    reward_digests: Mapping[str, str] = field(default_factory=dict[str, str])
     rounds: Rounds | None = None
     best: float | None = None
     best_step: int | None = None
@@ -151,7 +153,7 @@ def save(state: State, progress: Progress) -> None:
     """A checkpoint of now; the newest ones and the best are kept."""
     _write_noted(state)
     folder = state.rundir.file("checkpoints")
-    position = checkpoint.Position(
+    position = Position(
         step=progress.step,
         epoch=progress.step / state.begun.plan.steps_per_epoch,
         num_tokens=progress.num_tokens,
@@ -163,6 +165,7 @@ def save(state: State, progress: Progress) -> None:
         seconds=progress.seconds,
         model_fingerprint=state.against.model_fingerprint,
         data_digests=data_digests(state.begun.prepared),
+        reward_digests=state.reward_digests,
         window=progress.window.to_plain(),
         tokens_per_bin=state.tokens_per_bin,
         rollout=None if state.rounds is None else state.rounds.position(),
@@ -177,7 +180,7 @@ def save(state: State, progress: Progress) -> None:
         state.rounds.tidy([p.rollout for p in positions if p.rollout is not None])
 
 
-def go_back(state: State, saved: checkpoint.TrainState) -> Progress:
+def go_back(state: State, saved: TrainState) -> Progress:
     """Weights, optimizer, generators and records as they were when `saved` was saved."""
     checkpoint.restore(state.trained, state.optimizer, saved)
     where = saved.position

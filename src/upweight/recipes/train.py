@@ -29,7 +29,12 @@ from upweight.recipes.kinds import KINDS
 from upweight.recipes.online import online, values_of
 from upweight.recipes.prepare import account_record
 from upweight.recipes.reference import Against, ask_reference
-from upweight.recipes.resume import require_same_models, resume_command
+from upweight.recipes.resume import (
+    require_same_models,
+    require_same_rewards,
+    resume_command,
+    reward_digests,
+)
 from upweight.recipes.rewarding import Scorer, make_scorer, require_rewards
 from upweight.recipes.screen import Screen, Silent
 from upweight.recipes.start import Start, found_beside, start, with_reference
@@ -47,6 +52,7 @@ from upweight.recipes.state import (
 from upweight.recipes.suspects import write_suspects
 from upweight.training import checkpoint, objectives
 from upweight.training.loop import Hooks, Progress, fit, rehearse, too_large
+from upweight.training.moment import TrainState
 from upweight.training.objectives import Objective
 from upweight.training.optimizer import make_optimizer
 from upweight.training.rundir import RunDir, open_run_dir, require_space, write_atomic
@@ -101,6 +107,8 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
         trackers = stack.enter_context(tracking(to_open, target, screen.note))
         stop = stack.enter_context(_stop_on_signals(screen))
         state = _state(begun, against, rundir, screen, trackers)
+        if saved is not None:
+            require_same_rewards(saved.position, begun.run, state.reward_digests)
         # Before weights are restored: some of it is of the policy at its start.
         work = WORK[begun.run.objective](state)
         state.rounds = work.rounds
@@ -118,7 +126,7 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
         return _finish(state, progress)
 
 
-def _newest(rundir: RunDir) -> checkpoint.TrainState | None:
+def _newest(rundir: RunDir) -> TrainState | None:
     """The checkpoint that is gone on with, or None for a run that begins."""
     if not rundir.resumed:
         return None
@@ -143,6 +151,7 @@ def _state(
     return State(
         begun, against, rundir, optimizer, screen, trackers, capacity, watch,
         values=values, judge=_judge(begun), recomputing=recomputing,
+        reward_digests=reward_digests(begun.run, begun.prepared),
     )  # fmt: skip
 
 
