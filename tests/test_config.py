@@ -351,9 +351,10 @@ def test_contradictions_between_sections_are_refused(tmp_path: Path) -> None:
     )
     assert run_of("sets={heldout: h.jsonl}").evaluation.sets == {"heldout": ["h.jsonl"]}
     assert error_in(tmp_path, "checkpoint: {best: loss}\n") == (
-        "run.yaml:3: checkpoint.best needs an evaluation: give evaluation.sets or "
-        "evaluation.fraction."
+        "run.yaml:3: checkpoint.best needs an evaluation: give evaluation.sets, "
+        "evaluation.fraction or evaluation.prompt_files."
     )
+    assert run_of("best=reward", "prompt_files=p.jsonl").checkpoint.best == "reward"
     for objective in ("grpo", "rloo", "online_dpo"):
         assert error_of(f"objective={objective}", "responses=1") == (
             f"responses is 1, and {objective} compares answers: give 2 or more."

@@ -263,6 +263,15 @@ def test_a_run_is_resumed_with_the_reward_model_that_it_began_with_only(capsys):
     assert "resume: rollout.reward is judge/model, whose content is" in capsys.readouterr().err
 
 
+def test_the_best_checkpoint_may_be_told_by_prompts_alone():
+    write_rows("asked.jsonl", [{"prompt": f"another {i}"} for i in range(4)])
+    words = "--fraction 0 --prompt_files asked.jsonl --checkpoint.best reward --keep 1"
+    assert online("run", "grpo", *words.split(), "--evaluation.every", "1") == 0
+    rewards = [r["reward"] for r in records("run", "eval")]
+    kept = sorted(folder.name for folder in Path("run/checkpoints").iterdir())
+    assert f"step-{rewards.index(max(rewards)):08d}" in kept
+
+
 def test_a_value_model_may_start_from_the_reward_model():
     assert judge("judge") == 0
     assert online("run", "ppo", "--reward", "judge/model") == 0

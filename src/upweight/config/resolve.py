@@ -221,10 +221,14 @@ def _contradictions(held: Mapping[str, Setting], problems: Problems) -> None:
         setting = held["evaluation.sets"]
         said = f'{setting.shown} has a set "{name}", which {taken[name]}; give it another name.'
         problems.at(setting, said)
-    if given("checkpoint.best") is not None and not sets and not fraction:
+    evaluated = sets or fraction or given("evaluation.prompt_files")
+    if given("checkpoint.best") is not None and not evaluated:
         setting = held["checkpoint.best"]
-        said = f"{setting.shown} needs an evaluation: give evaluation.sets or evaluation.fraction."
-        problems.at(setting, said)
+        problems.at(
+            setting,
+            f"{setting.shown} needs an evaluation: give evaluation.sets, evaluation.fraction or "
+            "evaluation.prompt_files.",
+        )
     objective = given("objective")
     if given("rollout.responses") == 1 and objective in COMPARING:
         setting = held["rollout.responses"]
