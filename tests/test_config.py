@@ -405,6 +405,10 @@ def test_score_reads_beta_only_with_a_reference() -> None:
         (["watch.easy=.9"], "watch.easy is 0.9, and it has no effect without an evaluation"),
         (["objective=ppo", "value_coefficient=1"], "has no effect while policy.value is own"),
         (["objective=grpo", "kl_stop=1", "log_every=2"], "only after a step that is logged"),
+        (["objective=grpo", "clip_low=.1"], "clip_low is 0.1, and it has no effect while a round"),
+        (["objective=rloo", "clip_high=.28"], "Raise rollout.passes or rollout.minibatches"),
+        (["objective=grpo", "kl_stop=1"], "has no effect while a round is one step"),
+        (["objective=ppo", "passes=1", "value_clip=null"], "while a round is one step"),
     ],
 )
 def test_a_key_that_waits_for_another_is_refused_without_it(said: list[str], why: str) -> None:
@@ -412,6 +416,13 @@ def test_a_key_that_waits_for_another_is_refused_without_it(said: list[str], why
         with pytest.raises(Refusal, match="UW109") as caught:
             require_read(command, run_of(*said))
         assert why in str(caught.value)
+
+
+def test_what_clips_is_read_where_a_round_has_several_steps() -> None:
+    clips = ("clip_low=.1", "clip_high=.28", "kl_stop=1")
+    require_read("train", run_of("objective=ppo", *clips, "value_clip=1"))
+    for more in ("passes=2", "minibatches=2"):
+        require_read("train", run_of("objective=grpo", *clips, more))
 
 
 def test_what_watches_rounds_needs_no_evaluation() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from upweight.config.keys import keys
-from upweight.config.objectives import draws, objectives_reading, of_section, unread
+from upweight.config.objectives import default_passes, draws, objectives_reading, of_section, unread
 from upweight.config.resolve import leaf_values
 from upweight.config.sections import Data, Run
 from upweight.config.written import write
@@ -81,6 +81,10 @@ def _logs_every_step(run: Run) -> bool:
     return run.log_every == 1
 
 
+def _moves_within_a_round(run: Run) -> bool:
+    return (run.rollout.passes or default_passes(run.objective)) * run.rollout.minibatches > 1
+
+
 def _has_reference(run: Run) -> bool:
     return run.reference is not None
 
@@ -99,9 +103,14 @@ _UNLIKE = "has no effect while evaluation.temperature is not 1: samples are then
 _WHOLE = "has no effect without lora: all weights are trained, and there is no adapter to merge"
 _APART = "has no effect while policy.value is own: the two losses then move different weights"
 _UNLOGGED = "ends a round only after a step that is logged: leave log_every at 1"
+_ONE_STEP = (
+    "has no effect while a round is one step: the policy is then still the one that drew it. Raise "
+    "rollout.passes or rollout.minibatches"
+)
 _ALONE = "has no effect: score reads it only with a reference"
 _TRAINING = ("train", "check")
 _SAMPLED = of_section("evaluation", "max_new_tokens", "temperature", "true_reward")
+_CLIPS = of_section("policy", "clip_low", "clip_high", "value_clip", "kl_stop")
 _WATCHED = of_section("watch", "length", "repetition", "stopped", "kl")
 
 NEEDS: tuple[Need, ...] = (
@@ -115,6 +124,7 @@ NEEDS: tuple[Need, ...] = (
     Need(_TRAINING, ("policy.value_coefficient",), _has_a_trunk_in_common, _APART),
     Need(_TRAINING, ("policy.kl_stop",), _logs_every_step, _UNLOGGED),
     Need(_TRAINING, ("policy.value_coefficient",), _shares_its_trunk, _OWN_TRUNK),
+    Need(_TRAINING, _CLIPS, _moves_within_a_round, _ONE_STEP),
     Need(("score",), ("loss.beta",), _has_reference, _ALONE),
 )
 

@@ -69,6 +69,11 @@ def draws(objective: str) -> bool:
     return "rollout" in OBJECTIVES[objective]
 
 
+def default_passes(objective: str) -> int:
+    """Passes over a round's answers where rollout.passes is null."""
+    return 4 if objective == "ppo" else 1
+
+
 def objectives_reading(key: str) -> list[str]:
     """The objectives that read the key with this full name."""
     names = {key, keys()[key].section}

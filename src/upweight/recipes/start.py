@@ -9,7 +9,16 @@ from pathlib import Path
 
 import torch
 
-from upweight.config import INHERITED, PROBED, RESOLVED, Resolved, Run, require_read, unread
+from upweight.config import (
+    INHERITED,
+    PROBED,
+    RESOLVED,
+    Resolved,
+    Run,
+    default_passes,
+    require_read,
+    unread,
+)
 from upweight.data.stream import num_steps, plan_epoch
 from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype
 from upweight.models.load import LanguageModel, checkpoint_layers
@@ -249,7 +258,7 @@ def rollout_sizes(run: Run) -> Sizes:
         prompts=options.prompts_per_round,
         responses=options.responses or kind.num_responses,
         max_tokens=options.max_tokens,
-        passes=options.passes or kind.passes,
+        passes=options.passes or default_passes(run.objective),
         minibatches=options.minibatches,
         seed=run.seed,
     )
