@@ -22,8 +22,6 @@ from torch import nn
 from tiny import tiny_model
 from upweight.errors import ModelError, OutputError
 from upweight.training.checkpoint import (
-    Position,
-    TrainState,
     capture,
     latest,
     load,
@@ -32,6 +30,7 @@ from upweight.training.checkpoint import (
     restore,
     save,
 )
+from upweight.training.moment import Position, TrainState
 from upweight.training.optimizer import make_optimizer
 
 
@@ -348,7 +347,7 @@ def test_a_checkpoint_of_another_format_is_left_alone(tmp_path: Path) -> None:
     path = save(tmp_path, tiny_state(1))
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
-    said = "of format 1 and this version of upweight reads format 3. Resume with the version"
+    said = "of format 1 and this version of upweight reads format 4. Resume with the version"
     for read in (latest, recover):
         with pytest.raises(OutputError, match=re.escape(said)):
             read(tmp_path)
@@ -415,7 +414,8 @@ from pathlib import Path
 import torch
 
 import upweight.training.checkpoint, upweight.training.rundir
-from upweight.training.checkpoint import Position, capture, prune, save
+from upweight.training.moment import Position
+from upweight.training.checkpoint import capture, prune, save
 
 torch.set_num_threads(1)
 

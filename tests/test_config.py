@@ -351,9 +351,21 @@ def test_contradictions_between_sections_are_refused(tmp_path: Path) -> None:
     )
     assert run_of("sets={heldout: h.jsonl}").evaluation.sets == {"heldout": ["h.jsonl"]}
     assert error_in(tmp_path, "checkpoint: {best: loss}\n") == (
-        "run.yaml:3: checkpoint.best needs an evaluation: give evaluation.sets or "
-        "evaluation.fraction."
+        "run.yaml:3: checkpoint.best needs an evaluation: give evaluation.sets, "
+        "evaluation.fraction or evaluation.prompt_files."
     )
+    assert run_of("best=reward", "prompt_files=p.jsonl").checkpoint.best == "reward"
+    for objective in ("grpo", "rloo", "online_dpo"):
+        assert error_of(f"objective={objective}", "responses=1") == (
+            f"responses is 1, and {objective} compares answers: give 2 or more."
+        )
+    for more, prompts in (([], 16), (["prompts_per_round=4"], 4)):
+        assert error_of("objective=ppo", "minibatches=17", *more) == (
+            f"minibatches is 17, and rollout.prompts_per_round is {prompts}: a step needs a "
+            "prompt. Make them equal, or have fewer minibatches."
+        )
+    assert run_of("objective=ppo", "minibatches=4", "prompts_per_round=4").rollout.minibatches == 4
+    assert run_of("objective=ppo", "responses=1").rollout.responses == 1
     assert error_of("template=none", "template_options={a: 1}") == (
         "template_options has no effect with data.template none; keep one of them."
     )
@@ -402,6 +414,10 @@ def test_score_reads_beta_only_with_a_reference() -> None:
         (["objective=sft", "reference=sft"], "sft asks it for answers alone, and no evaluation"),
         (["objective=grpo", "edits=.1"], "objective grpo does not read it: dpo, sft and reward"),
         (["objective=grpo", "kl_stop=1", "log_every=2"], "only after a step that is logged"),
+        (["objective=grpo", "clip_low=.1"], "clip_low is 0.1, and it has no effect while a round"),
+        (["objective=rloo", "clip_high=.28"], "Raise rollout.passes or rollout.minibatches"),
+        (["objective=grpo", "kl_stop=1"], "has no effect while a round is one step"),
+        (["objective=ppo", "passes=1", "value_clip=null"], "while a round is one step"),
     ],
 )
 def test_a_key_that_waits_for_another_is_refused_without_it(said: list[str], why: str) -> None:
@@ -414,6 +430,20 @@ def test_a_key_that_waits_for_another_is_refused_without_it(said: list[str], why
 def test_a_reference_that_answers_is_read_and_so_are_the_lengths_of_a_reward_models_rows() -> None:
     require_read("train", run_of("objective=sft", "reference=sft", "fraction=.1"))
     require_read("train", run_of("objective=reward", "swapped=.1"))
+
+
+def test_what_clips_is_read_where_a_round_has_several_steps() -> None:
+    clips = ("clip_low=.1", "clip_high=.28", "kl_stop=1")
+    require_read("train", run_of("objective=ppo", *clips, "value_clip=1"))
+    for more in ("passes=2", "minibatches=2"):
+        require_read("train", run_of("objective=grpo", *clips, more))
+
+
+def test_what_watches_rounds_needs_no_evaluation() -> None:
+    watched = ("watch.kl=9", "watch.length=2", "repetition=.3", "stopped=.4")
+    require_read("train", run_of("objective=grpo", *watched))
+    require_read("train", run_of("objective=grpo", *watched, "fraction=.2", "samples=0"))
+    require_read("train", run_of("objective=ppo", *watched, "fraction=.2", "temperature=0"))
 
 
 def test_no_samples_may_be_asked_for_without_an_evaluation() -> None:

@@ -10,7 +10,8 @@ from torch import nn
 
 from tiny import tiny_model
 from upweight.errors import ModelError
-from upweight.training.checkpoint import Position, capture, load, restore, save
+from upweight.training.checkpoint import capture, load, restore, save
+from upweight.training.moment import Position
 from upweight.training.optimizer import (
     clip,
     make_optimizer,

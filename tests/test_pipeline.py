@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -189,7 +190,7 @@ def test_a_policy_that_is_rewarded_for_small_letters_learns_to_write_them(object
         ("ppo", ["--passes", "2", "--minibatches", "2"]),
         ("ppo", ["--value", "shared", "--kl_target", "1", "--steps", "6"]),
         ("grpo", ["--renew_reference", "1", "--responses", "4"]),
-        ("online_dpo", ["--lora", "true"]),
+        ("online_dpo", ["--lora", "true", "--renew_reference", "1", "--log_every", "3"]),
     ],
 )
 def test_a_run_of_rounds_that_is_resumed_ends_bit_identically(objective, more):
@@ -210,6 +211,20 @@ def test_a_run_of_rounds_that_is_resumed_ends_bit_identically(objective, more):
     ]
 
 
+@pytest.mark.parametrize(
+    "more", [["--renew_reference", "1"], ["--renew_reference", "2", "--log_every", "2"]]
+)
+def test_a_reference_that_is_renewed_is_not_taken_for_the_policy(more):
+    # Right after a renewal the log-ratios are 0 but for rounding, at the end of a run too.
+    long = ["--steps", "32", "--learning-rate", "1e-4", "--evaluation.every", "32"]
+    assert online("run", "online_dpo", *long, *more) == 0
+    steps = records("run", "train")
+    assert {r["reference/renewed"] for r in steps} <= {0.5, 1.0}
+    assert records("run", "warning") == []
+    begun = [r["logratios/chosen"] for r in steps if r["reference/renewed"] == 1]
+    assert begun == pytest.approx([0] * len(begun), abs=1e-4)
+
+
 def test_a_policy_without_a_reward_is_told_what_to_give(capsys: pytest.CaptureFixture[str]):
     words = "train --model model --data prompts.jsonl --objective grpo --out run"
     assert main(words.split()) == 2
@@ -220,6 +235,112 @@ def test_a_reward_that_tells_nothing_apart_ends_online_dpo(capsys: pytest.Captur
     Path("count.py").write_text("def score(prompt, response, row):\n    return 1.0\n")
     assert online("run", "online_dpo") == 2
     assert "told no two answers to a prompt apart in 8 rounds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("objective", "value", "more"),
+    [("grpo", 0.0, ["--kl_estimator", "k3"]), ("rloo", 1.0, []), ("ppo", 0.0, [])],
+)
+def test_a_reward_that_never_tells_answers_apart_is_refused(objective, value, more, capsys):
+    Path("count.py").write_text(f"def score(prompt, response, row):\n    return {value}\n")
+    assert online("run", objective, "--checkpoint.every", "1", *more) == 2
+    said = capsys.readouterr().err
+    assert "error[UW103]: step 4: no answer so far had an advantage" in said
+    assert not Path("run/model").exists()
+    # Gone on with from its third step, it comes to the same end.
+    assert main(["train", "run/run.yaml", "resume=true"]) == 2
+    assert "error[UW103]: step 4" in capsys.readouterr().err
+
+
+def test_a_run_that_has_learned_may_end_with_a_round_that_teaches_nothing():
+    # Rewards of the first two rounds only, of 4 prompts with 8 answers each.
+    Path("count.py").write_text(
+        "def score(prompt, response, row):\n    with open('asked', 'a') as asked:\n"
+        "        asked.write('.')\n        early = asked.tell() <= 64\n"
+        "    return early * sum(map(str.islower, response))\n"
+    )
+    Path("judge.py").write_text(LETTERS)
+    judged = ["--true_reward", "judge.py:score", "--checkpoint.every", "1", "--keep", "9"]
+    assert online("run", "grpo", *judged, "--kl_estimator", "k3") == 0
+    assert [r["advantages/nonzero"] > 0 for r in records("run", "train")] == [1, 1, 0, 0]
+    shutil.rmtree("run/checkpoints/step-00000004")
+    assert main(["train", "run/run.yaml", "resume=true"]) == 0
+    assert records("run", "train")[-1]["advantages/nonzero"] == 0
+
+
+def test_a_reward_that_failed_in_the_first_round_is_mended_and_tried_again(capsys):
+    Path("count.py").write_text("def score(prompt, response, row):\n    return row['wrong']\n")
+    assert online("run", "grpo") == 2
+    assert "KeyError" in capsys.readouterr().err and Path("run/run.yaml").exists()
+    Path("count.py").write_text(LETTERS)
+    assert online("run", "grpo") == 0
+    assert "stopped before its first checkpoint. It is begun anew; removed: account.json" in (
+        capsys.readouterr().err
+    )
+    assert [r["step"] for r in records("run", "train")] == [1, 2, 3, 4]
+    assert online("run", "grpo") == 2
+    assert "holds a run already. Set resume: true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", ["ppo", "online_dpo"])
+def test_a_run_without_an_evaluation_is_watched_by_its_rounds(objective):
+    words = (
+        f"train --model model --data prompts.jsonl --objective {objective} --dtype float32 "
+        "--reward count.py:score --prompts_per_round 4 --max_tokens 8 --steps 4 --passes 1 --out"
+    ).split()
+    assert main([*words, "clean", "--learning-rate", "1e-5"]) == 0
+    assert records("clean", "warning") == []
+    step = records("clean", "train")[0]
+    assert step["length_low"] <= step["length"] <= step["length_high"]
+    assert step["repetition_low"] <= step["repetition"] and step["stopped"] <= step["stopped_high"]
+    assert main([*words, "run", "--learning-rate", "1e-2", "--watch.kl", "0.01"]) == 0
+    (found,) = records("run", "warning")
+    assert found["code"] == "UW308" and "set" not in found
+    assert 'href="#warning-uw308"' in Path("run/report.html").read_text()
+
+
+def test_a_run_is_resumed_with_the_rewards_that_it_began_with_only(capsys):
+    Path("both.py").write_text(LETTERS)
+    assert online("run", "grpo", "--true_reward", "both.py:score", "--checkpoint.every", "1") == 0
+    resume = ["train", "run/run.yaml", "resume=true"]
+
+    def refused() -> str:
+        capsys.readouterr()
+        assert main(resume) == 2
+        return capsys.readouterr().err
+
+    changed = LETTERS.replace("islower", "isupper")
+    for key, file in (("rollout.reward", "count.py"), ("evaluation.true_reward", "both.py")):
+        Path(file).write_text(changed)
+        assert f"resume: {key} is {file}:score, whose content is not what the run" in refused()
+        Path(file).write_text(LETTERS)
+    rows = rows_of("prompts.jsonl")
+    write_rows("prompts.jsonl", [{**row, "answer": 1} for row in rows])
+    assert "resume: the rows that the rewards of the run in run are given differ" in refused()
+    write_rows("prompts.jsonl", rows)
+    assert main(resume) == 0
+
+
+def test_a_run_is_resumed_with_the_reward_model_that_it_began_with_only(capsys):
+    assert judge("judge", "--steps", "1") == 0
+    assert online("run", "grpo", "--reward", "judge/model", "--steps", "2") == 0
+    # Its rows are not read by a model: a column more does not matter.
+    write_rows("prompts.jsonl", [{**row, "answer": 1} for row in rows_of("prompts.jsonl")])
+    assert main(["train", "run/run.yaml", "resume=true"]) == 0
+    assert judge("other", "--steps", "2") == 0
+    shutil.rmtree("judge")
+    Path("other").rename("judge")
+    assert main(["train", "run/run.yaml", "resume=true"]) == 2
+    assert "resume: rollout.reward is judge/model, whose content is" in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_may_be_told_by_prompts_alone():
+    write_rows("asked.jsonl", [{"prompt": f"another {i}"} for i in range(4)])
+    words = "--fraction 0 --prompt_files asked.jsonl --checkpoint.best reward --keep 1"
+    assert online("run", "grpo", *words.split(), "--evaluation.every", "1") == 0
+    rewards = [r["reward"] for r in records("run", "eval")]
+    kept = sorted(folder.name for folder in Path("run/checkpoints").iterdir())
+    assert f"step-{rewards.index(max(rewards)):08d}" in kept
 
 
 def test_a_value_model_may_start_from_the_reward_model():

@@ -21,17 +21,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from upweight.errors import DataError, OutputError
-from upweight.training.rundir import (
+from upweight.training.records import (
     append_jsonl,
+    truncate_jsonl_after,
+    truncate_ledger_after,
+    write_ledger,
+)
+from upweight.training.rundir import (
     open_run_dir,
     replacing,
     require_file,
     require_run_dir,
     require_space,
-    truncate_jsonl_after,
-    truncate_ledger_after,
     write_atomic,
-    write_ledger,
     writing,
 )
 
@@ -115,13 +117,37 @@ def test_a_folder_that_holds_a_run_is_not_begun_again(tmp_path: Path) -> None:
     assert (tmp_path / "run.yaml").read_text() == "model: m\n"
 
 
-def test_a_run_without_checkpoints_is_neither_begun_again_nor_resumed(tmp_path: Path) -> None:
+def test_a_run_that_stopped_before_its_first_checkpoint_is_begun_anew(tmp_path: Path) -> None:
     stopped_run(tmp_path, checkpoints=False)
     (tmp_path / "checkpoints" / ".tmp-step-00000010.00").mkdir(parents=True)
-    with pytest.raises(OutputError, match=r"holds a run already\. It has no checkpoint\. Choose"):
-        open_run_dir(tmp_path, resume=False)
+    (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="has no checkpoint to resume: its run stopped before"):
         open_run_dir(tmp_path, resume=True)
+    require_run_dir(tmp_path, resume=False)
+    with open_run_dir(tmp_path, resume=False) as run:
+        assert run.left == ("checkpoints", "run.yaml")
+        assert set(run.left) < set(names(tmp_path)), "what fails before its first file removes none"
+        run.remove_left()
+    assert names(tmp_path) == [".upweight.lock", "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "kept", ["model", "report.html", "checkpoints/mine", "checkpoints/.old-step-1"]
+)
+def test_what_somebody_may_come_back_to_is_not_begun_anew(tmp_path: Path, kept: str) -> None:
+    stopped_run(tmp_path, checkpoints=False)
+    (tmp_path / kept).mkdir(parents=True)
+    for take in (open_run_dir, require_run_dir):
+        with pytest.raises(OutputError, match="holds a run already"):
+            take(tmp_path, resume=False)
+    assert (tmp_path / kept).is_dir() and (tmp_path / "run.yaml").is_file()
+
+
+def test_checkpoints_of_another_program_are_not_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(OutputError, match=r"holds a run already\. It has no checkpoint\. Choose"):
+        open_run_dir(tmp_path, resume=False)
+    assert (tmp_path / "checkpoints").is_dir()
 
 
 def test_a_folder_of_other_files_is_left_as_it_is(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from runs import furnish, rows_of, train, write_rows
 from upweight.config import Watch as Limits
 from upweight.data.stream import StepPlan
 from upweight.errors import Refusal
-from upweight.evidence.evaluate import answers_record, repeated
+from upweight.evidence.evaluate import answers_record
 from upweight.models.sample import Sample
+from upweight.stats import repeated
 from upweight.trust.watch import RECENT, Told, Watch
 from upweight.trust.watch.orders import Orders
 from upweight.types import Tree
@@ -74,6 +75,14 @@ def codes(watch: Watch, records: list[dict[str, object]]) -> list[str]:
     return [finding.code for row in records for finding in watch.after(row)]
 
 
+def test_a_policy_is_told_from_its_reference_unless_that_was_just_renewed():
+    same = {"logratios/chosen": 0.0, "logratios/rejected": 0.0}
+    assert codes(moving(), [record(2, **same, **{"reference/renewed": 1.0})]) == []
+    for more in ({}, {"reference/renewed": 0.5}):
+        with pytest.raises(Refusal, match="the reference is the policy itself"):
+            codes(moving(), [record(2, **same, **more)])
+
+
 def test_chosen_responses_that_lose_probability_are_reported_once():
     falling = [record(step, **{"logratios/chosen": -11.0}) for step in range(1, 3 * RECENT)]
     assert codes(moving(), falling) == ["UW304"]
@@ -114,6 +123,42 @@ def test_answers_that_grow_or_shrink_are_reported(length: float):
 def test_a_policy_far_from_its_reference_is_reported_by_the_lower_end_of_the_interval():
     assert codes(moving(), [evaluation(4, kl=80.0, kl_low=60.0)]) == ["UW308"]
     assert codes(moving(), [evaluation(4, kl=80.0, kl_low=40.0)]) == []
+
+
+def a_round(step: int, **values: tuple[float, float, float]) -> dict[str, object]:
+    usual = {
+        "length": (30.0, 25.0, 35.0), "stopped": (0.9, 0.8, 1.0), "repetition": (0.1, 0.05, 0.15),
+        "kl": (3.0, 2.0, 4.0), **values,
+    }  # fmt: skip
+    flat = {f"{key}{end}": v for key, three in usual.items()
+            for end, v in zip(("", "_low", "_high"), three, strict=True)}  # fmt: skip
+    return record(step, reward=0.5, **flat)
+
+
+@pytest.mark.parametrize(
+    ("values", "code"),
+    [
+        ({"length": (120.0, 110.0, 130.0)}, "UW305"),
+        ({"length": (6.0, 5.0, 7.0)}, "UW305"),
+        ({"length": (120.0, 100.0, 130.0)}, None),
+        ({"length": (9.0, 8.0, 10.0)}, None),
+        ({"stopped": (0.2, 0.1, 0.35)}, "UW305"),
+        ({"stopped": (0.2, 0.1, 0.45)}, None),
+        ({"repetition": (0.5, 0.4, 0.6)}, "UW305"),
+        ({"repetition": (0.5, 0.3, 0.6)}, None),
+        ({"kl": (60.0, 55.0, 65.0)}, "UW308"),
+        ({"kl": (60.0, 45.0, 75.0)}, None),
+    ],
+)
+def test_the_answers_of_a_round_are_held_against_those_of_the_first(values, code):
+    changed = a_round(2, **values)
+    assert codes(moving(), [a_round(1), changed]) == ([code] if code else [])
+    # A run that is resumed still knows its first round; a single prompt has no interval.
+    resumed = moving()
+    resumed.resumed([a_round(1)])
+    assert codes(resumed, [changed]) == ([code] if code else [])
+    alone = {k: v for k, v in changed.items() if not k.endswith(("_low", "_high"))}
+    assert codes(moving(), [a_round(1), alone]) == []
 
 
 def test_what_a_run_warns_of_is_in_the_terminal_the_records_and_the_report(

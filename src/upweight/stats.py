@@ -1,5 +1,5 @@
-"""Intervals for what an evaluation measures. Preferences of one prompt are not independent:
-everything here takes the prompt as the unit that is sampled."""
+"""Intervals for what is measured of preferences and answers. Those of one prompt are not
+independent: everything here takes the prompt as the unit that is sampled."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 _DRAWS_AT_ONCE = 1_000_000
+
+WINDOW = 4
+"""Tokens in a row of which repetition is counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,13 @@ def sign_test(num_better: int, num_worse: int) -> float:
         tail += ways
         ways = ways * (n - k) // (k + 1)
     return min(1.0, 2 * tail / 2**n)
+
+
+def repeated(tokens: Sequence[int]) -> float:
+    """The share of windows of four tokens that the answer has had before (seq-rep-4, Welleck et al.
+    2020, arXiv:1908.04319); 0 for an answer that is shorter."""
+    windows = [tuple(tokens[i : i + WINDOW]) for i in range(len(tokens) - WINDOW + 1)]
+    return 1 - len(set(windows)) / len(windows) if windows else 0.0
 
 
 def _per_prompt(

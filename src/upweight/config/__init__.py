@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from upweight.config.commands import READS, require_read
 from upweight.config.keys import Flag, called_elsewhere, flags, values_from_flags
-from upweight.config.objectives import OBJECTIVES, unread
+from upweight.config.objectives import OBJECTIVES, default_passes, unread
 from upweight.config.resolve import (
     FILLED_IN,
     INHERITED,
@@ -66,6 +66,7 @@ __all__ = [
     "Section",
     "Watch",
     "called_elsewhere",
+    "default_passes",
     "dump",
     "flattened",
     "flags",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from upweight.config.keys import keys
-from upweight.config.objectives import objectives_reading, of_section, unread
+from upweight.config.objectives import default_passes, draws, objectives_reading, of_section, unread
 from upweight.config.resolve import leaf_values
 from upweight.config.sections import Data, Run
 from upweight.config.written import write
@@ -61,8 +61,16 @@ def _asks_its_reference(run: Run) -> bool:
     return run.objective != "sft" or (run.evaluation.samples > 0 and _is_evaluated(run))
 
 
-def _samples_are_the_policys(run: Run) -> bool:
-    return run.evaluation.temperature == 1
+def _is_watched(run: Run) -> bool:
+    return draws(run.objective) or _is_evaluated(run)
+
+
+def _has_answers_to_watch(run: Run) -> bool:
+    return draws(run.objective) or _is_sampled(run)
+
+
+def _draws_or_samples_are_the_policys(run: Run) -> bool:
+    return draws(run.objective) or run.evaluation.temperature == 1
 
 
 def _has_adapter(run: Run) -> bool:
@@ -75,6 +83,10 @@ def _has_a_trunk_in_common(run: Run) -> bool:
 
 def _logs_every_step(run: Run) -> bool:
     return run.log_every == 1
+
+
+def _moves_within_a_round(run: Run) -> bool:
+    return (run.rollout.passes or default_passes(run.objective)) * run.rollout.minibatches > 1
 
 
 def _has_reference(run: Run) -> bool:
@@ -96,23 +108,29 @@ _UNLIKE = "has no effect while evaluation.temperature is not 1: samples are then
 _WHOLE = "has no effect without lora: all weights are trained, and there is no adapter to merge"
 _APART = "has no effect while policy.value is own: the two losses then move different weights"
 _UNLOGGED = "ends a round only after a step that is logged: leave log_every at 1"
+_ONE_STEP = (
+    "has no effect while a round is one step: the policy is then still the one that drew it. Raise "
+    "rollout.passes or rollout.minibatches"
+)
 _ALONE = "has no effect: score reads it only with a reference"
 _TRAINING = ("train", "check")
-_SAMPLED = (
-    *of_section("evaluation", "max_new_tokens", "temperature", "true_reward"),
-    *of_section("watch", "length", "repetition", "stopped", "kl"),
-)
+_SAMPLED = of_section("evaluation", "max_new_tokens", "temperature", "true_reward")
+_CLIPS = of_section("policy", "clip_low", "clip_high", "value_clip", "kl_stop")
+_WATCHED = of_section("watch", "length", "repetition", "stopped", "kl")
 
 NEEDS: tuple[Need, ...] = (
     Need(_TRAINING, ("evaluation.every", "watch.easy", *_SAMPLED), _is_evaluated, _WITHOUT),
     Need(_TRAINING, ("evaluation.samples",), _asks_for_no_samples_or_is_evaluated, _WITHOUT),
     Need(_TRAINING, (*_SAMPLED, "evaluation.prompt_files"), _is_sampled, _UNSAMPLED),
     Need(_TRAINING, ("reference",), _asks_its_reference, _UNASKED),
-    Need(_TRAINING, ("watch.kl",), _samples_are_the_policys, _UNLIKE),
+    Need(_TRAINING, _WATCHED, _is_watched, _WITHOUT),
+    Need(_TRAINING, _WATCHED, _has_answers_to_watch, _UNSAMPLED),
+    Need(_TRAINING, ("watch.kl",), _draws_or_samples_are_the_policys, _UNLIKE),
     Need(_TRAINING, ("export.merge",), _has_adapter, _WHOLE),
     Need(_TRAINING, ("policy.value_coefficient",), _has_a_trunk_in_common, _APART),
     Need(_TRAINING, ("policy.kl_stop",), _logs_every_step, _UNLOGGED),
     Need(_TRAINING, ("policy.value_coefficient",), _shares_its_trunk, _OWN_TRUNK),
+    Need(_TRAINING, _CLIPS, _moves_within_a_round, _ONE_STEP),
     Need(("score",), ("loss.beta",), _has_reference, _ALONE),
 )
 

@@ -62,6 +62,20 @@ A key that no line names is read by every objective, in `train` and `check`.
 """
 
 
+COMPARING = ("grpo", "rloo", "online_dpo")
+"""The objectives that hold the answers to one prompt against each other."""
+
+
+def draws(objective: str) -> bool:
+    """Whether it learns from answers that it draws, round by round."""
+    return "rollout" in OBJECTIVES[objective]
+
+
+def default_passes(objective: str) -> int:
+    """Passes over a round's answers where rollout.passes is null."""
+    return 4 if objective == "ppo" else 1
+
+
 def objectives_reading(key: str) -> list[str]:
     """The objectives that read the key with this full name."""
     names = {key, keys()[key].section}

@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from upweight.config.keys import SWITCHED, candidates, keys, unknown_key
-from upweight.config.objectives import OBJECTIVES, unread
-from upweight.config.sections import SECTIONS, Run
+from upweight.config.objectives import COMPARING, OBJECTIVES, unread
+from upweight.config.sections import SECTIONS, Rollout, Run
 from upweight.config.settings import (
     Layer,
     Problem,
@@ -221,11 +221,19 @@ def _contradictions(held: Mapping[str, Setting], problems: Problems) -> None:
         setting = held["evaluation.sets"]
         said = f'{setting.shown} has a set "{name}", which {taken[name]}; give it another name.'
         problems.at(setting, said)
-    if given("checkpoint.best") is not None and not sets and not fraction:
+    evaluated = sets or fraction or given("evaluation.prompt_files")
+    if given("checkpoint.best") is not None and not evaluated:
         setting = held["checkpoint.best"]
-        said = f"{setting.shown} needs an evaluation: give evaluation.sets or evaluation.fraction."
-        problems.at(setting, said)
+        problems.at(
+            setting,
+            f"{setting.shown} needs an evaluation: give evaluation.sets, evaluation.fraction or "
+            "evaluation.prompt_files.",
+        )
     objective = given("objective") or "dpo"
+    if given("rollout.responses") == 1 and objective in COMPARING:
+        setting = held["rollout.responses"]
+        said = f"{setting.shown} is 1, and {objective} compares answers: give 2 or more."
+        problems.at(setting, said)
     if given("loss.beta") == 0:
         setting = held["loss.beta"]
         if objective in ("dpo", "online_dpo"):
@@ -238,6 +246,12 @@ def _contradictions(held: Mapping[str, Setting], problems: Problems) -> None:
         setting = held["lora.dropout"]
         said = f"{setting.shown} has no place in {objective}: answers are drawn without dropout,"
         problems.at(setting, f"{said} and their ratio to what is trained would measure it.")
+    parts, prompts = given("rollout.minibatches"), given("rollout.prompts_per_round")
+    prompts = Rollout().prompts_per_round if prompts is None else prompts
+    if isinstance(parts, int) and isinstance(prompts, int) and parts > prompts:
+        setting = held["rollout.minibatches"]
+        said = f"{setting.shown} is {parts}, and rollout.prompts_per_round is {prompts}: a step "
+        problems.at(setting, said + "needs a prompt. Make them equal, or have fewer minibatches.")
     attention = given("compute.attention")
     if given("compute.sharing") is False and attention not in (None, "auto"):
         setting = held["compute.attention"]

@@ -21,13 +21,10 @@ from upweight.models.reading import read_trees
 from upweight.models.reference import Reference
 from upweight.models.sample import Sample, sample, sample_trees, tree_logps
 from upweight.models.scalar import tree_scores
-from upweight.stats import accuracy_interval, mean_interval, wilson_interval
+from upweight.stats import accuracy_interval, mean_interval, repeated, wilson_interval
 from upweight.types import Forest, Tree
 
 Row = dict[str, Any]
-
-WINDOW = 4
-"""Tokens in a row of which repetition is counted."""
 
 
 def score_trees(
@@ -296,13 +293,6 @@ def answers_record(policy: Sequence[Sample], reference: Sequence[Sample]) -> Row
 
 def _mean(values: Sequence[float | int]) -> float:
     return sum(values) / len(values)
-
-
-def repeated(tokens: Sequence[int]) -> float:
-    """The share of windows of four tokens that the answer has had before (seq-rep-4, Welleck et al.
-    2020, arXiv:1908.04319); 0 for an answer that is shorter."""
-    windows = [tuple(tokens[i : i + WINDOW]) for i in range(len(tokens) - WINDOW + 1)]
-    return 1 - len(set(windows)) / len(windows) if windows else 0.0
 
 
 def sample_records(

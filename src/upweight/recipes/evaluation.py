@@ -22,8 +22,8 @@ from upweight.recipes.reference import answered_sets, draw, same_reference, samp
 from upweight.recipes.state import State, log, smaller_bins
 from upweight.stats import mean_interval
 from upweight.training.loop import Progress, Record
+from upweight.training.records import append_jsonl, write_ledger
 from upweight.training.rollout import as_tree
-from upweight.training.rundir import append_jsonl, write_ledger
 from upweight.types import Tree
 
 

@@ -20,7 +20,6 @@ class Kind:
     by_reference: bool = False
     answers: bool = True
     num_responses: int = 1
-    passes: int = 1
     kl: str | None = None
     group: str | None = None
     aggregation: str = "token"
@@ -35,7 +34,7 @@ KINDS: dict[str, Kind] = {
     "dpo": Kind("preferences", 5e-7, 1e-5, by_reference=True),
     "sft": Kind("responses", 1e-5, 1e-4),
     "reward": Kind("preferences", 1e-5, 1e-4, answers=False),
-    "ppo": Kind("prompts", 1e-6, 1e-5, passes=4, kl="k1"),
+    "ppo": Kind("prompts", 1e-6, 1e-5, kl="k1"),
     "grpo": Kind(
         "prompts", 1e-6, 1e-5, num_responses=8, kl="k1", group="grpo", aggregation="response"
     ),

@@ -117,8 +117,16 @@ def online(state: State) -> Work:
             functools.partial(_read, state),
             lambda: rollouts.beta,
         )
-    objective = of_round(objective, lambda: rollouts.now.means)
+    objective = of_round(objective, _shown(rollouts, start))
     return Work(objective, rollouts.trees, rounds=Session(rollouts, start))
+
+
+def _shown(rollouts: Rollouts, start: Reference) -> Callable[[], Mapping[str, float]]:
+    """What the records say of the round. `reference/renewed`: the share of their steps that learn
+    from a round which its own reference drew, so that log-ratios begin at exactly 0."""
+    if start.every is None:
+        return lambda: rollouts.now.means
+    return lambda: {**rollouts.now.means, "reference/renewed": float(start.drew)}
 
 
 def _surrogate(run: Run) -> Surrogate:
@@ -172,6 +180,7 @@ def _round(
 ) -> Round:
     """A round with something to learn from: one without a preference is followed by the next."""
     computed = 0
+    start.drew = False
     for at in range(number, number + TRIES):
         made = _draw(state, score, start, asked(at), at, beta)
         computed += made.computed
@@ -271,7 +280,8 @@ def _require_same_policy(lm: LanguageModel, gap: float) -> None:
 @dataclass
 class Reference:
     """What a run of rounds is measured against: the policy's start or a named model, and after
-    `renewed` the policy as it was then."""
+    `renewed` the policy as it was then. `drew`: the policy has not moved from it when it drew the
+    round that is learned from, which may be a later one than was renewed before."""
 
     fixed: LanguageModel | None
     frozen: Frozen
@@ -279,6 +289,7 @@ class Reference:
     every: int | None
     device: str
     renewed: int = 0
+    drew: bool = False
 
     @staticmethod
     def of(state: State) -> Reference:
@@ -295,9 +306,11 @@ class Reference:
 
     @contextlib.contextmanager
     def in_round(self, lm: LanguageModel, number: int) -> Generator[LanguageModel]:
+        self.drew |= number == 1 and self.fixed is None
         due = self.every is not None and number > 1 and (number - 1) % self.every == 0
         if due and self.renewed < number:
             self.frozen, self.fixed, self.renewed = Frozen.of(lm), None, number
+            self.drew = True
             self.folder.mkdir(exist_ok=True)
             with replacing(self._file(number), self.frozen.num_bytes) as temporary:
                 save_file(self.frozen.weights, temporary)
@@ -310,7 +323,11 @@ class Reference:
     def _file(self, number: int) -> Path:
         return self.folder / f"reference-{number:06d}.safetensors"
 
-    def go_back(self, renewed: int) -> None:
+    def position(self) -> dict[str, Any]:
+        return {"renewed": self.renewed, "drew": self.drew}
+
+    def go_back(self, renewed: int, drew: bool) -> None:
+        self.drew = drew
         if not renewed:
             return
         file = self._file(renewed)
@@ -338,11 +355,11 @@ class Session:
         self.rollouts.after(record)
 
     def position(self) -> dict[str, Any]:
-        return {**self.rollouts.position(), "renewed": self.reference.renewed}
+        return {**self.rollouts.position(), **self.reference.position()}
 
     def go_back(self, where: Mapping[str, Any]) -> None:
         self.rollouts.go_back(where)
-        self.reference.go_back(where["renewed"])
+        self.reference.go_back(where["renewed"], where["drew"])
 
     def tidy(self, kept: Sequence[Mapping[str, Any]]) -> None:
         self.reference.tidy([where["renewed"] for where in kept])

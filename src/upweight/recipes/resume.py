@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +18,15 @@ from upweight.config import (
     leaf_values,
     load_run,
 )
+from upweight.data.read import read_rows
 from upweight.errors import ConfigError, DataError
 from upweight.evidence.records.settings import read_settings
+from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import Prepared
-from upweight.recipes.reference import Against
-from upweight.training.checkpoint import Position
-from upweight.types import Tree
+from upweight.recipes.reference import Against, answered_sets
+from upweight.training.moment import Position
+from upweight.training.rewards import COLUMNS, REWARDS
+from upweight.types import RowId, Tree
 
 FREE_TO_CHANGE = {
     *("resume", "out", "log_every", "track", "compute.threads", "checkpoint.keep"),
@@ -133,3 +136,69 @@ def require_same_models(saved: Position, run: Run, against: Against) -> None:
                 f"resume: the run in {run.out} was {what} ({then[:12]} then, {now[:12]} with this "
                 "model, dtype and machine). Start a new run with another out."
             )
+
+
+def reward_digests(run: Run, prepared: Prepared) -> dict[str, str]:
+    """sha256 of what is behind the rewards of this run, as far as it is in files: by its key each
+    function's file or model's folder, and under "rows" the columns that functions may read."""
+    kind, found = KINDS[run.objective], dict[str, str]()
+    read = answered_sets(run, prepared) if run.evaluation.samples else {}
+    specs = {"evaluation.true_reward": run.evaluation.true_reward if kind.answers else None}
+    if kind.draws:
+        specs["rollout.reward"] = run.rollout.reward
+        read = {**read, "train": prepared.trees["train"]}
+    columns: set[str] | None = set()
+    for key, spec in specs.items():
+        if spec is None:
+            continue
+        folder, file = Path(spec), Path(spec.rpartition(":")[0])
+        if folder.is_dir():
+            inside = (f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
+            found[key] = _files_digest(sorted(inside))
+            continue
+        if spec not in REWARDS and file.is_file():
+            found[key] = _files_digest([file])
+        columns = None if columns is None or spec not in COLUMNS else {*columns, *COLUMNS[spec]}
+    if columns is None or columns:
+        wanted = {replace(t.ids[0].row, turn=None) for trees in read.values() for t in trees}
+        found["rows"] = _rows_digest(wanted, columns)
+    return found
+
+
+def _files_digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _rows_digest(wanted: Collection[RowId], columns: Collection[str] | None) -> str:
+    """Of the rows' columns; None: of all that they have."""
+    digest = hashlib.sha256()
+    for row_id, row in read_rows(sorted({row_id.source for row_id in wanted})):
+        if row_id in wanted:
+            kept = {k: v for k, v in row.items() if columns is None or k in columns}
+            text = json.dumps([str(row_id), kept], sort_keys=True, default=str)
+            digest.update(text.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def require_same_rewards(saved: Position, run: Run, digests: Mapping[str, str]) -> None:
+    """Raises ConfigError for a reward that scores otherwise than when the run began, DataError for
+    rows of which it reads another content."""
+    again = "back as it was, or start a new run with another out."
+    for key, digest in digests.items():
+        if saved.reward_digests.get(key) == digest:
+            continue
+        if key == "rows":
+            raise DataError(
+                f"resume: the rows that the rewards of the run in {run.out} are given differ in a "
+                f"column that they may read. Put {', '.join(run.data.path)} {again}"
+            )
+        spec = leaf_values(run)[key]
+        raise ConfigError(
+            f"resume: {key} is {spec}, whose content is not what the run in {run.out} began with: "
+            f"rewards before and after would not compare. Put it {again}"
+        )

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import torch
 
-from upweight.config import INHERITED, PROBED, RESOLVED, Resolved, Run, require_read, unread
+from upweight.config import (
+    INHERITED,
+    PROBED,
+    RESOLVED,
+    Resolved,
+    Run,
+    default_passes,
+    require_read,
+    unread,
+)
 from upweight.data.stream import num_steps, plan_epoch
 from upweight.errors import Refusal
 from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype
@@ -33,9 +42,9 @@ from upweight.recipes.reference import require_same_tokens
 from upweight.recipes.resume import as_begun, require_same_settings
 from upweight.recipes.screen import Screen
 from upweight.stats import Interval
-from upweight.training.checkpoint import Position
 from upweight.training.loop import Plan
 from upweight.training.memory import MemoryPlan, plan_memory
+from upweight.training.moment import Position
 from upweight.training.optimizer import MOMENT_BYTES, require_moments
 from upweight.training.rollout import Sizes
 from upweight.training.rundir import require_space
@@ -283,7 +292,7 @@ def rollout_sizes(run: Run) -> Sizes:
         prompts=options.prompts_per_round,
         responses=options.responses or kind.num_responses,
         max_tokens=options.max_tokens,
-        passes=options.passes or kind.passes,
+        passes=options.passes or default_passes(run.objective),
         minibatches=options.minibatches,
         seed=run.seed,
     )

@@ -23,13 +23,14 @@ from upweight.recipes.screen import Screen
 from upweight.recipes.start import Start
 from upweight.training import checkpoint
 from upweight.training.loop import Progress, Record, Window
+from upweight.training.moment import Position, TrainState
 from upweight.training.objectives import Objective
-from upweight.training.rundir import (
-    RunDir,
+from upweight.training.records import (
     append_jsonl,
     truncate_jsonl_after,
     truncate_ledger_after,
 )
+from upweight.training.rundir import RunDir
 from upweight.trust.watch import Watch
 from upweight.types import Forest, Tree
 
@@ -86,6 +87,7 @@ class State:
     watch: Watch
     values: Values | None = None
     judge: Callable[[Sequence[Tree]], list[list[float]]] | None = None
+    reward_digests: Mapping[str, str] = field(default_factory=dict[str, str])
     rounds: Rounds | None = None
     best: float | None = None
     best_step: int | None = None
@@ -161,7 +163,7 @@ def save(state: State, progress: Progress) -> None:
     """A checkpoint of now; the newest ones and the best are kept."""
     _write_noted(state)
     folder = state.rundir.file("checkpoints")
-    position = checkpoint.Position(
+    position = Position(
         step=progress.step,
         epoch=progress.step / state.begun.plan.steps_per_epoch,
         num_tokens=progress.num_tokens,
@@ -173,6 +175,7 @@ def save(state: State, progress: Progress) -> None:
         seconds=progress.seconds,
         model_fingerprint=state.against.model_fingerprint,
         data_digests=data_digests(state.begun.prepared),
+        reward_digests=state.reward_digests,
         window=progress.window.to_plain(),
         tokens_per_bin=state.tokens_per_bin,
         rollout=None if state.rounds is None else state.rounds.position(),
@@ -187,7 +190,7 @@ def save(state: State, progress: Progress) -> None:
         state.rounds.tidy([p.rollout for p in positions if p.rollout is not None])
 
 
-def go_back(state: State, saved: checkpoint.TrainState) -> Progress:
+def go_back(state: State, saved: TrainState) -> Progress:
     """Weights, optimizer, generators and records as they were when `saved` was saved."""
     checkpoint.restore(state.trained, state.optimizer, saved)
     where = saved.position
@@ -195,7 +198,7 @@ def go_back(state: State, saved: checkpoint.TrainState) -> Progress:
     truncate_jsonl_after(state.rundir.file("metrics.jsonl"), where.step)
     truncate_jsonl_after(state.rundir.file("samples.jsonl"), where.step)
     truncate_jsonl_after(state.rundir.file("margins.jsonl"), where.step)
-    state.watch.reported |= warned_of(state.rundir)
+    state.watch.resumed(written_so_far(state.rundir))
     truncate_ledger_after(state.rundir.file("ledger.parquet"), where.step)
     if where.tokens_per_bin is not None and where.tokens_per_bin < state.tokens_per_bin:
         state.tokens_per_bin = where.tokens_per_bin
@@ -208,11 +211,11 @@ def go_back(state: State, saved: checkpoint.TrainState) -> Progress:
     return Progress(where.step, where.num_tokens, where.seconds, window)
 
 
-def warned_of(rundir: RunDir) -> set[str]:
-    """The codes that the run has warned of so far."""
+def written_so_far(rundir: RunDir) -> list[Record]:
+    """The records of metrics.jsonl."""
     path = rundir.file("metrics.jsonl")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {record["code"] for record in map(json.loads, lines) if record["kind"] == "warning"}
+    return [json.loads(line) for line in lines]
 
 
 def smaller_bins(state: State, what: str, tokens_per_bin: int) -> None:

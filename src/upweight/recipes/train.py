@@ -29,7 +29,12 @@ from upweight.recipes.kinds import KINDS
 from upweight.recipes.online import online, values_of
 from upweight.recipes.prepare import account_record
 from upweight.recipes.reference import Against, ask_reference
-from upweight.recipes.resume import require_same_models, resume_command
+from upweight.recipes.resume import (
+    require_same_models,
+    require_same_rewards,
+    resume_command,
+    reward_digests,
+)
 from upweight.recipes.rewarding import Scorer, make_scorer, require_rewards
 from upweight.recipes.screen import Screen, Silent
 from upweight.recipes.start import Start, found_beside, start, with_reference
@@ -47,11 +52,12 @@ from upweight.recipes.state import (
 from upweight.recipes.suspects import write_suspects
 from upweight.training import checkpoint, objectives
 from upweight.training.loop import Hooks, Progress, fit, rehearse, too_large
+from upweight.training.moment import TrainState
 from upweight.training.objectives import Objective
 from upweight.training.optimizer import make_optimizer
+from upweight.training.records import append_jsonl
 from upweight.training.rundir import (
     RunDir,
-    append_jsonl,
     open_run_dir,
     require_space,
     write_atomic,
@@ -112,10 +118,13 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
         trackers = stack.enter_context(tracking(to_open, target, screen.note))
         stop = stack.enter_context(_stop_on_signals(screen))
         state = _state(begun, against, rundir, screen, trackers)
+        if saved is not None:
+            require_same_rewards(saved.position, begun.run, state.reward_digests)
         # Before weights are restored: some of it is of the policy at its start.
         work = WORK[begun.run.objective](state)
         state.rounds = work.rounds
         progress = go_back(state, saved) if saved is not None else Progress()
+        _begin_anew(rundir, screen)
         _write_records(state)
         screen.stage("training")
         with _refusals_on_record(state, progress):
@@ -137,14 +146,14 @@ def _refusals_on_record(state: State, progress: Progress) -> Generator[None]:
         yield
     except Refusal as refusal:
         step = progress.step + (refusal.code in OF_THE_NEXT_STEP)
-        finding = asdict(Finding(refusal.code, refusal.said, metric="loss"))
+        finding = asdict(Finding(str(refusal.code), refusal.said, metric="loss"))
         line = {"step": step, "kind": "warning", "refused": True, **finding}
         append_jsonl(state.rundir.file("metrics.jsonl"), line)
         state.screen.note(f"report: {write_report(state.rundir.path)}")
         raise
 
 
-def _newest(rundir: RunDir) -> checkpoint.TrainState | None:
+def _newest(rundir: RunDir) -> TrainState | None:
     """The checkpoint that is gone on with, or None for a run that begins."""
     if not rundir.resumed:
         return None
@@ -169,6 +178,7 @@ def _state(
     return State(
         begun, against, rundir, optimizer, screen, trackers, capacity, watch,
         values=values, judge=_judge(begun), recomputing=recomputing,
+        reward_digests=reward_digests(begun.run, begun.prepared),
     )  # fmt: skip
 
 
@@ -193,6 +203,15 @@ def _optimizer(begun: Start, values: Values | None) -> torch.optim.Optimizer:
         epsilon=options.epsilon,
         moments=options.moments,
     )
+
+
+def _begin_anew(rundir: RunDir, screen: Screen) -> None:
+    if rundir.left:
+        rundir.remove_left()
+        screen.note(
+            f"{rundir.path} held a run that stopped before its first checkpoint. It is begun anew; "
+            f"removed: {', '.join(rundir.left)}"
+        )
 
 
 def _write_records(state: State) -> None:

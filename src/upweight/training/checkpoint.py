@@ -19,20 +19,20 @@ import logging
 import os
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from upweight.errors import ModelError, OutputError
+from upweight.training.moment import Position, RandomState, TrainState
 from upweight.training.rundir import (
     CHECKPOINT,
     REPLACED,
@@ -45,68 +45,11 @@ from upweight.training.rundir import (
     writing,
 )
 
-FORMAT = 3
+FORMAT = 4
 _DAMAGED = "damaged-"
 _MEANS = ("exp_avg", "exp_avg_sq")
 _NAME = re.compile(rf"(?:{re.escape(CHECKPOINT)}|{re.escape(REPLACED)})(\d{{8,}})")
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run is, in plain values.
-
-    `step` counts the updates made and `epoch` the passes over the data that they are (2.5 is the
-    middle of the third), whose order is drawn from `order_seed`; `num_tokens` is what they read.
-    `best` is the best value so far of the metric that checkpoints are kept by, at `best_step`.
-    The fingerprints and digests say what the run began with: its reference, its own weights, its
-    settings, and the trees of every set by name. `window` is what was summed for the next record,
-    `tokens_per_bin` what fitted into memory so far, `rollout` which round of answers is learned
-    from.
-    """
-
-    step: int
-    epoch: float
-    num_tokens: int
-    order_seed: int
-    reference_fingerprint: str
-    config_digest: str
-    best: float | None = None
-    best_step: int | None = None
-    seconds: float = 0.0
-    model_fingerprint: str = ""
-    data_digests: Mapping[str, str] = field(default_factory=dict[str, str])
-    window: Mapping[str, Any] | None = None
-    tokens_per_bin: int | None = None
-    rollout: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The states of the global generators; `cuda` is the current device's, None without one.
-
-    `python` and `numpy` are as JSON has them.
-    """
-
-    torch: UInt8[Tensor, " bytes"]
-    cuda: UInt8[Tensor, " gpu_bytes"] | None
-    python: Sequence[Any]
-    numpy: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """A moment of training. `moments[parameter name][slot]` is the optimizer's state."""
-
-    position: Position
-    weights: Mapping[str, Tensor]
-    moments: Mapping[str, Mapping[str, Tensor]]
-    random: RandomState
-
-    @property
-    def num_bytes(self) -> int:
-        slots = (tensor for slots in self.moments.values() for tensor in slots.values())
-        return sum(t.nbytes for t in self.weights.values()) + sum(t.nbytes for t in slots)
 
 
 def capture(model: nn.Module, optimizer: Optimizer, position: Position) -> TrainState:

@@ -285,3 +285,6 @@ REWARDS: dict[str, Reward] = {
     "contains": contains,
 }
 """(prompt, response, row) -> reward. The row is that of the prompts' data, all its columns."""
+
+COLUMNS: dict[str, tuple[str, ...]] = {"vader": (), "number": ("answer",), "contains": ("answer",)}
+"""The columns of a row that each of them reads. A function of the user's may read any."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import OutputError
+from upweight.stats import mean_interval, repeated, wilson_interval
 from upweight.training.rundir import write_atomic
 from upweight.types import Experience, Forest, Preference, ResponseId, RowId, Tree
 
@@ -66,17 +69,37 @@ class Round:
         same = [len({self.scores[i] for i in ids}) == 1 for ids in groups]
         return sum(same) / len(same) if same else None
 
-    @property
+    @cached_property
     def means(self) -> dict[str, float]:
-        """What the whole round was like, by the names of metrics.jsonl."""
-        lengths = [len(logps) for logps in self.logps.values()]
+        """What the whole round was like, by the names of metrics.jsonl, with 95 % intervals of what
+        the watch looks at where there are two prompts or more."""
+        prompts = [i.row for i in self.logps]
+        gaps = [float((self.logps[i] - self.reference_logps[i]).sum()) for i in self.logps]
+        said = [
+            (i.row, repeated(r))
+            for t in self.trees
+            for i, r in zip(t.ids, t.responses, strict=True)
+        ]
+        stopped = self.num_stopped / len(prompts)
+        found = {
+            "kl": mean_interval(gaps, prompts),
+            "length": mean_interval([len(logps) for logps in self.logps.values()], prompts),
+            # Answers to one prompt end alike: each prompt counts once.
+            "stopped": wilson_interval(stopped, len(set(prompts))),
+            "repetition": mean_interval([share for _, share in said], [row for row, _ in said]),
+        }
+        ends = {
+            f"{name}_{end}": value
+            for name, interval in found.items()
+            for end, value in (("low", interval.low), ("high", interval.high))
+            if math.isfinite(value)
+        }
         return {
             "reward": sum(self.scores.values()) / len(self.scores),
-            "kl": self.kl,
-            "length": sum(lengths) / len(lengths),
-            "stopped": self.num_stopped / len(lengths),
             "beta": self.beta,
             **({} if self.tied is None else {"tied": self.tied}),
+            **{name: interval.value for name, interval in found.items()},
+            **ends,
         }
 
 

@@ -1,33 +1,27 @@
 """The run directory: held by one process at a time, its files whole or absent.
 
 Every file is written beside its final name and moved there, except the .jsonl records, which
-grow by whole lines. What the operating system refuses becomes an OutputError that says what to do.
+grow by whole lines (records.py). What the operating system refuses becomes an OutputError that
+says what to do.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
-import math
 import os
 import platform
 import secrets
 import shutil
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from upweight.errors import DataError, OutputError
+from upweight.errors import OutputError
 
 TEMPORARY = ".tmp-"
 """How the name of an unfinished file or folder begins; nothing under such a name is ever read."""
@@ -50,7 +44,10 @@ RECORDS = (
     "checkpoints",
     "model",
     "report.html",
+    "tensorboard",
 )
+FINISHED = {"model", "report.html"}
+"""What only the end of a run writes."""
 _LOCK = ".upweight.lock"
 _LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _ADVICE = {
@@ -70,12 +67,20 @@ _logger = logging.getLogger(__name__)
 class RunDir:
     """An open run directory; a context manager that gives it back.
 
-    The lock is the kernel's and ends with the process, however the process ends.
+    The lock is the kernel's and ends with the process, however the process ends. `left` are the
+    records of a run that stopped here before its first checkpoint: the one that begins removes
+    them with its first file.
     """
 
     path: Path
     resumed: bool
     lock: TextIOWrapper
+    left: tuple[str, ...] = ()
+
+    def remove_left(self) -> None:
+        with writing(self.path):
+            for record in self.left:
+                remove(self.path / record)
 
     def file(self, record: str) -> Path:
         """The path of one of RECORDS, such as "metrics.jsonl"."""
@@ -98,7 +103,8 @@ class RunDir:
 
 
 def open_run_dir(path: Path, resume: bool) -> RunDir:
-    """Takes `path` for this process: a new or empty folder, or with `resume` a stopped run's.
+    """Takes `path` for this process: a new or empty folder, one whose run stopped before its first
+    checkpoint, or with `resume` a stopped run's.
 
     Raises OutputError when another living process has it, when it holds a run and `resume` is
     False, when it holds anything else, when it has nothing to resume, and when it is a file or
@@ -106,25 +112,26 @@ def open_run_dir(path: Path, resume: bool) -> RunDir:
     """
     with writing(path):
         _require_fits(path, resume)
+        ours = (path / _LOCK).exists()
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         try:
             # Read again: another process may have come and gone before the lock was ours.
             _require_fits(path, resume)
-            _require_startable(path, resume)
+            left = _require_startable(path, resume, ours)
             for unfinished in path.glob(f"{TEMPORARY}*"):
                 remove(unfinished)
         except BaseException:
             lock.close()
             raise
-        return RunDir(path, resume, lock)
+        return RunDir(path, resume, lock, left)
 
 
 def require_run_dir(path: Path, resume: bool) -> None:
     """Raises what `open_run_dir` would, but for a folder in use. Writes nothing."""
     with writing(path):
         _require_fits(path, resume)
-        _require_startable(path, resume)
+        _require_startable(path, resume, (path / _LOCK).exists())
         existing = path.absolute()
         while not existing.exists():
             existing = existing.parent
@@ -162,21 +169,24 @@ def _require_fits(path: Path, resume: bool) -> None:
         )
 
 
-def _require_startable(path: Path, resume: bool) -> None:
-    """What is asked once the lock is ours: a folder in use is said to be in use first."""
-    checkpoints = path / "checkpoints"
-    resumable = checkpoints.is_dir() and any(
-        entry.startswith((CHECKPOINT, REPLACED)) for entry in os.listdir(checkpoints)
-    )
+def _require_startable(path: Path, resume: bool, ours: bool) -> tuple[str, ...]:
+    """What is asked once the lock is ours: a folder in use is said to be in use first. The records
+    that a run left here before its first checkpoint, where one begins."""
+    entries, checkpoints = _entries(path), _entries(path / "checkpoints")
+    resumable = any(entry.startswith((CHECKPOINT, REPLACED)) for entry in checkpoints)
     if resume and not resumable:
         raise OutputError(
             f"{path} has no checkpoint to resume: its run stopped before the first one. Choose "
-            "another out, or remove the folder, and leave resume off."
+            "another out, or leave resume off to begin again."
         )
-    if not resume and _entries(path):
+    if resume or not entries:
+        return ()
+    # Nothing is removed that a run did not make, or that somebody may come back to.
+    if not ours or checkpoints or not entries.isdisjoint(FINISHED):
         choices = "Choose another out, or remove the folder if you do not need it."
         found = "Set resume: true to continue it." if resumable else "It has no checkpoint."
         raise OutputError(f"{path} holds a run already. {found} {choices}")
+    return tuple(sorted(entries.intersection(RECORDS)))
 
 
 def _entries(path: Path) -> set[str]:
@@ -318,94 +328,3 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     encoded = content.encode() if isinstance(content, str) else content
     with replacing(path, len(encoded)) as temporary:
         temporary.write_bytes(encoded)
-
-
-def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds one line, whole or not at all; a kill of the process does not lose it afterwards.
-
-    JSON has no nan and no infinity: they are written as null.
-    """
-    text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
-    # A lone surrogate, which UTF-8 cannot hold, becomes \udxxx: that is JSON's own escape for it.
-    line = text.encode("utf-8", "backslashreplace")
-    with writing(path, len(line)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            _append(descriptor, line)
-        finally:
-            os.close(descriptor)
-
-
-def _append(descriptor: int, line: bytes) -> None:
-    num_before = os.fstat(descriptor).st_size
-    num_written = 0
-    try:
-        while num_written < len(line):
-            num_written += os.write(descriptor, line[num_written:])
-    except OSError:
-        if num_written:
-            os.ftruncate(descriptor, num_before)
-        raise
-
-
-def _finite(value: Any) -> Any:
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {key: _finite(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-        case _:
-            return value
-
-
-def truncate_jsonl_after(path: Path, step: int) -> int:
-    """Drops the records of later steps than `step`, and a last line that was cut off. Atomic.
-
-    Returns how many were dropped; a file that is not there has none. Raises DataError for a line
-    other than the last that is not a record with a step.
-    """
-    if not path.exists():
-        return 0
-    with writing(path):
-        *lines, rest = path.read_bytes().split(b"\n")
-    lines += [rest] if rest else []
-    steps = [_step(line) for line in lines]
-    for i, found in enumerate(steps[:-1]):
-        if found is None:
-            raise DataError(
-                f'{path}:{i + 1} is not a JSON object with a "step". Remove the line to resume.'
-            )
-    kept = [
-        line + b"\n" for line, s in zip(lines, steps, strict=True) if s is not None and s <= step
-    ]
-    if len(kept) < len(lines) or rest:
-        write_atomic(path, b"".join(kept))
-    return len(lines) - len(kept)
-
-
-def _step(line: bytes) -> int | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return step if isinstance(step, int) else None
-
-
-def write_ledger(path: Path, table: pa.Table) -> None:  # pyright: ignore[reportUnknownParameterType]
-    """Makes the table the whole of the Parquet file at `path`, or leaves it untouched."""
-    with replacing(path, table.nbytes) as temporary, temporary.open("wb") as file:
-        pq.write_table(table, file, compression="zstd")
-
-
-def truncate_ledger_after(path: Path, step: int) -> int:
-    """Drops the ledger's rows of later steps than `step` and returns how many. Atomic."""
-    if not path.exists():
-        return 0
-    table = pq.read_table(path)
-    kept = table.filter(pc.field("step") <= step)
-    if kept.num_rows < table.num_rows:
-        write_ledger(path, kept)
-    return table.num_rows - kept.num_rows

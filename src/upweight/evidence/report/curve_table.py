@@ -286,7 +286,8 @@ CURVES = (
         "share of four tokens in a row",
         "How much of an answer it has said before; far above the reference's is a policy that goes "
         "round in circles. The band is the 95 % interval.",
-        evals=_sampled("repetition"),
+        _train("repetition", "rollouts"),
+        _sampled("repetition"),
         about=("preferences", "likelihood", "answers"),
         bounds="repetition",
         percent=True,

@@ -60,7 +60,8 @@ PAGES: tuple[Page, ...] = (
         ),
         found_by=(
             "From the second training record on: the log-ratios of chosen and rejected are "
-            "exactly 0, and the first step has moved weights."
+            "exactly 0, and the first step has moved weights. Not where "
+            "`rollout.renew_reference` has just made the policy its own reference."
         ),
         guarded_by=(
             "The reference is data: its log-probs are computed before step 1 and kept as numbers, "
@@ -89,7 +90,9 @@ PAGES: tuple[Page, ...] = (
             "After the first step: some 256 elements of every "
             "trained tensor are compared with what they were before. If none has moved the run is "
             "refused; the message says whether no gradient arrived (`grad_norm` is 0) or the "
-            "updates were too small for the weights to hold."
+            "updates were too small for the weights to hold. A run that learns from its own "
+            "answers is refused after 64 steps, or at its last one, in which no answer had an "
+            "advantage over another."
         ),
         guarded_by=(
             "A model without a trainable parameter is an error, and so are `lora.targets` that "
@@ -100,6 +103,7 @@ PAGES: tuple[Page, ...] = (
             "The learning rate is too small for so few steps. Where none is set it is 5e-7 for "
             "full training and 1e-5 for LoRA.",
             "The run is so short that `optimizer.warmup` takes much of it.",
+            "The reward tells no two answers to a prompt apart.",
             "The preferences carry no signal that generalizes; then the training loss falls and "
             "the held-out one does not (UW306).",
         ),
@@ -110,7 +114,10 @@ PAGES: tuple[Page, ...] = (
             "Train on a few rows (`data.limit=8`) for many `epochs`: if `rewards/accuracies` does "
             "not reach 1 on rows seen so often, the fault is not in the amount of data.",
         ),
-        detectors=("upweight.trust.watch.weights:nothing_learns",),
+        detectors=(
+            "upweight.trust.watch.weights:nothing_learns",
+            "upweight.trust.watch.weights:nothing_is_taught",
+        ),
     ),
     Page(
         code="UW104",
@@ -279,9 +286,10 @@ PAGES: tuple[Page, ...] = (
             "keys that the command and the `objective` read; the message names those that read "
             "it. Refused as well: keys of an evaluation without `evaluation.sets` or "
             "`evaluation.fraction`, keys of samples while `evaluation.samples` is 0, "
-            "`export.merge` without `lora`, a variable in `data.template_options` that the chat "
-            "template never looks up, and `data.pairing` or `data.min_score_gap` where no row "
-            "has scores."
+            "`export.merge` without `lora`, `policy.clip_low`, `policy.clip_high`, "
+            "`policy.value_clip` and `policy.kl_stop` where a round is one step, a variable in "
+            "`data.template_options` that the chat template never looks up, and `data.pairing` or "
+            "`data.min_score_gap` where no row has scores."
         ),
         guarded_by=(
             "A key that does not exist is refused, with the nearest one that does, or with what a "

@@ -156,7 +156,9 @@ PAGES: tuple[Page, ...] = (
             "of four tokens in a row that the answer has had before; the lower end of its 95 % "
             "interval is more than `watch.repetition` above `reference_repetition`. Stop token: "
             "the upper end of the interval of `stopped`, the share of answers that end by "
-            "themselves, is below `watch.stopped` times `reference_stopped`."
+            "themselves, is below `watch.stopped` times `reference_stopped`. A run that learns "
+            "from its own answers is asked the same of each round against its first, by the ends "
+            "of both 95 % intervals."
         ),
         guarded_by=(
             "The report has the answers side by side, and says so when the policy's are on "
@@ -180,6 +182,7 @@ PAGES: tuple[Page, ...] = (
             "upweight.trust.watch.answers:length_runs_away",
             "upweight.trust.watch.answers:repeats_itself",
             "upweight.trust.watch.answers:does_not_stop",
+            "upweight.trust.watch.rounds:answers_change",
         ),
     ),
     Page(
@@ -272,7 +275,8 @@ PAGES: tuple[Page, ...] = (
             "At each evaluation: `kl_low`, the lower end of the 95 % interval of the sampled KL "
             "in nats per answer, is above `watch.kl`. Beta is named as the cause where beta times "
             "that distance is below 1, the learning rate otherwise. Answers longer than "
-            "`evaluation.max_new_tokens` count up to there."
+            "`evaluation.max_new_tokens` count up to there. In a run that learns from its own "
+            "answers, at each round too."
         ),
         guarded_by=("The report shows the last value with its interval, without judging it."),
         causes=(

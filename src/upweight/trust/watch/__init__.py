@@ -3,7 +3,7 @@ step, and in a sample of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from upweight.config import Watch as Limits
 from upweight.data.stream import StepPlan
@@ -26,8 +26,15 @@ from upweight.trust.watch.curves import (
     too_easy,
 )
 from upweight.trust.watch.orders import require_every_pair
+from upweight.trust.watch.rounds import answers_change
 from upweight.trust.watch.seen import RECENT, Record, Seen, Told, some_weights
-from upweight.trust.watch.weights import is_the_reference, nothing_learns, same_order, swallowed
+from upweight.trust.watch.weights import (
+    is_the_reference,
+    nothing_is_taught,
+    nothing_learns,
+    same_order,
+    swallowed,
+)
 from upweight.types import Forest, Tree
 
 __all__ = ["RECENT", "Told", "Watch"]
@@ -36,6 +43,7 @@ Observer = Callable[[Seen, Record], Finding | None]
 
 TRAINING: Sequence[Observer] = (
     nothing_learns,
+    nothing_is_taught,
     swallowed,
     is_the_reference,
     displaced,
@@ -43,6 +51,8 @@ TRAINING: Sequence[Observer] = (
     saturated,
     flat,
     same_order,
+    answers_change,
+    far_from_the_reference,
 )
 """What looks at training records."""
 
@@ -65,6 +75,14 @@ class Watch:
         self.seen = Seen(lm, limits, told or Told(), some_weights(lm))
         self.reported: set[str] = set()
 
+    def resumed(self, records: Iterable[Mapping[str, object]]) -> None:
+        """What the run has written so far: it goes on from there."""
+        for record in records:
+            if record["kind"] == "warning":
+                self.reported.add(str(record["code"]))
+            if record["kind"] == "train":
+                self.seen.remember(_numbers(record))
+
     def packed(
         self, step: int, plan: StepPlan | None, batch: Sequence[Tree], forests: Sequence[Forest]
     ) -> None:
@@ -79,7 +97,7 @@ class Watch:
 
         Raises Refusal for what cannot end well: the weights are as the last checkpoint has them.
         """
-        values = {k: float(v) for k, v in record.items() if isinstance(v, (int, float))}
+        values = _numbers(record)
         trained = record["kind"] == "train"
         if trained:
             self.seen.train(values)
@@ -92,3 +110,7 @@ class Watch:
                 self.reported.add(finding.code)
                 found.append(finding)
         return found
+
+
+def _numbers(record: Mapping[str, object]) -> dict[str, float]:
+    return {k: float(v) for k, v in record.items() if isinstance(v, (int, float))}

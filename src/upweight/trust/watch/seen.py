@@ -69,7 +69,8 @@ class Told:
 @dataclass
 class Seen:
     """`moved` is the share of the weights that the first step has moved, None before it. `start`
-    are some of them as they were."""
+    are some of them as they were. `taught`: an answer has had an advantage, or the run has none to
+    give. `first` is the first training record."""
 
     lm: LanguageModel
     limits: Limits
@@ -78,8 +79,16 @@ class Seen:
     recent: deque[Record] = field(default_factory=lambda: deque[Record](maxlen=RECENT))
     orders: Orders = field(default_factory=Orders)
     moved: float | None = None
+    taught: bool = False
+    first: Record | None = None
+
+    def remember(self, record: Record) -> None:
+        """What is kept of the whole run."""
+        self.first = self.first or record
+        self.taught |= record.get("advantages/nonzero") != 0
 
     def train(self, record: Record) -> None:
+        self.remember(record)
         self.recent.append(record)
         if self.moved is None:
             self.moved = _share_moved(self.start, some_weights(self.lm))

@@ -5,6 +5,10 @@ from __future__ import annotations
 from upweight.trust.finding import Finding
 from upweight.trust.watch.seen import Record, Seen
 
+PATIENCE = 64
+"""Steps in which no answer was better than another, after which a run is refused. A task may be so
+hard that the first rounds earn nothing."""
+
 
 def nothing_learns(seen: Seen, record: Record) -> Finding | None:
     """No weight has moved after the first step, whose learning rate is never 0."""
@@ -24,6 +28,19 @@ def nothing_learns(seen: Seen, record: Record) -> Finding | None:
     return Finding("UW103", f"step {record['step']:.0f}: no weight has moved; {cause}.")
 
 
+def nothing_is_taught(seen: Seen, record: Record) -> Finding | None:
+    """No answer of the run was ever better than another."""
+    if seen.taught or (record["step"] < PATIENCE and record["step"] != seen.told.total_steps):
+        return None
+    return Finding(
+        "UW103",
+        f"step {record['step']:.0f}: no answer so far had an advantage over another: "
+        f"rollout.reward gives all answers to a prompt the same (at last {record['reward']:.3g}). "
+        "Look at rollouts, take another reward or easier prompts, or raise "
+        "rollout.responses.",
+    )
+
+
 def swallowed(seen: Seen, record: Record) -> Finding | None:
     """Weights in half precision of which few have moved."""
     half = [p.dtype for p in seen.lm.model.parameters() if p.requires_grad and p.itemsize < 4]
@@ -39,7 +56,7 @@ def swallowed(seen: Seen, record: Record) -> Finding | None:
 
 def is_the_reference(seen: Seen, record: Record) -> Finding | None:
     """The weights move and the margin stays exactly 0."""
-    if record["step"] < 2 or not seen.moved:
+    if record["step"] < 2 or not seen.moved or record.get("reference/renewed") == 1:
         return None
     if any(record.get(f"logratios/{side}") != 0 for side in ("chosen", "rejected")):
         return None
