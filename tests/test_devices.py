@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import upweight.recipes.online as online
-from oracles import loaded
+from oracles import SHAPES, loaded, random_trees
 from tiny import save_tiny, tiny_model
+from upweight.data.pack import collate
 from upweight.errors import ModelError
+from upweight.models.attention import varlen_plan
 from upweight.models.frozen import Frozen
 from upweight.models.load import bfloat16_is_fast, load
+from upweight.training.objectives import pair_metrics
+from upweight.types import PairLogps
 
 
 def test_a_renewed_reference_is_read_back_to_the_device_that_it_was_on(tmp_path, monkeypatch):
@@ -53,3 +58,46 @@ def test_weights_that_do_not_fit_on_the_device_are_refused_with_what_they_take(
         load(save_tiny(str(tmp_path)), device="cpu", weights=model)
     said = str(refused.value)
     assert f" {takes:.3g} GiB (Tried to allocate 2.00 MiB.). " in said and "smaller model" in said
+
+
+def test_a_forest_is_sent_to_a_gpu_without_waiting_for_it(monkeypatch):
+    pinned, asked = [], []
+
+    def pin_memory(tensor):
+        pinned.append(id(tensor))
+        return tensor
+
+    def to(tensor, device, non_blocking=False):
+        asked.append((id(tensor), str(device), non_blocking))
+        return tensor
+
+    forest = collate(random_trees(SHAPES))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    forest.to("cuda:1")
+    varlen_plan(forest.spans, "cuda:1")
+    assert len(pinned) == 10 + 3 and asked == [(i, "cuda:1", True) for i in pinned]
+    forest.to("cpu")
+    assert len(pinned) == 13 and {row[1:] for row in asked[13:]} == {("cpu", False)}
+
+
+class Called(TorchFunctionMode):
+    """What of torch is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_counts_of_metrics_are_not_copied_to_the_device():
+    # torch.tensor(number, device=gpu) is made on the host, and its copy waits for what runs there.
+    values = [torch.zeros(3, device="meta") for _ in range(4)]
+    counts = [torch.zeros(3, dtype=torch.long, device="meta") for _ in range(2)]
+    with Called() as called:
+        metrics = pair_metrics(PairLogps(*values, *counts), 0.1)
+    assert called.seen and torch.tensor not in called.seen
+    assert all(x.is_meta for pair in metrics.values() for x in pair)

@@ -20,6 +20,14 @@ Text = str | tuple[Message, ...]
 """Plain text, or a conversation."""
 
 
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`. A copy to a GPU is only begun: what runs there is not waited for, as it
+    would be for memory that the system may move."""
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True)
 class RowId:
     """Where a row came from: the file as the user named it, and its line or row, from 1. `turn` is
@@ -173,7 +181,7 @@ class Forest:
 
     def to(self, device: torch.device | str) -> Forest:
         moved = {
-            f.name: getattr(self, f.name).to(device)
+            f.name: sent(getattr(self, f.name), device)
             for f in fields(self)
             if isinstance(getattr(self, f.name), Tensor)
         }
@@ -222,7 +230,7 @@ class Experience:
 
     def to(self, device: torch.device | str) -> Experience:
         moved = {
-            f.name: value.to(device)
+            f.name: sent(value, device)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }

@@ -29,7 +29,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from upweight.models.flex import FlexPlan, flex_attention_forest, flex_plan
 from upweight.models.tiles import Heads, Tiles, tiled_attention, tiles_of
-from upweight.types import Forest, Span
+from upweight.types import Forest, Span, sent
 
 NAME = "upweight"
 """What `config._attn_implementation` says while forests are read."""
@@ -265,9 +265,9 @@ def varlen_plan(spans: tuple[Span, ...], device: torch.device | str = "cpu") -> 
             start += length
 
     def offsets(lengths: list[int]) -> Tensor:
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        return sent(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
-    gathered = torch.tensor(keys, dtype=torch.long, device=device)
+    gathered = sent(torch.tensor(keys, dtype=torch.long), device)
     return VarlenPlan(
         gathered, offsets(lengths_q), offsets(lengths_k), max(lengths_q), max(lengths_k)
     )

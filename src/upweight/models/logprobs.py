@@ -21,7 +21,7 @@ from upweight.models.head import (
     read,
 )
 from upweight.models.load import LanguageModel
-from upweight.types import Forest, PairLogps
+from upweight.types import Forest, PairLogps, sent
 
 
 def token_logps(
@@ -130,9 +130,9 @@ def _rows(
         ids = [alone.token_ids[s.start : s.stop] for s in spans]
         row = [torch.full((sum(s.responses),), r) for r, s in enumerate(spans)]
         column = [torch.arange(s.prompt - 1, s.stop - s.start - 1) for s in spans]
-        where = (torch.cat(row).to(lm.device), torch.cat(column).to(lm.device))
+        where = (sent(torch.cat(row), lm.device), sent(torch.cat(column), lm.device))
         # Any id that has an embedding: a tokenizer's own padding token may have none.
-        padded = pad_sequence(ids, batch_first=True, padding_value=0).to(lm.device)
+        padded = sent(pad_sequence(ids, batch_first=True, padding_value=0), lm.device)
         # Ones on the padding too: nothing reads it, and a padded position whose sliding window
         # holds only padding would be a softmax over nothing, whose NaN spreads as 0 * NaN.
         result.append((padded, torch.ones_like(padded), where))

@@ -230,12 +230,12 @@ def make_room(state: State, what: str, forest: Forest) -> bool:
     False where nothing of it is left."""
     free_cached()
     happened = f"{what} with {forest.num_tokens:,} tokens"
-    rows = {i.row for tree in forest.trees for i in tree.ids}
-    if len(forest.trees) > 1 or len(rows) > 1:
+    tree, *others = forest.trees
+    if others or len({i.row for i in tree.ids}) > 1:
         smaller_bins(state, happened, forest.num_tokens // 2)
         return True
     happened += ", one prompt's,"
-    if divisible(forest.trees[0]):
+    if divisible(tree):
         state.splitting = True
         state.tokens_per_bin = min(state.tokens_per_bin, forest.num_tokens // 2)
         state.screen.note(

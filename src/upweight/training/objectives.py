@@ -19,7 +19,7 @@ from upweight.losses.policy import (
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import pair_logps, response_logps, token_logps
 from upweight.models.scalar import response_scores
-from upweight.types import Experience, Forest, PairLogps, Step
+from upweight.types import Experience, Forest, PairLogps, Step, sent
 
 PairLoss = Callable[[PairLogps], Float[Tensor, " pairs"]]
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -58,7 +58,7 @@ def pair(
 
     def step(lm: LanguageModel, forest: Forest) -> Step:
         policy = token_logps(lm, forest)
-        logps = pair_logps(policy, reference(forest).to(policy.device), forest)
+        logps = pair_logps(policy, sent(reference(forest), policy.device), forest)
         if on_margins is not None:
             on_margins(forest, beta * logps.margin.detach())
         weight = forest.weight.to(policy.device)
@@ -105,9 +105,14 @@ def _ranked(
 def _summed(values: dict[str, Tensor]) -> Metrics:
     """Each as its sum and the number of its values."""
     return {
-        name: (value.detach().sum(), torch.tensor(float(value.numel()), device=value.device))
+        name: (value.detach().sum(), _number(value.numel(), value.device))
         for name, value in values.items()
     }
+
+
+def _number(value: int, device: torch.device) -> Float[Tensor, ""]:
+    # Filled there: torch.tensor() would copy it there, and wait for what runs.
+    return torch.full((), float(value), device=device)
 
 
 def sft() -> Objective:
@@ -119,7 +124,7 @@ def sft() -> Objective:
             "logps/response": response_logps(logps, forest),
             "tokens/response": forest.tokens_per_response.to(logps.device).float(),
         }
-        count = torch.tensor(float(logps.numel()), device=logps.device)
+        count = _number(logps.numel(), logps.device)
         return Step(-logps.sum(), count, _summed(metrics))
 
     return Objective("scored", lambda forest: float(forest.scored.shape[0]), step)
