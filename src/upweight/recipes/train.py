@@ -137,7 +137,7 @@ def _refusals_on_record(state: State, progress: Progress) -> Generator[None]:
         yield
     except Refusal as refusal:
         step = progress.step + (refusal.code in OF_THE_NEXT_STEP)
-        finding = asdict(Finding(refusal.code, refusal.said, metric="loss"))
+        finding = asdict(Finding(str(refusal.code), refusal.said, metric="loss"))
         line = {"step": step, "kind": "warning", "refused": True, **finding}
         append_jsonl(state.rundir.file("metrics.jsonl"), line)
         state.screen.note(f"report: {write_report(state.rundir.path)}")
