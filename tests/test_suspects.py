@@ -72,6 +72,13 @@ def test_each_set_has_a_scale_of_its_own():
     assert {s.index for s in suspects(early, 0.8)} == flipped
 
 
+def test_a_model_that_holds_most_labels_wrong_is_no_judge():
+    flipped = {3, 17, 40}
+    turned = [Judged(j.set, j.compared, -j.margin) for j in judged(100, flipped)]
+    # Its margin on each flipped label is above 0: it speaks for them, and not against.
+    assert suspects(turned, 0.8) == []
+
+
 def test_few_prompts_are_not_judged():
     assert suspects(judged(2 * FOLDS - 1, {1}), 0.8) == []
 

@@ -66,7 +66,8 @@ def count_words(compared: Sequence[Compared]) -> Words | None:
 def log_odds(features: Floats, fold: npt.NDArray[np.int64]) -> Floats:
     """Of each preference, that its label is right: a logistic regression on differences between
     chosen and rejected, fitted on the other folds' preferences. No constant: chosen and rejected
-    are told apart by their features or not at all.
+    are told apart by their features or not at all. The first feature is a judge's margin, and
+    speaks for a label or not at all: its weight is at least 0.
 
     A ridge of one preference's worth keeps what separates the labels perfectly finite.
     """
@@ -75,7 +76,10 @@ def log_odds(features: Floats, fold: npt.NDArray[np.int64]) -> Floats:
     found = np.zeros(len(scaled))
     for f in np.unique(fold):
         held = fold == f
-        found[held] = scaled[held] @ _fitted(scaled[~held])
+        weights = _fitted(scaled[~held])
+        if weights[0] < 0:
+            weights = np.concatenate([[0.0], _fitted(scaled[~held, 1:])])
+        found[held] = scaled[held] @ weights
     return found
 
 
