@@ -359,6 +359,12 @@ def test_contradictions_between_sections_are_refused(tmp_path: Path) -> None:
         assert error_of(f"objective={objective}", "responses=1") == (
             f"responses is 1, and {objective} compares answers: give 2 or more."
         )
+    for more, prompts in (([], 16), (["prompts_per_round=4"], 4)):
+        assert error_of("objective=ppo", "minibatches=17", *more) == (
+            f"minibatches is 17, and rollout.prompts_per_round is {prompts}: a step needs a "
+            "prompt. Make them equal, or have fewer minibatches."
+        )
+    assert run_of("objective=ppo", "minibatches=4", "prompts_per_round=4").rollout.minibatches == 4
     assert run_of("objective=ppo", "responses=1").rollout.responses == 1
     assert error_of("template=none", "template_options={a: 1}") == (
         "template_options has no effect with data.template none; keep one of them."

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from upweight.config.keys import SWITCHED, candidates, keys, unknown_key
 from upweight.config.objectives import COMPARING, OBJECTIVES, unread
-from upweight.config.sections import SECTIONS, Run
+from upweight.config.sections import SECTIONS, Rollout, Run
 from upweight.config.settings import (
     Layer,
     Problem,
@@ -234,6 +234,12 @@ def _contradictions(held: Mapping[str, Setting], problems: Problems) -> None:
         setting = held["rollout.responses"]
         said = f"{setting.shown} is 1, and {objective} compares answers: give 2 or more."
         problems.at(setting, said)
+    parts, prompts = given("rollout.minibatches"), given("rollout.prompts_per_round")
+    prompts = Rollout().prompts_per_round if prompts is None else prompts
+    if isinstance(parts, int) and isinstance(prompts, int) and parts > prompts:
+        setting = held["rollout.minibatches"]
+        said = f"{setting.shown} is {parts}, and rollout.prompts_per_round is {prompts}: a step "
+        problems.at(setting, said + "needs a prompt. Make them equal, or have fewer minibatches.")
     attention = given("compute.attention")
     if given("compute.sharing") is False and attention not in (None, "auto"):
         setting = held["compute.attention"]
