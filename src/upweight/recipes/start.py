@@ -27,6 +27,7 @@ from upweight.models.logprobs import token_logps
 from upweight.models.reference import Reference
 from upweight.models.scalar import response_scores, with_scalar_head
 from upweight.models.weights import load_tokenizer
+from upweight.recipes.beside import has_own_critic, held_beside, require_room
 from upweight.recipes.best import Best, best_metric
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import (
@@ -47,7 +48,6 @@ from upweight.training.memory import MemoryPlan, plan_memory
 from upweight.training.moment import Position
 from upweight.training.optimizer import MOMENT_BYTES, require_moments
 from upweight.training.rollout import Sizes
-from upweight.training.rundir import require_space
 from upweight.trust.finding import Finding, Refused
 from upweight.trust.identity import (
     PROBES,
@@ -130,14 +130,23 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
         few = spread(prepared.trees["train"], 16)
         require_quiet(lm, min(few, key=lambda tree: tree.num_tokens), forward)
     moment = MOMENT_BYTES[run.optimizer.moments]
-    memory = plan_memory(lm, trees, steps, run.batch.tokens_per_bin, moment, forward)
+    memory = plan_memory(
+        lm,
+        trees,
+        steps,
+        run.batch.tokens_per_bin,
+        moment,
+        forward,
+        beside=held_beside(run, lm),
+        passes=2 if has_own_critic(run) else 1,
+    )
     screen.note(memory.describe())
     if run.batch.tokens_per_bin is None:
         resolved = resolved.with_value("batch.tokens_per_bin", memory.tokens_per_bin, RESOLVED)
     plan = _plan(resolved.run, prepared)
     resolved = _with_plan(resolved, plan)
     if resolved.run.out is not None:
-        _require_room(resolved.run, lm, Path(resolved.run.out))
+        require_room(resolved.run, lm, Path(resolved.run.out))
     return Start(resolved, lm, prepared, plan, best, memory)
 
 
@@ -311,13 +320,6 @@ def _learned_from(run: Run, prepared: Prepared) -> tuple[Sequence[Tree], Sequenc
         for tree in sorted(trees, key=lambda tree: -tree.num_tokens)[: sizes.prompts]
     ]
     return imagined, [range(len(imagined))]
-
-
-def _require_room(run: Run, lm: LanguageModel, out: Path) -> None:
-    weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in lm.model.parameters() if p.requires_grad)
-    # Weights and AdamW's two moments, in each checkpoint that is kept and the one being written.
-    require_space(out, weights + 3 * trained * (run.checkpoint.keep + 1))
 
 
 def _plan(run: Run, prepared: Prepared) -> Plan:

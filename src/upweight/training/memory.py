@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,8 @@ class MemoryPlan:
     """Bytes that training needs. `free` is what the device had before gradients and moments were
     there, None where it cannot be asked; `longest` is the tokens of the longest tree, which may be
     more than `tokens_per_bin`, and `tokens_per_step` the most that a step has. `per_scored` is
-    kept for each scored token, up to `most_scored` of all."""
+    kept for each scored token, up to `most_scored` of all. `beside` is what else is held, by what
+    it is: other models of the run, with what their training needs."""
 
     tokens_per_bin: int
     longest: int
@@ -46,6 +47,7 @@ class MemoryPlan:
     scored_share: float
     free: int | None
     most_scored: int | None = None
+    beside: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def activations(self, num_tokens: int) -> int:
         """What the backward pass of a bin of so many tokens finds kept."""
@@ -73,7 +75,8 @@ class MemoryPlan:
     @property
     def needed(self) -> int:
         """On top of the weights, which are there."""
-        return self.gradients + self.moments + self.activations(self.largest_bin)
+        beside = sum(self.beside.values())
+        return self.gradients + self.moments + beside + self.activations(self.largest_bin)
 
     def describe(self) -> str:
         parts = [
@@ -82,9 +85,10 @@ class MemoryPlan:
             f"AdamW {size(self.moments)}",
             f"activations {size(self.activations(self.largest_bin))} for {self.largest_bin:,} "
             f"tokens at once",
+            *(f"{what} {size(num_bytes)}" for what, num_bytes in self.beside.items()),
         ]
         total = size(self.weights + self.needed)
-        lines = f"memory: {' + '.join(parts)} = about {total}; the reference is on the disk"
+        lines = f"memory: {' + '.join(parts)} = about {total}"
         if self.free is None:
             return lines
         lines += f"; {size(self.free)} are free beside the weights"
@@ -111,10 +115,14 @@ def plan_memory(
     tokens_per_bin: int | None = None,
     moment_bytes: int = 4,
     forward: Callable[[LanguageModel, Forest], Tensor] = token_logps,
+    *,
+    beside: Mapping[str, int] | None = None,
+    passes: int = 1,
 ) -> MemoryPlan:
     """What training `lm` on `trees` needs, from two small forward passes. `steps` has the trees of
     each step, by number; `moment_bytes` is what each of AdamW's two takes for a weight, and
-    `forward` what is differentiated.
+    `forward` what is differentiated. `beside` is what else is held (MemoryPlan), and `passes` how
+    many models of the policy's size keep activations for one backward pass.
 
     Without `tokens_per_bin`, bins are as large as fits, up to where larger ones are no faster.
     """
@@ -133,21 +141,23 @@ def plan_memory(
         weights=_bytes(parameters),
         gradients=_bytes(trained),
         moments=2 * moment_bytes * sum(p.numel() for p in trained),
-        fixed=max(0, small - per_token * num_tokens),
-        per_token=per_token,
+        fixed=passes * max(0, small - per_token * num_tokens),
+        per_token=passes * per_token,
         per_scored=per_scored,
         scored_share=scored / max(1, all_tokens),
         free=free_bytes(lm.device),
         most_scored=most_scored,
+        beside=beside or {},
     )
     if tokens_per_bin is not None or plan.free is None:
         return plan
-    fits = plan.fits(int(plan.free * SHARE) - plan.gradients - plan.moments)
+    others = sum(plan.beside.values())
+    fits = plan.fits(int(plan.free * SHARE) - plan.gradients - plan.moments - others)
     if fits is None:
         return plan
     # In whole steps, so that a few bytes more or less do not change a run.
     fits = max(256, fits // 256 * 256)
-    return MemoryPlan(**vars(plan) | {"tokens_per_bin": min(plan.tokens_per_bin, fits)})
+    return replace(plan, tokens_per_bin=min(plan.tokens_per_bin, fits))
 
 
 def enough_tokens(lm: LanguageModel) -> int:
