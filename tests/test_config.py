@@ -561,12 +561,12 @@ def test_ambiguous_short_names_list_the_full_ones() -> None:
 
 
 WRONG = {
-    "loss.beta=-1": "loss.beta must be a number > 0, found -1.",
-    "beta=1e999": "beta must be a number > 0, found 1e999.",
-    "beta=.nan": 'beta must be a number > 0, found ".nan".',
-    "beta=true": "beta must be a number > 0, found true.",
-    "beta=": "beta must be a number > 0, found null.",
-    'beta="0.1"': 'beta must be a number > 0, found "0.1".',
+    "loss.beta=-1": "loss.beta must be a number >= 0, found -1.",
+    "beta=1e999": "beta must be a number >= 0, found 1e999.",
+    "beta=.nan": 'beta must be a number >= 0, found ".nan".',
+    "beta=true": "beta must be a number >= 0, found true.",
+    "beta=": "beta must be a number >= 0, found null.",
+    'beta="0.1"': 'beta must be a number >= 0, found "0.1".',
     "label_smoothing=0.5": "label_smoothing must be a number >= 0 and < 0.5, found 0.5.",
     "steps=1e3": "steps must be a whole number >= 1 or null, found 1e3.",
     "seed=010": 'seed must be a whole number >= 0 and <= 4294967295, found "010".',
@@ -623,13 +623,13 @@ def test_wrong_values_say_what_was_found_and_what_is_allowed(override: str) -> N
 
 
 def test_wrong_python_values_are_shown_as_python_writes_them() -> None:
-    assert error_of(beta={1}) == "beta must be a number > 0, found {1}."
+    assert error_of(beta={1}) == "beta must be a number >= 0, found {1}."
     assert error_of(template_options={"a": float("inf")}).endswith("found {a: inf}.")
     assert error_of(seed="3" * 100).endswith(f'found "{"3" * 56}....')
 
 
 def test_flags_are_named_as_they_are_typed() -> None:
-    with pytest.raises(ConfigError, match="^--loss.beta must be a number > 0, found -1.$"):
+    with pytest.raises(ConfigError, match="^--loss.beta must be a number >= 0, found -1.$"):
         values = values_from_flags({"model": "m", "data.path": ["d"], "loss.beta": "-1"})
         load_run(None, values=values, origin_of_values="flag")
     with pytest.raises(ConfigError, match="^--out:1:3: this is not valid YAML"):

@@ -31,7 +31,7 @@ def test_a_renewed_reference_is_read_back_to_the_device_that_it_was_on(tmp_path,
     drawn = online.Reference(None, Frozen(), tmp_path, 1, "cuda:1")
     with drawn.in_round(lm, 2):
         again = online.Reference(None, Frozen(), tmp_path, 1, "cuda:1")
-        again.go_back(2)
+        again.go_back(2, True)
     assert asked == ["cuda:1"]
     for name, kept in drawn.frozen.weights.items():
         assert torch.equal(again.frozen.weights[name], kept)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import upweight.recipes.online as online
 from oracles import loaded, tree_of
 from runs import furnish
 from upweight.config import Run, load_run
@@ -68,12 +67,11 @@ def test_a_reward_model_is_trained_with_the_dropout_and_recomputation_that_were_
 def test_a_value_model_is_made_by_the_runs_settings(start, how):
     judge = {"rollout.reward": saved_reward_model(loaded())} if start != "the policy" else {}
     settings = {"trust_remote_code": True, **judge, **how}
-    run = run_of("ppo", **{"lora.dropout": 0.5, "compute.checkpointing": True, **settings})
+    run = run_of("ppo", **{"lora": True, "compute.checkpointing": True, **settings})
     lm = load_policy(run)
     values = values_of(run, lm, [2])
     assert values is not None and values.critic is not None
     assert len(recomputing(values.critic)) == 2 and all(recomputing(values.critic))
-    assert dropping(values.critic) and all(dropping(values.critic))
     assert values.critic.plan == lm.plan
     assert values.critic.trust_remote_code
 
@@ -82,23 +80,7 @@ def test_out_of_memory_recomputes_the_value_models_layers_too():
     run = run_of("ppo", **{"rollout.reward": "number"})
     lm = load_policy(run)
     state = state_of(lm, values_of(run, lm, [2]))
-    assert make_room(state, "step 1", [collate([tree_of((50,), [[60], [61]], ())])])
+    assert make_room(state, "step 1", collate([tree_of((50,), [[60]], ())]))
     critic = state.values and state.values.critic
     assert critic is not None
     assert all(recomputing(lm)) and all(recomputing(critic))
-
-
-def test_the_values_of_a_round_are_read_without_dropout():
-    run = run_of("ppo", **{"rollout.reward": "number", "lora.dropout": 0.5})
-    lm = trained(run, load_policy(run), [2])
-    values = values_of(run, lm, [2])
-    assert values is not None and values.critic is not None
-    with torch.no_grad():
-        for name, parameter in values.critic.model.named_parameters():
-            if "lora_B" in name or name == "score.weight":
-                parameter.normal_(0, 0.1)
-    state = state_of(lm, values)
-    tree = tree_of((50, 51), [[60, 61], [62]], ())
-    once, again = (online._both_by_response(state, [tree], lambda num: None) for _ in range(2))
-    assert all(torch.equal(once[i], again[i]) and once[i][:, 1].any() for i in tree.ids)
-    assert all(dropping(lm)) and all(dropping(values.critic))

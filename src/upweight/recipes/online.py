@@ -33,7 +33,7 @@ from upweight.recipes.prepare import load_policy
 from upweight.recipes.reference import reference_model
 from upweight.recipes.rewarding import Scorer, make_scorer, reward_model_beside
 from upweight.recipes.start import rollout_sizes, trained
-from upweight.recipes.state import State, Values, Work, smaller_bins, trained_models
+from upweight.recipes.state import State, Values, Work, smaller_bins
 from upweight.training.loop import Record
 from upweight.training.objectives import Surrogate, of_round, pair, policy_gradient
 from upweight.training.rollout import (
@@ -47,7 +47,7 @@ from upweight.training.rollout import (
 )
 from upweight.training.round import Round
 from upweight.training.rundir import replacing
-from upweight.types import Forest, ResponseId, Tree
+from upweight.types import Forest, Tree
 
 TRIES = 8
 """Rounds in a row without a preference, after which online DPO stops: the reward tells no answers
@@ -212,7 +212,8 @@ def _draw(
         for i, value in zip(tree.ids, values, strict=True)
     }
     smaller = functools.partial(smaller_bins, state, f"round {number}")
-    found = _both_by_response(state, trees, smaller)
+    with evaluation_mode(lm):
+        found = by_response(functools.partial(_both, state), trees, state.tokens_per_bin, smaller)
     logps = {i: both[:, 0] for i, both in found.items()}
     values = None if state.values is None else {i: both[:, 1] for i, both in found.items()}
     gap = largest_gap(logps, said)
@@ -248,16 +249,6 @@ def _times_read(state: State) -> int:
     reference, a value model of its own and a reward model."""
     own = state.values is not None and state.values.critic is not None
     return 3 + own + is_reward_model(str(state.run.rollout.reward))
-
-
-def _both_by_response(
-    state: State, trees: Sequence[Tree], on_smaller: Callable[[int], None]
-) -> dict[ResponseId, Float[Tensor, "tokens 2"]]:
-    """What `_both` says of each response, by policy and value model without dropout."""
-    with contextlib.ExitStack() as stack:
-        for lm in trained_models(state.lm, state.values):
-            stack.enter_context(evaluation_mode(lm))
-        return by_response(functools.partial(_both, state), trees, state.tokens_per_bin, on_smaller)
 
 
 def _both(state: State, forest: Forest) -> Float[Tensor, "scored 2"]:

@@ -89,6 +89,8 @@ def cut(examined: Examined) -> Seen:
     shares = {what: num / max(1, of) for what, (num, of) in counts.items()}
     figures = _counted("cut", max(shares.values()), 1)
     high = {what: share for what, share in shares.items() if share > limit}
+    if len(high.keys() & {"chosen responses cut", "rejected responses cut"}) == 2:
+        high.pop("responses cut", None)  # it is what lies between the two
     if not high:
         return Seen(figures)
     said = ", ".join(f"{share:.0%} of {what}" for what, share in high.items())
