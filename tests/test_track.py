@@ -13,7 +13,7 @@ import pytest
 
 from tiny import save_tiny
 from upweight.cli import main
-from upweight.config.sections import Tracker as Name
+from upweight.config.base import Tracker as Name
 from upweight.errors import ConfigError
 from upweight.evidence.track import (
     IDS,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from oracles import loaded, random_trees
 from runs import furnish, rows_of, train, write_rows
@@ -40,7 +42,7 @@ def record(step: int, **values: float) -> dict[str, object]:
     base = {
         "loss": 0.6, "grad_norm": 1.0, "learning_rate": 1e-6, "rewards/accuracies": 0.6,
         "logratios/chosen": -0.1, "logratios/rejected": -0.2, "tokens/chosen": 10.0,
-        "tokens/rejected": 10.0,
+        "tokens/rejected": 10.0, "rewards/margins": 0.1,
     }  # fmt: skip
     return {"kind": "train", "step": step, **base, **values}
 
@@ -67,7 +69,7 @@ def test_weights_in_fp32_hold_the_same_updates():
 
 def moving(**limits: float) -> Watch:
     watch = Watch(loaded(), Limits(**limits))
-    watch.seen.moved = 1.0
+    watch.seen.moved, watch.seen.judged = 1.0, True
     return watch
 
 
@@ -114,10 +116,94 @@ def test_memory_of_the_training_rows_is_told_from_learning():
     assert codes(moving(), [by_heart]) == []
 
 
-@pytest.mark.parametrize("length", [91.0, 9.0])
-def test_answers_that_grow_or_shrink_are_reported(length: float):
-    assert codes(moving(), [evaluation(4, length=length)]) == ["UW305"]
-    assert codes(moving(length=4.0), [evaluation(4, length=length)]) == []
+def times_as_long(low: float, high: float) -> dict[str, float]:
+    keys = ("length_ratio_low", "length_ratio", "length_ratio_high")
+    return dict(zip(keys, (low, (low * high) ** 0.5, high), strict=True))
+
+
+@pytest.mark.parametrize(("low", "high"), [(3.1, 3.5), (0.2, 0.32)])
+def test_answers_that_grow_or_shrink_are_reported(low: float, high: float):
+    told = evaluation(4, **times_as_long(low, high))
+    assert codes(moving(), [told]) == ["UW305"]
+    assert codes(moving(length=5.5), [told]) == []
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.9, 9.0), (0.1, 0.34)])
+def test_lengths_that_a_few_answers_may_have_by_chance_are_not(low: float, high: float):
+    assert codes(moving(), [evaluation(4, **times_as_long(low, high))]) == []
+
+
+def test_the_ratio_of_lengths_is_that_of_answers_to_the_same_prompt():
+    def said(*lengths: int) -> list[Sample]:
+        return [Sample(tuple(range(num)), True) for num in lengths]
+
+    found = answers_record(said(8, 20, 50), said(4, 10, 25))
+    assert [found[f"length_ratio{end}"] for end in ("", "_low", "_high")] == pytest.approx([2] * 3)
+    found = answers_record(said(40, 5), said(5, 40))
+    assert found["length_ratio"] == pytest.approx(1)
+    assert found["length_ratio_low"] < 0.2 and found["length_ratio_high"] > 5
+
+
+def test_nothing_is_held_against_training_before_its_first_step():
+    far = {"kl": 80.0, "kl_low": 60.0, **times_as_long(4, 5)}
+    watch = moving()
+    assert codes(watch, [evaluation(0, **far)]) == []
+    assert codes(watch, [evaluation(4, **far)]) == ["UW305", "UW308"]
+
+
+def test_a_code_is_reported_again_for_another_metric():
+    watch = moving()
+    assert codes(watch, [evaluation(4, **times_as_long(4, 5))]) == ["UW305"]
+    endless = {"stopped": 0.0, "stopped_high": 0.3, "reference_stopped": 1.0}
+    again = evaluation(8, **times_as_long(4, 5), **endless)
+    assert codes(watch, [again, again]) == ["UW305"]
+
+
+def after_a_step(move: Callable[[str, Tensor], None], **values: float) -> list[str]:
+    lm = loaded()
+    watch = Watch(lm, Limits())
+    with torch.no_grad():
+        for name, parameter in lm.model.named_parameters():
+            move(name, parameter)
+    return [finding.code for finding in watch.after(record(1, **values))]
+
+
+def test_weights_that_decay_without_a_gradient_have_learned_nothing():
+    def decays(name: str, parameter: Tensor) -> None:
+        parameter.mul_(0.999)
+
+    assert after_a_step(decays) == []
+    with pytest.raises(Refusal, match="move by weight decay alone; every gradient is 0"):
+        after_a_step(decays, grad_norm=0.0)
+    # Answers that all earned the same have no gradient, and the next may.
+    assert after_a_step(decays, grad_norm=0.0, **{"advantages/nonzero": 0.0}) == []
+
+
+def test_layers_that_stand_still_between_others_are_named():
+    def but_the_first(name: str, parameter: Tensor) -> None:
+        parameter += 0.0 if "layers.0." in name else 1e-3
+
+    with pytest.raises(Refusal, match=r"nothing in layers\.0 has moved"):
+        after_a_step(but_the_first)
+
+    def hardly(name: str, parameter: Tensor) -> None:
+        if name.endswith("norm.weight") and "layers.0." not in name:
+            parameter += 1e-3
+
+    assert after_a_step(hardly) == []
+
+
+def test_records_that_are_means_of_many_steps_are_enough():
+    falling = [record(50 * n, **{"logratios/chosen": -90.0}) for n in range(1, 4)]
+    assert codes(moving(), falling) == []
+    watch = Watch(loaded(), Limits(), Told(log_every=50))
+    watch.seen.moved, watch.seen.judged = 1.0, True
+    assert codes(watch, falling) == ["UW304"]
+
+
+def test_pairs_are_too_easy_by_their_margins_where_labels_are_smoothed():
+    solved = {"rewards/accuracies": 1.0, "loss": 0.33, "rewards/margins": 6.0}
+    assert codes(moving(), [record(step, **solved) for step in range(1, 20)]) == ["UW306"]
 
 
 def test_a_policy_far_from_its_reference_is_reported_by_the_lower_end_of_the_interval():

@@ -7,8 +7,10 @@ objectives.py and commands.py who reads which key. Nothing here imports torch.
 
 from __future__ import annotations
 
+from upweight.config.base import Section
 from upweight.config.commands import READS, require_read
 from upweight.config.keys import Flag, called_elsewhere, flags, values_from_flags
+from upweight.config.limits import Preflight, Watch
 from upweight.config.objectives import OBJECTIVES, default_passes, unread
 from upweight.config.resolve import (
     FILLED_IN,
@@ -21,6 +23,7 @@ from upweight.config.resolve import (
     leaf_values,
     load_run,
 )
+from upweight.config.rounds import Policy, Rollout
 from upweight.config.sections import (
     Batch,
     Checkpoint,
@@ -31,12 +34,7 @@ from upweight.config.sections import (
     Lora,
     Loss,
     Optimizer,
-    Policy,
-    Preflight,
-    Rollout,
     Run,
-    Section,
-    Watch,
 )
 from upweight.config.stages import load_stages
 from upweight.config.written import write

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from upweight.config.sections import SECTIONS, Run, Section
+from upweight.config.base import Section
+from upweight.config.sections import SECTIONS, Run
 from upweight.config.written import parse_value, write
 from upweight.errors import nearest
 

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from upweight.config.keys import SWITCHED, candidates, keys, unknown_key
 from upweight.config.objectives import COMPARING, OBJECTIVES, unread
-from upweight.config.sections import SECTIONS, Rollout, Run
+from upweight.config.rounds import Rollout
+from upweight.config.sections import SECTIONS, Run
 from upweight.config.settings import (
     Layer,
     Problem,

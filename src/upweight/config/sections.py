@@ -8,34 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import Field, JsonValue
 
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _without_nul(value: str) -> str:
-    # No file name can hold it, and what is opened by such a name fails late and in other words.
-    if "\0" in value:
-        raise ValueError("a NUL character")
-    return value
-
-
-Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Texts = Annotated[list[Text], BeforeValidator(_listed), Field(min_length=1)]
-Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
-Trackers = Annotated[list[Tracker], BeforeValidator(_listed)]
-
-
-class Section(BaseModel):
-    """Keys that belong together."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+from upweight.config.base import (
+    Count,
+    NotNegative,
+    Positive,
+    Section,
+    Share,
+    Text,
+    Texts,
+    Tracker,
+    Trackers,
+)
+from upweight.config.limits import Preflight, Watch
+from upweight.config.rounds import Policy, Rollout
 
 
 class Data(Section):
@@ -213,86 +200,6 @@ class Evaluation(Section):
     )
 
 
-class Rollout(Section):
-    """answers drawn in training (ppo, grpo, rloo, online_dpo)"""
-
-    reward: Text | None = Field(
-        default=None,
-        description="What scores an answer: number, contains or vader; FILE.py:FUNCTION; an "
-        "http:// address; or the folder of a reward model.",
-    )
-    prompts_per_round: Count = Field(
-        default=16, description="Prompts that are answered in a round."
-    )
-    responses: Count | None = Field(
-        default=None,
-        description="Answers to each prompt; null: 1 for ppo, 2 for online_dpo, 4 for rloo, 8 for "
-        "grpo.",
-    )
-    max_tokens: Count = Field(default=64, description="Longest answer in training, in tokens.")
-    stop_penalty: NotNegative = Field(
-        default=0.0, description="Taken from the reward of an answer that does not stop by itself."
-    )
-    passes: Count | None = Field(
-        default=None, description="Passes over a round's answers; null: 4 for ppo, else 1."
-    )
-    minibatches: Count = Field(default=1, description="Optimizer steps in each pass.")
-    renew_reference: Count | None = Field(
-        default=None,
-        description="Rounds after which the policy becomes the reference; null: it stays.",
-    )
-
-
-class Policy(Section):
-    """the policy gradient (ppo, grpo, rloo)"""
-
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.2, description="How far below 1 a token's probability ratio is rewarded."
-    )
-    clip_high: Positive = Field(
-        default=0.2, description="How far above 1; 0.28 is DAPO's clip-higher."
-    )
-    kl_estimator: Literal["k1", "k2", "k3"] | None = Field(
-        default=None,
-        description="Estimator of the KL to the reference, which loss.beta weighs; null: k1, which "
-        "is taken from the reward, where k2 and k3 stand in the loss (for ppo in the reward too).",
-    )
-    advantages: Literal["grpo", "dr_grpo", "rloo"] | None = Field(
-        default=None, description="Baseline within a prompt's group; null: the objective's own."
-    )
-    aggregation: Literal["token", "response", "constant"] | None = Field(
-        default=None,
-        description="What a step's loss is a mean over; null: response for grpo, else token.",
-    )
-    value: Literal["shared", "own"] = Field(
-        default="own", description="Whether the value head reads the policy's trunk (ppo)."
-    )
-    value_coefficient: NotNegative = Field(
-        default=0.1, description="Weight of the value loss, where the trunk is shared (ppo)."
-    )
-    value_clip: Positive | None = Field(
-        default=0.2, description="How far a value moves in a round's update; null: freely (ppo)."
-    )
-    value_learning_rate: Positive | None = Field(
-        default=None, description="Learning rate of the value model; null: ten times the policy's."
-    )
-    discount: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0, description="Weight of the next token's reward: gamma (ppo)."
-    )
-    trace: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.95, description="Lambda of generalized advantage estimation (ppo)."
-    )
-    whiten: bool = Field(default=True, description="Advantages of a round to mean 0, variance 1.")
-    kl_target: Positive | None = Field(
-        default=None,
-        description="Nats an answer that loss.beta is adapted to hold (Ziegler 2019); null: fixed.",
-    )
-    kl_stop: Positive | None = Field(
-        default=None,
-        description="Nats a token from a round's start at which its update ends; null: never.",
-    )
-
-
 class Checkpoint(Section):
     """what is kept to resume from"""
 
@@ -302,104 +209,6 @@ class Checkpoint(Section):
     keep: Count = Field(default=2, description="How many of the latest checkpoints are kept.")
     best: Text | None = Field(
         default=None, description="Evaluation metric whose best checkpoint is kept too; null: none."
-    )
-
-
-class Preflight(Section):
-    """from when on the rows are reported or refused, before step 1"""
-
-    cut: Share = Field(
-        default=0.2,
-        description="Responses of either side, or prompts, that are cut, or rows and responses "
-        "too long, as a share: more is refused (UW205).",
-    )
-    swapped: Share = Field(
-        default=0.25,
-        description="Preferences in which the reference agrees, as a share: fewer may be swapped "
-        "(UW207).",
-    )
-    identical: Share = Field(
-        default=0.01,
-        description="Rows dropped because chosen and rejected are the same, as a share (UW206).",
-    )
-    contradictory: Share = Field(
-        default=0.01, description="Preferences that contradict each other, as a share (UW210)."
-    )
-    repeated: Share = Field(
-        default=0.05,
-        description="Rows that repeat an earlier one, or nearly, as a share (UW210).",
-    )
-    spans: Share = Field(
-        default=0.2,
-        description="Rows whose tokens do not come apart into prompt, response and one stop, as a "
-        "share: more is refused (UW201 to UW204).",
-    )
-    similar: Share = Field(
-        default=0.1,
-        description="Preferences whose responses are nearly the same, as a share (UW210).",
-    )
-    edits: Share = Field(
-        default=0.05,
-        description="Tokens that differ between responses that are nearly the same, as a share.",
-    )
-    shortcut: Share = Field(
-        default=0.8, description="Accuracy of length alone, or of words alone, as a share (UW211)."
-    )
-    improbable: NotNegative = Field(
-        default=2.0,
-        description="Nats a token by which the data may lie below the reference's own answers "
-        "(UW212).",
-    )
-
-
-class Watch(Section):
-    """from when on what happens during training is reported"""
-
-    moved: Share = Field(
-        default=0.5,
-        description="Weights in half precision that the first step moves, as a share: fewer are "
-        "reported (UW104).",
-    )
-    displaced: NotNegative = Field(
-        default=1.0, description="Nats a token that chosen responses may lose (UW304)."
-    )
-    length: Annotated[float, Field(ge=1)] = Field(
-        default=3.0,
-        description="How many times the reference's an answer's length may be, or its inverse "
-        "(UW305).",
-    )
-    repetition: Share = Field(
-        default=0.2,
-        description="Four tokens in a row that an answer has had before, as a share: so much more "
-        "of them than in the reference's answers (UW305).",
-    )
-    stopped: Share = Field(
-        default=0.5,
-        description="Answers that end by themselves, as a share of the reference's that do: fewer "
-        "are reported (UW305).",
-    )
-    solved: Share = Field(
-        default=0.995,
-        description="Training pairs told apart, as a share, at a loss of next to nothing (UW306).",
-    )
-    easy: Share = Field(
-        default=0.97, description="Held-out pairs surely told apart, as a share (UW306)."
-    )
-    spread: Positive = Field(
-        default=10.0,
-        description="Mean size of beta times the margin of pairs not trained on yet (UW307).",
-    )
-    flat: NotNegative = Field(
-        default=0.01,
-        description="Mean size of beta times the margin at the end; less is reported (UW307).",
-    )
-    kl: NotNegative = Field(
-        default=50.0, description="Nats an answer from the reference, sampled (UW308)."
-    )
-    suspect: Annotated[float, Field(ge=0.5, lt=1)] = Field(
-        default=0.8,
-        description="How sure policy and words must be, each, that a label is wrong, before it is "
-        "in suspects.jsonl.",
     )
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from upweight.config.base import Section
 from upweight.config.keys import SWITCHED, candidates, keys
-from upweight.config.sections import SECTIONS, Section
+from upweight.config.sections import SECTIONS
 from upweight.config.written import NULL, Plain, parse, parse_value, quote, settle, write
 from upweight.errors import ConfigError, nearest
 

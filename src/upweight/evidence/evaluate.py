@@ -274,12 +274,21 @@ def kl_record(policy_logps: Sequence[float], reference_logps: Sequence[float]) -
 
 def answers_record(policy: Sequence[Sample], reference: Sequence[Sample]) -> Row:
     """Length, repetition and the share that ended by itself, of what policy and reference said to
-    the same prompts; 95 % intervals of the policy's (bootstrap; Wilson for the share)."""
+    the same prompts; 95 % intervals of the policy's (bootstrap; Wilson for the share).
+
+    `length_ratio` is how many times as long the policy's answer to a prompt is as the reference's,
+    in the geometric mean.
+    """
+    pairs = zip(policy, reference, strict=True)
+    ratio = mean_interval([math.log(len(a.tokens) / len(b.tokens)) for a, b in pairs])
     repetition = mean_interval([repeated(s.tokens) for s in policy])
     stopped = wilson_interval(_mean([s.stopped for s in policy]), len(policy))
     return {
         "length": _mean([len(s.tokens) for s in policy]),
         "reference_length": _mean([len(s.tokens) for s in reference]),
+        "length_ratio": math.exp(ratio.value),
+        "length_ratio_low": math.exp(ratio.low),
+        "length_ratio_high": math.exp(ratio.high),
         "repetition": repetition.value,
         "repetition_low": repetition.low,
         "repetition_high": repetition.high,

@@ -23,6 +23,7 @@ REPETITION = ("repetition", "repetition_low", "repetition_high", "reference_repe
 SAMPLED = (
     "length",
     "reference_length",
+    *("length_ratio", "length_ratio_low", "length_ratio_high"),
     *REPETITION,
     *("stopped", "stopped_low", "stopped_high", "reference_stopped"),
 )

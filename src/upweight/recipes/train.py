@@ -173,7 +173,8 @@ def _state(
     assert capacity is not None
     values = values_of(begun.run, begun.lm, sorted(begun.prepared.renderer.stop_ids))
     optimizer = _optimizer(begun, values)
-    told = Told(begun.run.loss.beta, begun.plan.total_steps, begun.prepared.trees["train"])
+    plan, trees = begun.plan, begun.prepared.trees["train"]
+    told = Told(begun.run.loss.beta, plan.total_steps, trees, plan.log_every)
     watch = Watch(begun.lm, begun.run.watch, told)
     return State(
         begun, against, rundir, optimizer, screen, trackers, capacity, watch,

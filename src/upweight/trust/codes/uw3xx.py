@@ -151,10 +151,10 @@ PAGES: tuple[Page, ...] = (
         ),
         found_by=(
             "At each evaluation, against the reference's answers to the same prompts. Length: "
-            "`length`, the mean tokens of the sampled answers, is more than `watch.length` times "
-            "`reference_length`, or less than its inverse. Repetition: `repetition` is the share "
-            "of four tokens in a row that the answer has had before; the lower end of its 95 % "
-            "interval is more than `watch.repetition` above `reference_repetition`. Stop token: "
+            "the 95 % interval of `length_ratio`, how many times as long the policy's answer to a "
+            "prompt is, lies above `watch.length` or below its inverse. Repetition: `repetition` "
+            "is the share of four tokens in a row that the answer has had before; the lower end of "
+            "its 95 % interval is more than `watch.repetition` above `reference_repetition`. Stop token: "
             "the upper end of the interval of `stopped`, the share of answers that end by "
             "themselves, is below `watch.stopped` times `reference_stopped`. A run that learns "
             "from its own answers is asked the same of each round against its first, by the ends "

@@ -69,17 +69,17 @@ EVALUATION: Sequence[Observer] = (
 
 
 class Watch:
-    """Asks every observer, and reports each code once in a run."""
+    """Asks every observer, and reports each code once in a run for each metric that shows it."""
 
     def __init__(self, lm: LanguageModel, limits: Limits, told: Told | None = None) -> None:
         self.seen = Seen(lm, limits, told or Told(), some_weights(lm))
-        self.reported: set[str] = set()
+        self.reported: set[tuple[str, object]] = set()
 
     def resumed(self, records: Iterable[Mapping[str, object]]) -> None:
         """What the run has written so far: it goes on from there."""
         for record in records:
             if record["kind"] == "warning":
-                self.reported.add(str(record["code"]))
+                self.reported.add((str(record["code"]), record.get("metric")))
             if record["kind"] == "train":
                 self.seen.remember(_numbers(record))
 
@@ -102,12 +102,15 @@ class Watch:
         if trained:
             self.seen.train(values)
         found: list[Finding] = []
-        for observer in TRAINING if trained else EVALUATION:
+        # Before the first step nothing that is seen can be training's doing; that a start is not
+        # its reference is said before (UW101).
+        observers = TRAINING if trained else EVALUATION if values["step"] > 0 else ()
+        for observer in observers:
             finding = observer(self.seen, values)
-            if finding is not None and finding.code not in self.reported:
+            if finding is not None and (finding.code, finding.metric) not in self.reported:
                 if page(finding.code).severity == "refuses":
                     raise Refusal(finding.code, finding.sentence)
-                self.reported.add(finding.code)
+                self.reported.add((finding.code, finding.metric))
                 found.append(finding)
         return found
 

@@ -16,15 +16,17 @@ LONGER = 1.2
 
 def length_runs_away(seen: Seen, record: Record) -> Finding | None:
     """Sampled answers are several times as long as the reference's, or as short."""
-    if not record.get("length") or not record.get("reference_length"):
+    low, high = (record.get(f"length_ratio_{end}", math.nan) for end in ("low", "high"))
+    most = seen.limits.length
+    # Lengths of a few answers differ by a lot: the whole interval has to be beyond the limit.
+    if not (low > most or high < 1 / most):
         return None
-    ratio, most = record["length"] / record["reference_length"], seen.limits.length
-    if 1 / most <= ratio <= most:
-        return None
+    ratio = record["length_ratio"]
     return Finding(
         "UW305",
         f"step {record['step']:.0f}: sampled answers have {record['length']:.0f} tokens, the "
-        f"reference's {record['reference_length']:.0f} (watch.length is {most:g}); "
+        f"reference's {record['reference_length']:.0f}, prompt by prompt {ratio:.2g} [{low:.2g}, "
+        f"{high:.2g}] times as many (watch.length is {most:g}); "
         f"{_cause(seen, record, ratio)}.",
         metric="length",
     )

@@ -7,6 +7,10 @@ import math
 from upweight.trust.finding import Finding
 from upweight.trust.watch.seen import Record, Seen
 
+SURE = 4.6
+"""A margin from which a pair's loss is 0.01 or less; the loss itself stays higher where labels are
+smoothed."""
+
 ALIKE = 0.8
 """Shared tokens, as a share, from which chosen and rejected count as nearly the same text."""
 
@@ -46,7 +50,8 @@ def displaced(seen: Seen, record: Record) -> Finding | None:
 def too_easy(seen: Seen, record: Record) -> Finding | None:
     """Training pairs are all right with next to no loss: nothing is left to learn from them."""
     accuracy, loss = seen.mean("rewards/accuracies"), seen.mean("loss")
-    if not (accuracy >= seen.limits.solved and loss <= 0.01):
+    margin = seen.mean("rewards/margins")
+    if not (accuracy >= seen.limits.solved and (loss <= 0.01 or margin >= SURE)):
         return None
     again = record.get("epoch", 0.0) > 1
     cause = (
@@ -58,7 +63,8 @@ def too_easy(seen: Seen, record: Record) -> Finding | None:
     return Finding(
         "UW306",
         f"step {record['step']:.0f}: {accuracy:.1%} of the training pairs are told apart at a mean "
-        f"loss of {loss:.4f}: nothing is left to learn from them, and {cause}.",
+        f"loss of {loss:.4f} and a margin of {margin:.1f}: nothing is left to learn from them, and "
+        f"{cause}.",
         metric="rewards/accuracies",
     )
 

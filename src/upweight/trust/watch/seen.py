@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,10 @@ ELEMENTS = 256
 """Of each tensor that are looked at: enough to say whether it moves, and nothing beside a step."""
 
 RECENT = 8
-"""Training records that a mean is taken over: one step's pairs are few."""
+"""Steps that a mean is taken over at least, and records at most: one step's pairs are few."""
+
+LAYER = re.compile(r"\w+\.\d+(?=\.)")
+"""The first part of a parameter's name that counts: layers.3, h.11, block.0."""
 
 MOST_COMPARED = 1000
 """Preferences of which chosen and rejected are compared, once, when a cause is looked for."""
@@ -36,6 +40,7 @@ class Told:
     beta: float = 0.1
     total_steps: int | None = None
     trees: Sequence[Tree] = ()
+    log_every: int = 1
 
     @cached_property
     def alike(self) -> float:
@@ -68,9 +73,10 @@ class Told:
 
 @dataclass
 class Seen:
-    """`moved` is the share of the weights that the first step has moved, None before it. `start`
-    are some of them as they were. `taught`: an answer has had an advantage, or the run has none to
-    give. `first` is the first training record."""
+    """`moved` is the share of the weights that the first step has moved, None before it, `still`
+    the layers in which it has moved none, and `judged` says that both were looked at. `start`
+    are some of the weights as they were. `taught`: an answer has had an advantage, or the run has
+    none to give. `first` is the first training record."""
 
     lm: LanguageModel
     limits: Limits
@@ -79,6 +85,8 @@ class Seen:
     recent: deque[Record] = field(default_factory=lambda: deque[Record](maxlen=RECENT))
     orders: Orders = field(default_factory=Orders)
     moved: float | None = None
+    still: list[str] = field(default_factory=list[str])
+    judged: bool = False
     taught: bool = False
     first: Record | None = None
 
@@ -91,7 +99,8 @@ class Seen:
         self.remember(record)
         self.recent.append(record)
         if self.moved is None:
-            self.moved = _share_moved(self.start, some_weights(self.lm))
+            now = some_weights(self.lm)
+            self.moved, self.still = _share_moved(self.start, now), _still(self.start, now)
             self.start = {}
 
     def look_again(self) -> None:
@@ -99,8 +108,9 @@ class Seen:
         self.moved, self.start = None, some_weights(self.lm)
 
     def mean(self, key: str) -> float:
-        """Over the recent training records; nan where there are few, or one does not have it."""
-        if len(self.recent) < RECENT:
+        """Over the recent training records, each of which is a mean over `log_every` steps; nan
+        where those are few, or one does not have it."""
+        if len(self.recent) * self.told.log_every < RECENT:
             return math.nan
         return fmean(record.get(key, math.nan) for record in self.recent)
 
@@ -112,6 +122,17 @@ def some_weights(lm: LanguageModel) -> dict[str, Tensor]:
         for name, p in lm.model.named_parameters()
         if p.requires_grad
     }
+
+
+def _still(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """Layers of which no element has moved, in their order. What is outside of layers is not
+    looked at: of an embedding, only rows whose tokens were met have gradients."""
+    moved: dict[str, bool] = {}
+    for name, values in before.items():
+        if found := LAYER.search(name):
+            layer = found.group()
+            moved[layer] = moved.get(layer, False) or bool((after[name] != values).any())
+    return [layer for layer, has in moved.items() if not has]
 
 
 def _share_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:

@@ -11,13 +11,17 @@ hard that the first rounds earn nothing."""
 
 
 def nothing_learns(seen: Seen, record: Record) -> Finding | None:
-    """No weight has moved after the first step, whose learning rate is never 0."""
-    if seen.moved is None or seen.moved > 0:
+    """No weight, or none of some layers, has moved after the first step, whose learning rate is
+    never 0; or weights have by their decay alone."""
+    if seen.moved is None or seen.judged:
         return None
     if record.get("advantages/nonzero") == 0:
         # A first round whose answers all scored the same has no gradient, and the next may.
         seen.look_again()
         return None
+    seen.judged = True
+    if record["grad_norm"] != 0 and seen.moved > 0:
+        return _some_do_not(seen, record)
     if record["grad_norm"] == 0:
         cause = "every gradient is 0: no scored token depends on a weight that is trained"
     else:
@@ -25,7 +29,22 @@ def nothing_learns(seen: Seen, record: Record) -> Finding | None:
             f"the updates of a learning rate of {record['learning_rate']:.3g} are smaller than "
             "what the weights can hold: raise optimizer.learning_rate"
         )
-    return Finding("UW103", f"step {record['step']:.0f}: no weight has moved; {cause}.")
+    moved = "no weight has moved" if seen.moved == 0 else "weights move by weight decay alone"
+    return Finding("UW103", f"step {record['step']:.0f}: {moved}; {cause}.")
+
+
+def _some_do_not(seen: Seen, record: Record) -> Finding | None:
+    """Layers that stand still between others that move."""
+    assert seen.moved is not None
+    # Updates too small for most weights leave some layers where they are by chance.
+    if not seen.still or seen.moved < 0.5:
+        return None
+    shown = ", ".join(seen.still[:8]) + (", ..." if len(seen.still) > 8 else "")
+    return Finding(
+        "UW103",
+        f"step {record['step']:.0f}: nothing in {shown} has moved, though it is trained: no "
+        "gradient arrives there. A forward pass that detaches, or a layer that nothing reads.",
+    )
 
 
 def nothing_is_taught(seen: Seen, record: Record) -> Finding | None:

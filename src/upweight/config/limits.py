@@ -1,0 +1,107 @@
+"""Keys that say from where on something is refused or reported."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from upweight.config.base import NotNegative, Positive, Section, Share
+
+
+class Preflight(Section):
+    """from when on the rows are reported or refused, before step 1"""
+
+    cut: Share = Field(
+        default=0.2,
+        description="Responses of either side, or prompts, that are cut, or rows and responses "
+        "too long, as a share: more is refused (UW205).",
+    )
+    swapped: Share = Field(
+        default=0.25,
+        description="Preferences in which the reference agrees, as a share: fewer may be swapped "
+        "(UW207).",
+    )
+    identical: Share = Field(
+        default=0.01,
+        description="Rows dropped because chosen and rejected are the same, as a share (UW206).",
+    )
+    contradictory: Share = Field(
+        default=0.01, description="Preferences that contradict each other, as a share (UW210)."
+    )
+    repeated: Share = Field(
+        default=0.05,
+        description="Rows that repeat an earlier one, or nearly, as a share (UW210).",
+    )
+    spans: Share = Field(
+        default=0.2,
+        description="Rows whose tokens do not come apart into prompt, response and one stop, as a "
+        "share: more is refused (UW201 to UW204).",
+    )
+    similar: Share = Field(
+        default=0.1,
+        description="Preferences whose responses are nearly the same, as a share (UW210).",
+    )
+    edits: Share = Field(
+        default=0.05,
+        description="Tokens that differ between responses that are nearly the same, as a share.",
+    )
+    shortcut: Share = Field(
+        default=0.8, description="Accuracy of length alone, or of words alone, as a share (UW211)."
+    )
+    improbable: NotNegative = Field(
+        default=2.0,
+        description="Nats a token by which the data may lie below the reference's own answers "
+        "(UW212).",
+    )
+
+
+class Watch(Section):
+    """from when on what happens during training is reported"""
+
+    moved: Share = Field(
+        default=0.5,
+        description="Weights in half precision that the first step moves, as a share: fewer are "
+        "reported (UW104).",
+    )
+    displaced: NotNegative = Field(
+        default=1.0, description="Nats a token that chosen responses may lose (UW304)."
+    )
+    length: Annotated[float, Field(ge=1)] = Field(
+        default=3.0,
+        description="How many times the reference's an answer's length may be, or its inverse "
+        "(UW305).",
+    )
+    repetition: Share = Field(
+        default=0.2,
+        description="Four tokens in a row that an answer has had before, as a share: so much more "
+        "of them than in the reference's answers (UW305).",
+    )
+    stopped: Share = Field(
+        default=0.5,
+        description="Answers that end by themselves, as a share of the reference's that do: fewer "
+        "are reported (UW305).",
+    )
+    solved: Share = Field(
+        default=0.995,
+        description="Training pairs told apart, as a share, at a loss of next to nothing (UW306).",
+    )
+    easy: Share = Field(
+        default=0.97, description="Held-out pairs surely told apart, as a share (UW306)."
+    )
+    spread: Positive = Field(
+        default=10.0,
+        description="Mean size of beta times the margin of pairs not trained on yet (UW307).",
+    )
+    flat: NotNegative = Field(
+        default=0.01,
+        description="Mean size of beta times the margin at the end; less is reported (UW307).",
+    )
+    kl: NotNegative = Field(
+        default=50.0, description="Nats an answer from the reference, sampled (UW308)."
+    )
+    suspect: Annotated[float, Field(ge=0.5, lt=1)] = Field(
+        default=0.8,
+        description="How sure policy and words must be, each, that a label is wrong, before it is "
+        "in suspects.jsonl.",
+    )
