@@ -1,4 +1,5 @@
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,23 @@ def test_an_evaluation_is_a_line_of_its_own_with_its_interval_and_kl():
     assert plain == "heldout at step 3: loss 0.6900, accuracy 0.500 [0.400, 0.600], margin +0.100"
     (sampled,) = lines({**EVAL, "step": 3, "kl": 1.5, "length": 20.0})
     assert sampled == plain + ", KL 1.50 nats, 20 tokens an answer"
+
+
+def test_an_evaluation_says_no_more_than_it_knows():
+    assert lines({"kind": "eval", "set": "heldout", "step": 3}) == []
+    one = {"reward": 0.5, "reward_low": math.nan, "reward_high": math.nan, "reference_reward": 0.25}
+    (said,) = lines({"kind": "eval", "set": "heldout", "step": 3, **one})
+    assert said == "heldout at step 3: reward 0.500 (the reference's: 0.250)"
+
+
+def test_the_time_that_is_left_is_that_of_the_run_and_not_of_one_before_it():
+    out = io.StringIO()
+    screen = Terminal(Console(file=out, width=200), None)
+    step = {**TRAIN, "tokens_per_second": 1.0}
+    screen.record({**step, "step": 1}, 2)
+    assert screen.first_record is not None
+    screen.stage("training")
+    assert screen.first_record is None
 
 
 SHOWN = Shown(

@@ -48,7 +48,8 @@ class Terminal:
 
     def record(self, record: Mapping[str, object], total_steps: int) -> None:
         if record.get("kind") == "eval":
-            self.note(_evaluation_line(record))
+            if line := _evaluation_line(record):
+                self.note(line)
             return
         step = record["step"]
         assert isinstance(step, int)
@@ -150,7 +151,8 @@ def _evaluation_line(record: Mapping[str, object]) -> str:
         for key, phrase in EVALUATION.items()
         if key in record
     ]
-    return f"{record['set']} at step {record['step']}: {', '.join(parts)}"
+    # A set of prompts is measured by what is sampled, and another set may be asked for that.
+    return f"{record['set']} at step {record['step']}: {', '.join(parts)}" if parts else ""
 
 
 @contextmanager
