@@ -98,10 +98,15 @@ def test_a_finished_method_is_not_taken_for_one_with_other_settings(
 
 
 def test_a_method_that_fails_is_named_and_the_others_go_on():
-    found = compared("  lost: {objective: grpo, reward: nowhere.py:score}\n" + DPO)
-    lost, dpo = found["methods"]
-    assert "nowhere.py" in lost["failed"] and dpo["failed"] is None
-    assert "nowhere.py" in Path("out/comparison.html").read_text()
+    Path("broken.py").write_text("def score(prompt, response, row):\n    return row['nothing']\n")
+    lost = "  lost: {objective: grpo, reward: broken.py:score}\n"
+    Path("compare.yaml").write_text(SHARED + lost + DPO)
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 2
+    first, dpo = json.loads(Path("out/comparison.json").read_text())["methods"]
+    assert "broken.py" in first["failed"] and dpo["failed"] is None
+    assert dpo["note"] == "batch.pairs_per_step: 4, evaluation.every: 1"
+    page = Path("out/comparison.html").read_text()
+    assert "broken.py" in page and "batch.pairs_per_step: 4" in page
 
 
 @pytest.mark.parametrize(
@@ -113,6 +118,8 @@ def test_a_method_that_fails_is_named_and_the_others_go_on():
         (SHARED + DPO.replace("4,", "4, discount: 0.5,"), "policy.discount is 0.5"),
         (SHARED.replace("samples: 3", "samples: 0") + DPO, "evaluation.samples of at least 1"),
         (SHARED.replace("  prompt_files: prompts.jsonl\n", "") + DPO, "evaluation.prompt_files"),
+        (SHARED.replace("letters.py", "lettres.py") + DPO, "method dpo: evaluation.true_reward"),
+        (SHARED + "  a: {objective: grpo}\n", "method a: objective grpo needs rollout.reward"),
         (SHARED + DPO + "  b: {samples: 2}\n", "evaluation.samples differs between methods"),
         (
             "model: model\ndata: pairs.jsonl\nmethods:\n" + JUDGE,

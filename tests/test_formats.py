@@ -494,3 +494,16 @@ def test_a_value_that_cannot_be_shown_is_named_all_the_same():
     assert shown(10**5000) == "a number (that cannot be written as JSON)"
     with pytest.raises(DataError, match=r"train.jsonl:7: prompt is a number \(that cannot be"):
         pair({"prompt": 10**5000, "chosen": "a", "rejected": "b"}, ROW)
+
+
+@pytest.mark.parametrize("name", ["question", "instruction", "promt"])
+def test_texts_do_not_make_a_prompt_where_another_column_holds_it(name: str):
+    row = {name: "Which is it?", "chosen": "Yes. The first.", "rejected": "Yes. None."}
+    with pytest.raises(DataError, match=f'has no "prompt".*Is {name} meant to be prompt'):
+        example_of(row, ROW, "pair")
+
+
+def test_texts_that_begin_with_their_prompt_need_no_other():
+    row = {"chosen": "The sky is blue", "rejected": "The sky is green", "source": "field notes"}
+    found = example_of(row, ROW, "pair")
+    assert isinstance(found, Example) and found.prompt == "The sky is"

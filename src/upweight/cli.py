@@ -54,6 +54,11 @@ def _refuse(unknown: Sequence[str], command: str | None) -> None:
     if not unknown:
         return
     word = unknown[0].partition("=")[0]
+    if "=" in unknown[0] and not word.startswith("-"):
+        raise UpweightError(
+            f"{unknown[0]} stands apart from other words before it: write the file and all "
+            "key=value words in one place, before the flags or behind them."
+        )
     known = [n for flag in flags() if flag.key in READS.get(str(command), ()) for n in flag.names]
     where = f"upweight {command}" if command else "upweight"
     guess = called_elsewhere(word.removeprefix("--")) or nearest(word, known)
@@ -301,11 +306,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     out = arguments.out or "runs/compare"
     with default_screen() as screen:
         if arguments.config is not None:
-            page = compare(load_comparison(arguments.config, given), out, screen)
+            done = compare(load_comparison(arguments.config, given), out, screen)
         else:
             with demo_comparison(arguments.model) as comparison:
-                page = compare(comparison, out, screen)
-    return 130 if page is None else 0
+                done = compare(comparison, out, screen)
+    if done.page is None:
+        return 130
+    return 2 if done.failed else 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from upweight.config.base import NotNegative, Positive, Section, Share
 class Preflight(Section):
     """from when on the rows are reported or refused, before step 1"""
 
-    cut: Share = Field(
+    cut: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.2,
         description="Responses of either side, or prompts, that are cut, or rows and responses "
         "too long, as a share: more is refused (UW205).",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from upweight.errors import DataError
+from upweight.errors import DataError, nearest
 from upweight.types import Message, RowId, Text
 
 Row = Mapping[str, Any]
@@ -98,6 +98,25 @@ def require(row: Row, layout: str, row_id: RowId) -> None:
                 f'{row_id} has no "{name}" (it has: {listed(row)}). The {layout} layout needs '
                 f"{_words(required)}.{_misspelt(row, required)}"
             )
+
+
+CALLED_PROMPT = ("question", "instruction", "instructions", "query", "input", "problem", "context")
+"""What other data call the prompt."""
+
+
+def require_no_other_prompt(row: Row, row_id: RowId) -> None:
+    """Raises DataError for a row of texts without a prompt that has one by another name: what the
+    two texts happen to share would be taken for it."""
+    if "prompt" in row:
+        return
+    named = [name for name in CALLED_PROMPT if isinstance(row.get(name), str)]
+    near = [name for name in row if nearest(name, ["prompt"])]
+    if found := named or near:
+        raise DataError(
+            f'{row_id} has no "prompt" (it has: {listed(row)}). Is {found[0]} meant to be prompt? '
+            "Rename the column. If the texts of chosen and rejected begin with the prompt, remove "
+            f"{found[0]}."
+        )
 
 
 def text_or_messages(value: Any, where: str, row_id: RowId) -> Text:

@@ -29,6 +29,7 @@ from upweight.data.columns import (
     number,
     printable,
     require,
+    require_no_other_prompt,
     require_shallow,
     shown,
     template_options,
@@ -52,6 +53,8 @@ def pair(row: Row, row_id: RowId) -> Example | Dropped:
     chosen = text_or_messages(row["chosen"], "chosen", row_id)
     rejected = text_or_messages(row["rejected"], "rejected", row_id)
     if row.get("prompt") is None:
+        if isinstance(chosen, str):
+            require_no_other_prompt(row, row_id)
         split = implicit(chosen, rejected, row_id)
     else:
         prompt = text_or_messages(row["prompt"], "prompt", row_id)

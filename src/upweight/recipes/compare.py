@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.prepare import load_policy, prepare
 from upweight.recipes.reference import sampled_trees
 from upweight.recipes.resume import require_finished_as_asked
-from upweight.recipes.rewarding import make_scorer
+from upweight.recipes.rewarding import make_scorer, require_rewards
 from upweight.recipes.screen import Screen, Silent
 from upweight.recipes.stages import is_finished
 from upweight.recipes.train import train_model
@@ -37,9 +37,8 @@ POINT = ("step", "length", "kl", "kl_low", "kl_high", "reward", "reward_low", "r
 """What is kept of an evaluation."""
 
 BUDGET = (
-    "every method starts from the same model and sees the same training prompts; those that learn "
-    "from preferences see the same preferences, those that learn from rewards the reward model "
-    "that was trained on these"
+    "every method starts from the same model and is asked the same prompts at the end; what each "
+    "was told beside that is in the table of methods"
 )
 
 
@@ -47,12 +46,20 @@ class _Stopped(Exception):
     """The person asked to stop: what has finished stays, and the same command goes on."""
 
 
-def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> Path | None:
+@dataclass(frozen=True)
+class Compared:
+    """The page, None where the person asked to stop, and the methods that failed."""
+
+    page: Path | None
+    failed: tuple[str, ...] = ()
+
+
+def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> Compared:
     """Runs every method that has not finished in `out` yet, and writes comparison.html there.
 
-    A method that fails is named with its reason, and the others go on; None when it was asked to
-    stop. Raises ConfigError, before the first method begins, where the settings of any are wrong,
-    or other than those that it has finished with; OutputError where none could be evaluated.
+    A method that fails is named with its reason, and the others go on. Raises ConfigError, before
+    the first method begins, where the settings of any are wrong, or other than those that it has
+    finished with; OutputError where none could be evaluated.
     """
     screen, folder = screen or Silent(), Path(out)
     began = time.monotonic()
@@ -62,6 +69,11 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> P
         resolved = runs[method.name]
         if method.objective != BEST_OF_N:
             require_read("train", resolved.run)
+        try:
+            require_rewards(resolved.run, later=method.judge is not None)
+        except UpweightError as error:
+            error.args = (f"method {method.name}: {error}",)
+            raise
         assert resolved.run.out is not None
         if is_finished(Path(resolved.run.out)):
             require_finished_as_asked(resolved)
@@ -75,7 +87,7 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> P
             found, its_start = _measured(comparison, method, folder, screen)
         except _Stopped:
             screen.note("stopped; the same command goes on with this method")
-            return None
+            return Compared(None)
         except UpweightError as error:
             screen.note(f"{method.name} failed: {error}")
             found, its_start = _failed(method, str(error)), None
@@ -92,7 +104,8 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> P
         reward=judge,
         start=start,
         methods=tuple(methods),
-        budget=BUDGET,
+        budget=f"{BUDGET}; all that read it were told "
+        + ", ".join(f"{s.leaf}: {s.value}" for s in comparison.shared),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         seconds=sum(method.seconds for method in methods),
         claim=scored.Claim(holds, said),
@@ -103,7 +116,13 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> P
     screen.note(said)
     screen.note(f"{len(methods)} methods in {(time.monotonic() - began) / 60:.0f} minutes")
     screen.note(f"comparison: {page}")
-    return page
+    return Compared(page, tuple(m.name for m in methods if m.failed is not None))
+
+
+def _told(method: Method) -> str:
+    """What is said of a method, and what it was told for itself."""
+    own = [f"{s.leaf}: {s.value}" for s in method.own if s.leaf != "objective"]
+    return "; ".join(filter(None, (method.note, ", ".join(own))))
 
 
 def _measured(
@@ -115,7 +134,7 @@ def _measured(
 
 
 def _failed(method: Method, why: str) -> scored.Method:
-    return scored.Method(method.name, method.objective, method.note, 0.0, 0, (), why)
+    return scored.Method(method.name, method.objective, _told(method), 0.0, 0, (), why)
 
 
 def _with_judge(
@@ -184,7 +203,7 @@ def _trained(
     found = scored.Method(
         method.name,
         method.objective,
-        method.note,
+        _told(method),
         last["seconds"],
         last["num_tokens"] + _not_trained_on(method, out, last),
         tuple(points),
@@ -236,4 +255,4 @@ def _best_of(comparison: Comparison, method: Method, folder: Path) -> scored.Met
     tokens = times_read * sum(tree.num_tokens for tree in trees)
     length = sum(len(tree.responses[0]) for tree in best) / len(best)
     point = scored.Point(method.num, kl, kl, kl, found.value, found.low, found.high, length)
-    return scored.Method(method.name, BEST_OF_N, method.note, seconds, tokens, (point,))
+    return scored.Method(method.name, BEST_OF_N, _told(method), seconds, tokens, (point,))

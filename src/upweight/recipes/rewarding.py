@@ -23,9 +23,10 @@ Scorer = Callable[[Sequence[Tree]], list[list[float]]]
 """Trees -> the reward of each of their responses."""
 
 
-def require_rewards(run: Run) -> None:
+def require_rewards(run: Run, *, later: bool = False) -> None:
     """Raises ConfigError where an objective that draws answers has nothing to score them by, and
-    RewardError or ModelError where what is named is no reward. Needs no model."""
+    RewardError or ModelError where what is named is no reward. Needs no model. A reward model that
+    is trained by then (`later`) is not looked for."""
     if KINDS[run.objective].draws and run.rollout.reward is None:
         raise ConfigError(
             f"objective {run.objective} needs rollout.reward, which scores the answers that it "
@@ -36,7 +37,7 @@ def require_rewards(run: Run) -> None:
     if KINDS[run.objective].answers:
         named["evaluation.true_reward"] = run.evaluation.true_reward
     for key, spec in named.items():
-        if spec is None or is_reward_model(spec):
+        if spec is None or is_reward_model(spec) or (later and key == "rollout.reward"):
             continue
         if Path(spec).is_dir():
             raise ModelError(
