@@ -121,6 +121,15 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixt
     assert "Traceback" not in said and not Path("o").exists()
 
 
+def test_words_that_stand_apart_are_told_where_they_belong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\n")
+    assert main(["train", str(file), "beta=0.3", "--out", "x", "steps=2"]) == 2
+    assert "steps=2 stands apart from other words before it" in capsys.readouterr().err
+
+
 def test_the_result_of_check_is_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--model", "model", "--data", "pairs.jsonl", "--dtype", "float32"]) == 0
     out, err = capsys.readouterr()

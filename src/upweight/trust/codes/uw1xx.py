@@ -90,7 +90,9 @@ PAGES: tuple[Page, ...] = (
             "After the first step: some 256 elements of every "
             "trained tensor are compared with what they were before. If none has moved the run is "
             "refused; the message says whether no gradient arrived (`grad_norm` is 0) or the "
-            "updates were too small for the weights to hold. A run that learns from its own "
+            "updates were too small for the weights to hold. Refused as well: weights that move by "
+            "their decay alone, and layers in which nothing has moved while most of the rest has. "
+            "A run that learns from its own "
             "answers is refused after 64 steps, or at its last one, in which no answer had an "
             "advantage over another."
         ),
@@ -116,6 +118,7 @@ PAGES: tuple[Page, ...] = (
         ),
         detectors=(
             "upweight.trust.watch.weights:nothing_learns",
+            "upweight.trust.watch.weights:_some_do_not",
             "upweight.trust.watch.weights:nothing_is_taught",
         ),
     ),
