@@ -80,9 +80,7 @@ def _masthead(study: Study) -> str:
         if failed
         else ""
     )
-    facts = " · ".join(
-        filter(None, (study.budget, study.machine, f"{duration(study.seconds)} of training"))
-    )
+    facts = " · ".join(filter(None, (study.machine, f"{duration(study.seconds)} of training")))
     return (
         f'<header class="masthead"><div><p class="run"><b dir="auto">{esc(study.title)}</b> '
         f"<span>{esc(facts)}</span></p>"
