@@ -70,7 +70,10 @@ def test_a_method_that_has_finished_is_not_run_again():
 
 
 def test_what_a_method_cost_holds_its_rounds_and_the_reward_model_that_it_uses():
-    methods = {m["name"]: m for m in compared(DPO + JUDGE + PPO + BEST)["methods"]}
+    found = compared(DPO + JUDGE + PPO + BEST)
+    methods = {m["name"]: m for m in found["methods"]}
+    charged = sum(m["seconds"] for m in methods.values())
+    assert found["seconds"] == pytest.approx(charged - 2 * methods["judge"]["seconds"])
 
     def trained(folder: str) -> int:
         lines = Path("out", folder, "metrics.jsonl").read_text().splitlines()

@@ -19,7 +19,6 @@ from upweight.config.resolve import (
     RESOLVED,
     Resolved,
     dump,
-    flattened,
     leaf_values,
     load_run,
 )
@@ -66,7 +65,6 @@ __all__ = [
     "called_elsewhere",
     "default_passes",
     "dump",
-    "flattened",
     "flags",
     "leaf_values",
     "load_run",

@@ -103,17 +103,6 @@ def said(
     return settings
 
 
-def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the full names of their keys, so that one set of them can be laid over another.
-
-    What is no key keeps the name that it was given. Raises ConfigError for a key said twice.
-    """
-    problems = Problems()
-    settings = collect(values, Layer(0, "python"), problems)
-    problems.raise_any()
-    return {setting.leaf or setting.typed: setting.value for setting in settings}
-
-
 def resolve(
     settings: Sequence[Setting], problems: Problems, required: Sequence[str] = (), where: str = ""
 ) -> Resolved:

@@ -80,6 +80,7 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> C
     folder.mkdir(parents=True, exist_ok=True)
     methods: list[scored.Method] = []
     start: scored.Start | None = None
+    spent = 0.0  # a reward model's training once, though each method that uses it is charged for it
     for method in comparison.methods:
         screen.note(f"\n== {method.name}: {method.note}".removesuffix(": "))
         gc.collect()  # the models of one method are gone before those of the next are there
@@ -92,6 +93,7 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> C
             screen.note(f"{method.name} failed: {error}")
             found, its_start = _failed(method, str(error)), None
         start = start or its_start
+        spent += found.seconds
         methods.append(_with_judge(found, method, methods))
     if start is None:
         raise OutputError(
@@ -107,7 +109,7 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> C
         budget=f"{BUDGET}; all that read it were told "
         + ", ".join(f"{s.leaf}: {s.value}" for s in comparison.shared),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
-        seconds=sum(method.seconds for method in methods),
+        seconds=spent,
         claim=scored.Claim(holds, said),
     )
     write_atomic(folder / "comparison.json", json.dumps(asdict(study), indent=1))
