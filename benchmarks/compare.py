@@ -190,20 +190,31 @@ def _tuning(lora: bool) -> str:
 
 
 def peers(bench: Bench, work: Work, *, lora: bool) -> str:
-    """upweight, TRL at its best settings and TRL left alone, with the ratios of the first two."""
-    best = CANDIDATES[bench.args.best] | bench.args.set_trl
+    """upweight, TRL at its best settings and TRL left alone, with the ratios of the first two.
+
+    The best settings are those of `--best` that were fastest here.
+    """
+    tried = [Side(name, THEIRS, CANDIDATES[name] | bench.args.set_trl) for name in bench.args.best]
     sides = [
         Side("TRL defaults", THEIRS, DEFAULTS),
-        Side("TRL best", THEIRS, best),
+        *(tried if "TRL best" in bench.args.sides else []),
         Side(OURS, OURS, bench.args.set),
     ]
-    sides = [side for side in sides if side.name in bench.args.sides]
+    sides = [side for side in sides if side in tried or side.name in bench.args.sides]
     rounds = alternate(bench, work, sides, lora=lora)
-    shown = ", ".join(f"{key} {value}" for key, value in best.items())
+    speeds = {
+        side.name: statistics.median(m.pairs_per_second(work) for m in rounds.runs[side.name])
+        for side in tried
+        if side.name in rounds.runs
+    }
+    best = max(speeds, key=speeds.__getitem__, default=None)
+    if best is not None:
+        rounds.runs["TRL best"] = rounds.runs[best]
+    found = ", ".join(f"{name} {speed:.3f}" for name, speed in speeds.items())
     parts = [
         f"## {work.name}, {_tuning(lora)}, {bench.args.precision}",
         f"{work.describe()}.",
-        f"TRL best: {shown}.",
+        f"TRL best: {best}. Tried (pairs/s): {found}.",
         _peers_table(bench, rounds),
         "First losses:",
         _losses_table(rounds),
@@ -382,7 +393,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-6)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="who takes part")
-    parser.add_argument("--best", choices=CANDIDATES, default=BEST, help="TRL's best settings")
+    parser.add_argument(
+        "--best", nargs="+", choices=CANDIDATES, default=BEST,
+        help="TRL's settings that are tried; the fastest is its best",
+    )  # fmt: skip
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="upweight's keys")
     parser.add_argument("--set-trl", nargs="*", default=[], metavar="KEY=VALUE", help="DPOConfig's")
     parser.add_argument("--name", default="compare", help="of the files under benchmarks/results")
