@@ -18,9 +18,11 @@ from upweight.config import load_run
 from upweight.models.load import load
 from upweight.models.scalar import load_reward_model, one_response_at_a_time, tree_scores
 from upweight.recipes.prepare import load_policy, prepare
+from upweight.recipes.rewarding import make_scorer
 from upweight.training.checkpoint import load as load_checkpoint
 from upweight.types import ResponseId, RowId, Tree
 
+ROW = RowId("x", 1)
 LETTERS = "def score(prompt, response, row):\n    return sum(map(str.islower, response)) / 8\n"
 
 
@@ -347,6 +349,23 @@ def test_a_value_model_may_start_from_the_reward_model():
     assert judge("judge") == 0
     assert online("run", "ppo", "--reward", "judge/model") == 0
     assert records("run", "train")[-1]["value_loss"] >= 0
+
+
+def test_a_reward_model_reads_an_answer_that_was_cut_with_a_stop_token_behind_it():
+    assert judge("judge") == 0
+    run, lm = (
+        load_run(
+            None, values={"model": "model", "dtype": "float32", "data": {"path": "pairs.jsonl"}}
+        ).run,
+        load("model", dtype="float32"),
+    )
+    plain = AutoModelForSequenceClassification.from_pretrained("judge/model").eval()
+    score, ids = make_scorer("judge/model", run, lm, 2), tuple(ResponseId(ROW, k) for k in range(3))
+    long = (7,) * (plain.config.max_position_embeddings - 3)
+    said = Tree((5, 6, 7), ((8, 9), (8, 2), long), (), ids, (False, True, False))
+    whole = Tree((5, 6, 7), ((8, 9, 2), (8, 2), (*long[:-1], 2)), (), ids, (True,) * 3)
+    assert score([said])[0] == pytest.approx(one_response_at_a_time(plain, whole), abs=1e-5)
+    assert score([said])[0] != pytest.approx(one_response_at_a_time(plain, said), abs=1e-3)
 
 
 def test_the_sampler_says_the_log_probs_of_the_trainer():

@@ -71,7 +71,7 @@ def test_each_span_ends_in_its_only_stop_and_beginning_of_text_is_at_most_once(f
     renderer = make_renderer(tok, **family.renderer_options)
     found, _ = grown(pair_of(), tok, **family.renderer_options)
     for response in found.responses:
-        assert [i for i in response if i in renderer.stop_ids] == [response[-1]]
+        assert [i for i in response if i in renderer.stop_ids] == [response[-1]] == [renderer.end]
         assert tok.bos_token_id not in response
     assert tok.bos_token_id not in found.prompt[1:]
     assert (tok.bos_token_id is None) or found.prompt[0] == tok.bos_token_id

@@ -48,7 +48,7 @@ class Renderer:
     (None: it refuses every conversation that was tried).
     `stops` matches the stop tokens' text, `specials` that of every special token, `splits` those
     at which text can be cut and tokenized apart. `added_stop` is appended where no stop is
-    rendered. `lead` are the ids that the tokenizer itself puts before a text (beginning-of-text,
+    rendered, and `end` is the stop that a rendered answer has, that one or the template's. `lead` are the ids that the tokenizer itself puts before a text (beginning-of-text,
     if it adds it), used where no chat template is.
     """
 
@@ -62,6 +62,7 @@ class Renderer:
     splits: re.Pattern[str]
     stop_ids: frozenset[int]
     added_stop: int
+    end: int
     lead: tuple[int, ...]
     bos: int | None
     max_length: int | None
@@ -136,9 +137,8 @@ def make_renderer(
     eos = cast("int | None", tokenizer.eos_token_id)
     if eos is not None:
         texts.setdefault(eos, str(tokenizer.eos_token))
-    stop_ids = [
-        i for i in (eos, _first_token(after or "", texts), *stop_token_ids) if i is not None
-    ]
+    written = _first_token(after or "", texts)
+    stop_ids = [i for i in (eos, written, *stop_token_ids) if i is not None]
     if not stop_ids:
         raise ModelError(
             "The tokenizer has no end-of-text token, and nothing else says where a response stops. "
@@ -158,6 +158,7 @@ def make_renderer(
         splits=_any_of(splits) if chat else _NO_TOKEN,
         stop_ids=frozenset(stop_ids),
         added_stop=stop_ids[0],
+        end=stop_ids[0] if written is None else written,
         lead=() if chat else _lead(tokenizer),
         bos=cast("int | None", tokenizer.bos_token_id),
         max_length=max_length,

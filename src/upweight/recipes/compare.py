@@ -233,8 +233,9 @@ def _best_of(comparison: Comparison, method: Method, folder: Path) -> scored.Met
     prepared = prepare(run, lm)
     asked = sampled_trees(run, prepared.trees[PROMPTS])
     assert run.rollout.reward is not None and run.evaluation.true_reward is not None
-    choose = make_scorer(run.rollout.reward, run, lm)
-    judge = make_scorer(run.evaluation.true_reward, run, lm)
+    end = prepared.renderer.end
+    choose = make_scorer(run.rollout.reward, run, lm, end)
+    judge = make_scorer(run.evaluation.true_reward, run, lm, end)
     began = time.monotonic()
     drawn = sample(
         lm,

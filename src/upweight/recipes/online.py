@@ -93,7 +93,8 @@ def online(state: State) -> Work:
     start = Reference.of(state)
     # Most runs are judged by what they are trained on: a reward model is then loaded once.
     same = state.judge is not None and judged_by in (None, reward)
-    score = state.judge if state.judge is not None and same else make_scorer(reward, run, lm)
+    end = state.begun.prepared.renderer.end
+    score = state.judge if state.judge is not None and same else make_scorer(reward, run, lm, end)
     rollouts = Rollouts(
         prompts=state.begun.prepared.trees["train"],
         sizes=rollout_sizes(run),

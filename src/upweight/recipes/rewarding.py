@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,10 +52,12 @@ def require_rewards(run: Run, *, later: bool = False) -> None:
             raise RewardError(f"{key}: {error}") from None
 
 
-def make_scorer(spec: str, run: Run, lm: LanguageModel) -> Scorer:
+def make_scorer(spec: str, run: Run, lm: LanguageModel, end: int) -> Scorer:
     """Raises ModelError for a reward model that cannot be used, ConfigError for an unknown name.
 
-    A reward model reads the policy's own token ids, so it must have the policy's tokenizer.
+    A reward model reads the policy's own token ids, so it must have the policy's tokenizer. It
+    learned what whole answers are worth, at their stop token: an answer that was cut is read with
+    `end`, that token, behind it.
     """
     if not Path(spec).is_dir():
         return _by_text(spec, lm)
@@ -66,9 +69,21 @@ def make_scorer(spec: str, run: Run, lm: LanguageModel) -> Scorer:
         )
 
     def score(trees: Sequence[Tree]) -> list[list[float]]:
-        return tree_scores(judge, trees, tokens_read_at_once(run, judge))
+        whole = [_ended(tree, end, judge.max_length) for tree in trees]
+        return tree_scores(judge, whole, tokens_read_at_once(run, judge))
 
     return score
+
+
+def _ended(tree: Tree, end: int, positions: int | None) -> Tree:
+    """The tree with a stop token behind each answer that was cut, in the place of its last token
+    where the model has no position left."""
+    room = math.inf if positions is None else positions - len(tree.prompt) - 1
+    whole = [
+        response if stopped else (*response[: int(min(len(response), room))], end)
+        for response, stopped in zip(tree.responses, tree.stopped, strict=True)
+    ]
+    return replace(tree, responses=tuple(whole), stopped=(True,) * len(whole))
 
 
 def reward_model_beside(

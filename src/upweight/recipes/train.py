@@ -187,7 +187,7 @@ def _judge(begun: Start) -> Scorer | None:
     """What scores the answers of an evaluation."""
     run = begun.run
     spec = run.evaluation.true_reward or run.rollout.reward
-    return None if spec is None else make_scorer(spec, run, begun.lm)
+    return None if spec is None else make_scorer(spec, run, begun.lm, begun.prepared.renderer.end)
 
 
 def _optimizer(begun: Start, values: Values | None) -> torch.optim.Optimizer:
