@@ -426,6 +426,16 @@ def test_a_pair_may_say_how_much_better_its_chosen_response_is():
             pair(row | {"margin": wrong}, ROW)
 
 
+def test_a_pair_may_say_how_sure_its_label_is():
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    for said, sure in ((None, 1.0), ("", 1.0), (1, 1.0), (0.5, 0.5), ("0.75", 0.75)):
+        (found,) = pair(row | {"probability": said}, ROW).preferences
+        assert found == Preference(0, 1, probability=sure)
+    for wrong in (0.3, -1, 1.01, "sure", float("nan")):
+        with pytest.raises(DataError, match="probability is .*; allowed: a"):
+            pair(row | {"probability": wrong}, ROW)
+
+
 @given(
     st.lists(st.one_of(st.none(), st.integers(-3, 3).map(float)), max_size=7),
     st.sampled_from(["all", "adjacent", "extremes"]),

@@ -73,6 +73,19 @@ def test_cdpo_is_dpo_under_flipped_labels():
     torch.testing.assert_close(dpo(logps, label_smoothing=e), mixed)
 
 
+def test_a_row_that_doubts_its_label_is_that_part_of_a_flipped_one():
+    doubts = torch.tensor([0.0, 0.3], dtype=torch.float64)
+    logps = pairs_of([-3.0, -9.0], [-4.0, -2.0], -3.5, -2.5)
+    flipped = pairs_of([-4.0, -2.0], [-3.0, -9.0], -2.5, -3.5)
+    mixed = (1 - doubts) * dpo(logps) + doubts * dpo(flipped)
+    torch.testing.assert_close(dpo(replace(logps, flipped=doubts)), mixed)
+    # With the doubt about all labels: it is wrong if one of the two turned it, and not the other.
+    either = 0.1 * (1 - doubts) + 0.9 * doubts
+    mixed = (1 - either) * dpo(logps) + either * dpo(flipped)
+    both = dpo(replace(logps, flipped=doubts), label_smoothing=0.1)
+    torch.testing.assert_close(both, mixed)
+
+
 def test_far_margins_stay_finite():
     far = dpo(pairs_of([1e5, -1e5], 0.0), beta=0.1)
     torch.testing.assert_close(far, torch.tensor([0.0, 1e4], dtype=torch.float64))

@@ -48,7 +48,7 @@ def ancestors(forest, i):
 
 
 def test_two_trees_laid_end_to_end():
-    first = tree_of([10, 11], [[12], [13, 14]], [Preference(1, 0, 0.5, 2.0)])
+    first = tree_of([10, 11], [[12], [13, 14]], [Preference(1, 0, 0.5, 2.0, 0.75)])
     second = tree_of([20], [[21, 22], [23]], [Preference(0, 1)])
     forest = collate([first, second])
     assert forest.token_ids.tolist() == [10, 11, 12, 13, 14, 20, 21, 22, 23]
@@ -61,6 +61,7 @@ def test_two_trees_laid_end_to_end():
     assert forest.chosen.tolist() == [1, 2] and forest.rejected.tolist() == [0, 3]
     assert forest.weight.tolist() == [0.5, 1.0]
     assert forest.margin.tolist() == [2.0, 0.0]
+    assert forest.flipped.tolist() == unshared(forest).flipped.tolist() == [0.25, 0.0]
     assert forest.spans == (Span(0, 2, (1, 2)), Span(5, 1, (2, 1)))
     assert forest.trees == (first, second)
 

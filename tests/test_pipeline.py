@@ -345,7 +345,7 @@ def test_the_best_checkpoint_may_be_told_by_prompts_alone():
     assert f"step-{rewards.index(max(rewards)):08d}" in kept
 
 
-def test_a_value_model_may_start_from_the_reward_model():
+def test_a_value_model_may_have_the_reward_models_trunk():
     assert judge("judge") == 0
     assert online("run", "ppo", "--reward", "judge/model") == 0
     assert records("run", "train")[-1]["value_loss"] >= 0
@@ -455,7 +455,10 @@ def test_a_reward_model_is_asked_for_the_rows_margins(capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("objective", ["reward", "dpo"])
 def test_the_held_out_loss_is_the_loss_of_training(objective):
-    marked = [{**row, "weight": 1.0 + 8 * (i % 2), "margin": i % 3} for i, row in enumerate(PAIRS)]
+    marked = [
+        {**row, "weight": 1.0 + 8 * (i % 2), "margin": i % 3, "probability": 0.5 + i % 5 / 8}
+        for i, row in enumerate(PAIRS)
+    ]
     write_rows("pairs.jsonl", marked[:12])
     write_rows("other.jsonl", marked[12:])
     smoothing, share, centering = 0.2, (0.7 if objective == "reward" else 0.0), 0.3
@@ -470,8 +473,11 @@ def test_the_held_out_loss_is_the_loss_of_training(objective):
     total = weights = 0.0
     for row, scored in zip(marked[12:], found, strict=True):
         z = scored["margin"] - share * row["margin"]
-        loss = -(1 - smoothing) * F.logsigmoid(torch.tensor(z)).item()
-        loss -= smoothing * F.logsigmoid(torch.tensor(-z)).item()
+        # Wrong if one of two turned it around and the other did not.
+        sure = row["probability"]
+        e = smoothing * sure + (1 - smoothing) * (1 - sure)
+        loss = -(1 - e) * F.logsigmoid(torch.tensor(z)).item()
+        loss -= e * F.logsigmoid(torch.tensor(-z)).item()
         if objective == "reward":
             loss += centering * (scored["score_chosen"] + scored["score_rejected"]) ** 2
         total, weights = total + row["weight"] * loss, weights + row["weight"]

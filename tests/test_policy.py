@@ -432,13 +432,13 @@ def test_a_margin_asks_for_that_much_distance():
 def test_a_soft_label_is_met_where_its_log_odds_are_the_distance():
     flipped = f64(0.1, 0.3, 0.5, 0.8)
     distance = (1 / flipped - 1).log().requires_grad_()
-    loss = bradley_terry(distance, torch.zeros(4).double(), label_smoothing=flipped)
+    loss = bradley_terry(distance, torch.zeros(4).double(), flipped=flipped)
     (slope,) = torch.autograd.grad(loss.sum(), distance)
     assert slope.abs().max() < 1e-12
     chosen, rejected = noise(4), noise(4, 1)
     torch.testing.assert_close(
-        bradley_terry(chosen, rejected, margin=0.4, label_smoothing=flipped),
-        bradley_terry(rejected, chosen, margin=-0.4, label_smoothing=1 - flipped),
+        bradley_terry(chosen, rejected, margin=0.4, flipped=flipped),
+        bradley_terry(rejected, chosen, margin=-0.4, flipped=1 - flipped),
     )
 
 

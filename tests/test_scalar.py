@@ -14,7 +14,7 @@ from upweight.config import Run, load_run
 from upweight.data.pack import collate
 from upweight.models.export import export_reward_model
 from upweight.models.load import LanguageModel
-from upweight.models.scalar import with_scalar_head
+from upweight.models.scalar import score_head, with_scalar_head
 from upweight.recipes.online import values_of
 from upweight.recipes.prepare import load_policy
 from upweight.recipes.screen import Silent
@@ -74,6 +74,8 @@ def test_a_value_model_is_made_by_the_runs_settings(start, how):
     assert len(recomputing(values.critic)) == 2 and all(recomputing(values.critic))
     assert values.critic.plan == lm.plan
     assert values.critic.trust_remote_code
+    # What whole answers are worth says nothing of their beginnings: the head is learned anew.
+    assert not score_head(values.critic.model).weight.any()
 
 
 def test_out_of_memory_recomputes_the_value_models_layers_too():

@@ -61,13 +61,15 @@ class Response:
 class Preference:
     """Response `chosen` is preferred to response `rejected` (indices into the responses).
 
-    `margin` is how much better it is: what the row says, or the gap of its scores.
+    `margin` is how much better it is: what the row says, or the gap of its scores. `probability` is
+    that of the label: how sure the row is that chosen is the better one (a soft label).
     """
 
     chosen: int
     rejected: int
     weight: float = 1.0
     margin: float = 0.0
+    probability: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,8 @@ class Forest:
     parent[i]: a plain shift by one would read the logits of a sibling branch.
 
     `response_of` gives, for each scored token, the index of its response in the forest;
-    `chosen` and `rejected` are such indices too.
+    `chosen` and `rejected` are such indices too. `flipped` is the probability that rejected is the
+    better one, as the pair's row says.
     """
 
     token_ids: Int[Tensor, " tokens"]
@@ -159,6 +162,7 @@ class Forest:
     rejected: Int[Tensor, " pairs"]
     weight: Float[Tensor, " pairs"]
     margin: Float[Tensor, " pairs"]
+    flipped: Float[Tensor, " pairs"]
     spans: tuple[Span, ...]
     trees: tuple[Tree, ...]
 
@@ -190,7 +194,8 @@ class Forest:
 
 @dataclass(frozen=True)
 class PairLogps:
-    """What a pair loss sees: summed log-probs in nats (fp32) and scored token counts, per pair."""
+    """What a pair loss sees: summed log-probs in nats (fp32) and scored token counts, per pair, and
+    the probability that the label is flipped (None: 0 for all)."""
 
     policy_chosen: Float[Tensor, " pairs"]
     policy_rejected: Float[Tensor, " pairs"]
@@ -198,6 +203,7 @@ class PairLogps:
     reference_rejected: Float[Tensor, " pairs"]
     tokens_chosen: Int[Tensor, " pairs"]
     tokens_rejected: Int[Tensor, " pairs"]
+    flipped: Float[Tensor, " pairs"] | None = None
 
     @property
     def chosen_logratio(self) -> Float[Tensor, " pairs"]:

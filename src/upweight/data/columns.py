@@ -31,7 +31,7 @@ _MOST_LEVELS = 100
 _MOST_MARGIN = 1e6
 _TEMPLATE = ("tools", "template_options", "chat_template_kwargs")
 COLUMNS: dict[str, Columns] = {
-    "pair": Columns(("chosen", "rejected"), ("prompt", "weight", "margin", *_TEMPLATE)),
+    "pair": Columns(("chosen", "rejected"), ("prompt", "weight", "margin", "probability", *_TEMPLATE)),
     "responses": Columns(("prompt", "responses"), ("scores", "preferences", *_TEMPLATE)),
     "messages": Columns(("messages",), _TEMPLATE),
 }
@@ -227,6 +227,19 @@ def margin(value: Any, row_id: RowId) -> float:
         raise DataError(
             f"{row_id}: margin is {shown(value)}; allowed: a number from 0 to {_MOST_MARGIN:g}. "
             "Swap chosen and rejected where it is negative."
+        )
+    return found
+
+
+def probability(value: Any, row_id: RowId) -> float:
+    """How sure it is that the chosen response is the better one, 1 where nothing is said."""
+    if value is None or value == "":
+        return 1.0
+    found = number(value, "probability", row_id)
+    if not 0.5 <= found <= 1:
+        raise DataError(
+            f"{row_id}: probability is {shown(value)}; allowed: a number from 0.5 to 1, how sure "
+            "it is that chosen is better. Swap chosen and rejected where it is below."
         )
     return found
 

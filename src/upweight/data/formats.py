@@ -25,6 +25,7 @@ from upweight.data.columns import (
     list_of,
     listed,
     margin,
+    probability,
     message,
     number,
     printable,
@@ -62,8 +63,13 @@ def pair(row: Row, row_id: RowId) -> Example | Dropped:
     if isinstance(split, Dropped):
         return split
     prompt, (chosen, rejected) = split
-    own_weight = weight(row.get("weight"), "weight", row_id)
-    preference = Preference(0, 1, own_weight, margin(row.get("margin"), row_id))
+    preference = Preference(
+        0,
+        1,
+        weight(row.get("weight"), "weight", row_id),
+        margin(row.get("margin"), row_id),
+        probability(row.get("probability"), row_id),
+    )
     answers = (Response(chosen), Response(rejected))
     return _example(row, row_id, prompt, answers, (preference,))
 

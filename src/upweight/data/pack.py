@@ -169,12 +169,12 @@ def collate(trees: Sequence[Tree]) -> Forest:
     )
     scored = is_response.repeat_interleave(lengths).nonzero().squeeze(1)
     pairs = [
-        (p.chosen + offset, p.rejected + offset, p.weight, p.margin)
+        (p.chosen + offset, p.rejected + offset, p.weight, p.margin, 1 - p.probability)
         for tree, offset in zip(trees, _offsets(trees), strict=True)
         for p in tree.preferences
     ]
-    columns = zip(*pairs, strict=True) if pairs else ((), (), (), ())
-    chosen, rejected, weight, margin = columns
+    columns = zip(*pairs, strict=True) if pairs else ((),) * 5
+    chosen, rejected, weight, margin, flipped = columns
     return Forest(
         token_ids=torch.tensor(list(chain.from_iterable(segments)), dtype=torch.long),
         parent=parent,
@@ -186,6 +186,7 @@ def collate(trees: Sequence[Tree]) -> Forest:
         rejected=torch.tensor(rejected, dtype=torch.long),
         weight=torch.tensor(weight, dtype=torch.float32),
         margin=torch.tensor(margin, dtype=torch.float32),
+        flipped=torch.tensor(flipped, dtype=torch.float32),
         spans=_spans(trees),
         trees=tuple(trees),
     )
@@ -221,4 +222,5 @@ def unshared(forest: Forest) -> Forest:
         rejected=forest.rejected,
         weight=forest.weight,
         margin=forest.margin,
+        flipped=forest.flipped,
     )

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from upweight.data.trees import text_after
 from upweight.evidence.records.ledger import SCHEMA
+from upweight.losses.pair import probably_flipped
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import response_logps, token_logps
 from upweight.models.reading import read_trees
@@ -145,7 +146,7 @@ def summary(rows: Sequence[Row], trees: Sequence[Tree], beta: float, label_smoot
         return math.fsum(values) / len(values)
 
     margin = torch.tensor([row["margin"] for row in rows], dtype=torch.float64)
-    e = label_smoothing
+    e = probably_flipped(label_smoothing, 1 - _of_each(trees, "probability"))
     losses = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
     accuracy = accuracy_interval([row["margin"] for row in rows], _prompts(trees))
     record: Row = {"loss": _weighted(losses, trees), "num_pairs": len(rows)}
@@ -193,8 +194,8 @@ def ranking(
         torch.tensor([row[f"score_{side}"] for row in rows], dtype=torch.float64)
         for side in ("chosen", "rejected")
     )
-    gaps = torch.tensor([p.margin for t in trees for p in t.preferences], dtype=torch.float64)
-    losses = loss(chosen, rejected, margin=margin * gaps)
+    asked = margin * _of_each(trees, "margin")
+    losses = loss(chosen, rejected, margin=asked, flipped=1 - _of_each(trees, "probability"))
     margins = [row["margin"] for row in rows]
     accuracy = accuracy_interval(margins, _prompts(trees))
     return {
@@ -214,9 +215,15 @@ def _prompts(trees: Sequence[Tree]) -> list[tuple[int, ...]]:
     return [tree.prompt for tree in trees for _ in tree.preferences]
 
 
+def _of_each(trees: Sequence[Tree], name: str) -> Tensor:
+    """A property of every preference, in fp64."""
+    values = [getattr(p, name) for tree in trees for p in tree.preferences]
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def _weighted(losses: Tensor, trees: Sequence[Tree]) -> float:
     """The mean over the trees' preferences by their weights."""
-    weight = torch.tensor([p.weight for t in trees for p in t.preferences], dtype=torch.float64)
+    weight = _of_each(trees, "weight")
     return ((losses * weight).sum() / weight.sum()).item()
 
 

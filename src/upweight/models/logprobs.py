@@ -161,4 +161,5 @@ def pair_logps(
         reference_rejected=r[rejected],
         tokens_chosen=tokens[chosen],
         tokens_rejected=tokens[rejected],
+        flipped=forest.flipped.to(p),
     )

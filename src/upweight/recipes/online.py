@@ -59,8 +59,9 @@ Asked = Callable[[int], Sequence[Tree]]
 def values_of(run: Run, lm: LanguageModel, stop_ids: Sequence[int]) -> Values | None:
     """The value model of a PPO run, None for other objectives.
 
-    A trunk of its own starts as the reward model where there is one, else as the policy with a
-    head of zeros; a shared one is the policy's, with such a head.
+    A trunk of its own is the reward model's where there is one, else the policy's; a shared one is
+    the policy's. The head starts as zeros: a reward model has learned what whole answers are
+    worth, and is further off for their beginnings than a constant is (LOG.md, 2026-11-24).
     """
     if run.objective != "ppo":
         return None
@@ -73,8 +74,8 @@ def values_of(run: Run, lm: LanguageModel, stop_ids: Sequence[int]) -> Values | 
     as_trained = functools.partial(trained, run, stop_ids=stop_ids)
     if spec is not None and is_reward_model(spec):
         critic = reward_model_beside(lm, spec, run, as_trained)
-        return Values(critic, critic.model)
-    critic = with_scalar_head(as_trained(load_policy(run)), stop_ids, run.seed)
+    else:
+        critic = with_scalar_head(as_trained(load_policy(run)), stop_ids, run.seed)
     nn.init.zeros_(score_head(critic.model).weight)
     return Values(critic, critic.model)
 

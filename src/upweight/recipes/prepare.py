@@ -242,9 +242,9 @@ def _reads_margins(run: Run) -> bool:
 
 
 def _unread_columns(run: Run) -> list[str]:
-    """Weights are those of preferences, of which supervised fine-tuning makes plain responses."""
-    weighs = KINDS[run.objective].rows == "preferences"
-    read = {"margin": _reads_margins(run), "weight": weighs}
+    """Weights and probabilities are those of preferences, of which supervised fine-tuning makes plain responses."""
+    labels = KINDS[run.objective].rows == "preferences"
+    read = {"margin": _reads_margins(run), "weight": labels, "probability": labels}
     return [name for name, is_read in read.items() if not is_read]
 
 

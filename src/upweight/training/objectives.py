@@ -134,7 +134,8 @@ def reward(loss: Callable[..., Float[Tensor, " pairs"]], margin: float | int = 0
     """Preferred pairs by the scores of a reward model: `lm` has a scalar head (scalar.py). The
     forest scores all K responses of a prompt in one pass, whatever pairs they make.
 
-    `loss(chosen, rejected, margin=)` is given scores, and `margin` times the pairs' own margins.
+    `loss(chosen, rejected, margin=, flipped=)` is given scores, `margin` times the pairs' own
+    margins, and how likely their labels are flipped.
     """
 
     def step(lm: LanguageModel, forest: Forest) -> Step:
@@ -144,7 +145,7 @@ def reward(loss: Callable[..., Float[Tensor, " pairs"]], margin: float | int = 0
         metrics = _summed(_ranked(chosen.detach(), rejected.detach()))
         # Not read where it has no weight: gaps of scores may be beyond what fp32 holds.
         asked = margin * forest.margin.to(scores.device) if margin else torch.zeros_like(chosen)
-        losses = loss(chosen, rejected, margin=asked)
+        losses = loss(chosen, rejected, margin=asked, flipped=forest.flipped.to(scores))
         return Step((losses * weight).sum(), weight.sum(), metrics)
 
     return Objective("pairs", _pair_weight, step)
