@@ -38,7 +38,7 @@ CANDIDATES: Mapping[str, Settings] = {
 """What `--search` tries. TRL 1.16 has no padding_free (it warns and pads), Liger kernels need
 Triton, and sorting by length would change the order of the rows."""
 
-BEST = ("2 at once", "4 at once", "8 at once")
+BEST = ("1 at once", "2 at once", "4 at once")
 """The candidates that every comparison tries, since which is fastest depends on the rows;
 `--search` tries all of them, `--best` takes others."""
 
