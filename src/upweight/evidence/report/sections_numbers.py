@@ -167,7 +167,7 @@ def _training_tiles(records: Records) -> Iterator[str]:
     step, epoch = records.train[-1].step, records.train[-1].epoch
     below = [
         plural(step, "step") if seconds is not None else "",
-        f"{epoch:.2g} epochs",
+        f"{number(epoch)} {'epoch' if number(epoch) == number(1) else 'epochs'}",
         f"{_compact(tokens.value)} tokens" if tokens is not None else "",
         f"{number(speed.value)} tokens/s" if speed is not None else "",
     ]
