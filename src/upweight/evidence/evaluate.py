@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +26,27 @@ from upweight.stats import accuracy_interval, mean_interval, repeated, wilson_in
 from upweight.types import Forest, Tree
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of each preference times its weight, or of each response summed over its tokens; the
+    weight or the number of tokens; and the prompt it belongs to."""
+
+    sums: Sequence[float]
+    sizes: Sequence[float | int]
+    prompts: Sequence[Hashable]
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.sums) / math.fsum(self.sizes)
+
+    def since(self, first: Sequence[float]) -> Row:
+        """By how much the mean has changed since the sums were `first`, with its 95 % interval."""
+        change = [now - then for now, then in zip(self.sums, first, strict=True)]
+        found = mean_interval(change, self.prompts, sizes=self.sizes)
+        ends = {"loss_change_low": found.low, "loss_change_high": found.high}
+        return {"loss_change": found.value, **ends}
 
 
 def score_trees(
@@ -134,7 +156,9 @@ def rank_trees(
     ]
 
 
-def summary(rows: Sequence[Row], trees: Sequence[Tree], beta: float, label_smoothing: float) -> Row:
+def summary(
+    rows: Sequence[Row], trees: Sequence[Tree], beta: float, label_smoothing: float
+) -> tuple[Row, Losses]:
     """The means of scored rows by the names of metrics.jsonl; accuracy with its 95 % interval.
 
     `rows` are those of the trees' preferences, in their order. The loss is that of training,
@@ -148,7 +172,8 @@ def summary(rows: Sequence[Row], trees: Sequence[Tree], beta: float, label_smoot
     e = label_smoothing
     losses = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
     accuracy = accuracy_interval([row["margin"] for row in rows], _prompts(trees))
-    record: Row = {"loss": _weighted(losses, trees), "num_pairs": len(rows)}
+    weighted = _weighted(losses, trees)
+    record: Row = {"loss": weighted.mean, "num_pairs": len(rows)}
     for side in ("chosen", "rejected"):
         rewards = mean([row[f"reward_{side}"] for row in rows])
         record[f"rewards/{side}"] = rewards
@@ -162,19 +187,22 @@ def summary(rows: Sequence[Row], trees: Sequence[Tree], beta: float, label_smoot
         accuracy.low,
         accuracy.high,
     )
-    return record
+    return record, weighted
 
 
-def likelihood(lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int) -> Row:
+def likelihood(lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int) -> tuple[Row, Losses]:
     """-log p of the responses' tokens in nats: the mean over all tokens, as in training."""
     flat = [logp for logps in tree_logps(lm, trees, tokens_per_bin) for logp in logps]
     lengths = [len(response) for tree in trees for response in tree.responses]
-    return {
-        "loss": -math.fsum(flat) / sum(lengths),
+    prompts = [tree.prompt for tree in trees for _ in tree.responses]
+    losses = Losses([-logp for logp in flat], lengths, prompts)
+    record = {
+        "loss": losses.mean,
         "num_responses": len(flat),
         "logps/response": math.fsum(flat) / len(flat),
         "tokens/response": sum(lengths) / len(lengths),
     }
+    return record, losses
 
 
 def ranking(
@@ -183,7 +211,7 @@ def ranking(
     tokens_per_bin: int,
     loss: Callable[..., Tensor],
     margin: float | int = 0.0,
-) -> Row:
+) -> tuple[Row, Losses]:
     """How a reward model ranks preferences: accuracy with its 95 % interval, scores, margins.
 
     `loss` and `margin` are those of training (objectives.reward), and weights count as there.
@@ -194,11 +222,11 @@ def ranking(
         for side in ("chosen", "rejected")
     )
     gaps = torch.tensor([p.margin for t in trees for p in t.preferences], dtype=torch.float64)
-    losses = loss(chosen, rejected, margin=margin * gaps)
+    losses = _weighted(loss(chosen, rejected, margin=margin * gaps), trees)
     margins = [row["margin"] for row in rows]
     accuracy = accuracy_interval(margins, _prompts(trees))
-    return {
-        "loss": _weighted(losses, trees),
+    record = {
+        "loss": losses.mean,
         "num_pairs": len(rows),
         "rewards/chosen": chosen.mean().item(),
         "rewards/rejected": rejected.mean().item(),
@@ -207,6 +235,7 @@ def ranking(
         "rewards/accuracies_low": accuracy.low,
         "rewards/accuracies_high": accuracy.high,
     }
+    return record, losses
 
 
 def _prompts(trees: Sequence[Tree]) -> list[tuple[int, ...]]:
@@ -214,10 +243,11 @@ def _prompts(trees: Sequence[Tree]) -> list[tuple[int, ...]]:
     return [tree.prompt for tree in trees for _ in tree.preferences]
 
 
-def _weighted(losses: Tensor, trees: Sequence[Tree]) -> float:
-    """The mean over the trees' preferences by their weights."""
-    weight = torch.tensor([p.weight for t in trees for p in t.preferences], dtype=torch.float64)
-    return ((losses * weight).sum() / weight.sum()).item()
+def _weighted(losses: Tensor, trees: Sequence[Tree]) -> Losses:
+    """Those of the trees' preferences, by their weights."""
+    weights = [p.weight for t in trees for p in t.preferences]
+    sums = losses * torch.tensor(weights, dtype=torch.float64)
+    return Losses(sums.tolist(), weights, _prompts(trees))
 
 
 def ledger_table(rows: Sequence[Row]) -> pa.Table:  # pyright: ignore

@@ -260,11 +260,23 @@ def _measured(study: Study) -> str:
         "Frontiers are compared where either has an evaluation, along lines between neighbours. "
         "The interval of a difference is that of two independent estimates; each has its 95 % for "
         "itself, and the uncertainty of KL is not in it.",
+        *_below_zero(study),
         f"Budget: {study.budget}. Machine: {study.machine}. Training, in all: "
         f"{duration(study.seconds)}.",
     )
     items = "".join(f"<li>{esc(text)}</li>" for text in points)
     return f'<ul class="said">{items}</ul>'
+
+
+def _below_zero(study: Study) -> list[str]:
+    found = [f"{m.name}, {_when(m, p)}" for m in study.methods for p in m.points if p.kl_high < 0]
+    if not found:
+        return []
+    return [
+        f"The whole interval of the KL lies below 0 here: {'; '.join(found)}. Either the answers "
+        "were not drawn from the policy as it is read (another temperature, top-k or precision), "
+        "or it is chance, as in one of 40 intervals and more often of few prompts."
+    ]
 
 
 def _start(study: Study) -> str:
