@@ -202,9 +202,9 @@ def _require_apart(name: str, train: Sequence[Example], rows: Sequence[Example])
         mine, theirs = both[0]
         raise Refusal(
             "UW209",
-            f"{len(both)} rows of the evaluation set {name} have a prompt that is trained on too, "
-            f"such as {theirs} and {mine}. Remove them from one side, or use evaluation.fraction "
-            "to split by prompt.",
+            f"the evaluation set {name} has {counted(len(both), 'row')} with a prompt that is "
+            f"trained on too, such as {theirs} and {mine}. Remove them from one side, or use "
+            "evaluation.fraction to split by prompt.",
         )
 
 
@@ -295,7 +295,7 @@ def account_lines(prepared: Prepared) -> list[str]:
             else "prompts alone",
         ]
         if account.earlier_turns:
-            parts.append(f"{account.earlier_turns} of the rows are earlier turns of others")
+            parts.append(f"earlier turns of other rows: {account.earlier_turns:,}")
         if account.left_out:
             parts.append(
                 "responses left out: "
