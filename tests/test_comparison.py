@@ -181,7 +181,11 @@ def test_best_of_n_are_points_and_trained_methods_lines_from_the_start():
     assert one.count('<path class="line') == both.count('<path class="line') == 1
     # The start has a mark of its own, and a line goes from it through its evaluations by step.
     assert len(spots(one)) == 3 and len(spots(both)) == 5
-    assert [kind for kind, _ in spots(one)] == ["m-dot t-1", "m-dot t-1 last", "m-star t-reference"]
+    assert [kind for kind, _ in spots(one)] == [
+        "m-dot t-1",
+        "m-dot t-1 last",
+        "m-star t-reference last",
+    ]
     (drawn,) = re.findall(r'<path class="line" d="([^"]*)"', one)
     across = [float(x) for x in re.findall(r"[ML]([\d.]+) ", drawn)]
     assert len(across) == 3 and across == sorted(across)

@@ -65,7 +65,9 @@ def run_of(objective: str, *, evals: int = 3, **last: Any) -> Records:
     lines: list[dict[str, Any]] = []
     for step in (0, 10, 20)[:evals]:
         loss = {"loss": 3.0 - step / 20} if objective in LOSS else {}
-        lines.append({"step": step, "epoch": step / 5, "set": "heldout"} | loss | EVAL[objective])
+        start = {"rewards/accuracies": 0.5} if objective == "reward" and step == 0 else {}
+        line = {"step": step, "epoch": step / 5, "set": "heldout"}
+        lines.append(line | loss | EVAL[objective] | start)
     if lines:
         lines[-1] |= last
     answers = tuple(Sample(**sample(20, f"Prompt {i}")) for i in range(8))
@@ -273,14 +275,15 @@ def test_prompts_without_sampled_answers_are_not_a_verdict():
 def test_answers_to_prompts_of_their_own_are_the_verdict_and_not_missed():
     asked = run_of("ppo")
     bare = tuple(measured({"step": s, "epoch": s / 5, "set": "heldout"}) for s in (0, 10, 20))
-    evals = {"heldout": bare, "prompts": asked.evals["heldout"]}
+    answered = tuple(replace(row, set="prompts") for row in asked.evals["heldout"])
+    evals = {"heldout": bare, "prompts": answered}
     said = verdict(replace(asked, samples=(), evals=evals))
     assert (said.tone, said.label) == ("good", "Above the reference")
     assert "answers to prompts of the set “prompts” earn 0.600" in said.headline
     # A run about preferences or likelihood takes them as facts.
     lines = {s: {"step": s, "epoch": 0.1, "set": "heldout"} for s in (0, 20)}
     loss = tuple(measured({**line, "loss": 3.0 - s / 20}) for s, line in lines.items())
-    imitated = replace(run_of("sft"), evals={"heldout": loss, "prompts": asked.evals["heldout"]})
+    imitated = replace(run_of("sft"), evals={"heldout": loss, "prompts": answered})
     facts = verdict(imitated).facts
     assert "KL 2.00 nats [1.60, 2.40] from the reference, per sampled answer." in facts
     assert "Mean answer length 40.0 tokens (reference 41.0)." in facts
@@ -306,7 +309,7 @@ def test_the_frontier_has_every_evaluation_with_its_intervals():
     for step in (0, 10, 20):
         said = f"step {step}: reward 0.600\u00a0[0.500, 0.700] at KL 2.00\u00a0[1.60, 2.40]"
         assert f'title="heldout, {said}"' in html
-    assert html.count('<i class="spot m-dot t-1') == 4  # three, and the one of the legend
+    assert html.count('<i class="spot m-dot t-1') == 3
     (bars,) = re.findall(r'<path class="bars" d="(.*?)"', html)
     assert bars.count("V") == bars.count("H") == 3
     assert "mean reward (vader)" in html and "the reference&#x27;s answers" in html

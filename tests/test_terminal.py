@@ -64,7 +64,6 @@ def test_a_step_of_every_objective_fits_eighty_columns(
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     out = io.StringIO()
     terminal = Terminal(Console(file=out, width=200), None)
-    monkeypatch.setattr(terminal, "last_plain", -10.0)
     for at in (1000, 1100):
         terminal.record({**step, "step": at}, 9999)
     first, second = out.getvalue().splitlines()
