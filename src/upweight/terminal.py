@@ -59,7 +59,7 @@ class Terminal:
             *(phrase.format(record[key]) for key, phrase in phrases.items() if key in record),
         ]
         speed = record["tokens_per_second"]
-        if phrases is STEP and isinstance(speed, float):
+        if phrases is STEP and isinstance(speed, int | float):
             row.append(_speed(speed))
         # What came before the first record (an evaluation, a slow first step) says nothing of the
         # steps to come, and a resumed run does not begin at step 0.
