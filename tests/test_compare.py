@@ -62,6 +62,18 @@ def test_each_method_is_judged_on_the_same_prompts_from_the_same_start():
     assert "Small letters" in page and "best of 3" in page
 
 
+def test_the_terminal_ends_in_a_verdict_and_one_line_for_each_pair(
+    capsys: pytest.CaptureFixture[str],
+):
+    closer = DPO.replace("dpo: {", "closer: {beta: 0.5, ")
+    claim = compared(DPO + closer + JUDGE + PPO)["claim"]
+    *_, verdict, first, second, took, page = capsys.readouterr().err.splitlines()
+    assert verdict == claim["said"] and verdict.endswith(".")
+    assert first.startswith("  dpo against ppo: ") and second.startswith("  closer against ppo: ")
+    assert took.startswith("4 methods in ") and took.endswith(" s")
+    assert page.startswith("comparison: ")
+
+
 def test_a_method_that_has_finished_is_not_run_again():
     before = compared(DPO)
     written = Path("out/dpo/metrics.jsonl").stat().st_mtime_ns

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,18 @@ from upweight.evidence.comparison import (
 )
 from upweight.evidence.comparison.claim import at, difference, knots
 from upweight.evidence.comparison.page import common_kl
+from upweight.evidence.report.frontier import MARKERS, TONES, Spot, Trail, _beside, _box, _meet
 from upweight.evidence.report.markup import count, duration, number
+from upweight.evidence.report.scales import Scale
 from upweight.stats import Interval
 
 START = Start(0.2, 0.15, 0.25)
+STYLE = (files("upweight.evidence.report") / "style.css").read_text(encoding="utf-8")
+
+
+def told(methods: Sequence[Method], start: Start | None = None) -> tuple[bool | None, str]:
+    found = claim(methods, start)
+    return found.holds, found.said
 
 
 def point(step: int, kl: float, reward: float, half: float = 0.05, **rest: Any) -> Point:
@@ -38,6 +49,11 @@ def point(step: int, kl: float, reward: float, half: float = 0.05, **rest: Any) 
     rewards = {"reward_low": reward - half, "reward_high": reward + half}
     return Point(**{"step": step, "kl": kl, "reward": reward, "length": 30.0 + step}
                  | kls | rewards | rest)  # fmt: skip
+
+
+def spots(html: str) -> list[tuple[str, str]]:
+    """Shape, tone and tooltip of each mark."""
+    return re.findall(r'<i class="spot ([^"]*)" style="[^"]*" title="([^"]*)"', html)
 
 
 def method(objective: str, *points: Point, **rest: Any) -> Method:
@@ -123,7 +139,7 @@ def test_methods_that_failed_are_named_with_why():
 
 def test_one_method_only_and_none_with_a_point_have_a_page():
     html = render(study(line("sft", 0.1, 1, 2)))
-    assert html.count('class="spot"') == 4 and "Best at KL ≤ 2.00" in html
+    assert len(spots(html)) == 3 and "Best at KL ≤ 2.00" in html
     for bare in (study(), study(method("dpo"), method("ppo")), study(method("best_of_n"))):
         html = render(bare)
         assert "No method was evaluated." in html and "Best at KL" not in html
@@ -163,8 +179,18 @@ def test_best_of_n_are_points_and_trained_methods_lines_from_the_start():
     one = render(study(path))
     both = render(study(path, method("best_of_n", point(2, 0.19, 0.3), point(4, 0.64, 0.4))))
     assert one.count('<path class="line') == both.count('<path class="line') == 1
-    # The start, and the line's own beginning at it, beside the evaluations.
-    assert one.count('class="spot"') == 4 and both.count('class="spot"') == 6
+    # The start has a mark of its own, and a line goes from it through its evaluations by step.
+    assert len(spots(one)) == 3 and len(spots(both)) == 5
+    assert [kind for kind, _ in spots(one)] == [
+        "m-dot t-1",
+        "m-dot t-1 last",
+        "m-star t-reference last",
+    ]
+    (drawn,) = re.findall(r'<path class="line" d="([^"]*)"', one)
+    across = [float(x) for x in re.findall(r"[ML]([\d.]+) ", drawn)]
+    assert len(across) == 3 and across == sorted(across)
+    lefts = [float(x) for x in re.findall(r'<i class="spot [^>]*left:([\d.]+)%', one)]
+    assert across == pytest.approx([10 * x for x in (lefts[2], *lefts[:2])], abs=0.1)
 
 
 def test_the_level_is_the_kl_that_dpo_and_ppo_both_reached():
@@ -208,7 +234,7 @@ def test_a_folder_without_a_record_or_without_room_is_said(tmp_path: Path):
 
 def test_a_higher_frontier_is_not_below():
     # At KL 2, which both reach: 0.4 against 0.3, each +-0.01, and linear in between.
-    holds, said = claim([line("dpo", 0.1, 1, 2), line("ppo", 0.05, 2, 3)], START)
+    holds, said = told([line("dpo", 0.1, 1, 2), line("ppo", 0.05, 2, 3)], START)
     assert holds is True
     assert said == (
         "DPO's frontier is not below PPO's at equal KL: between KL 0 and 2.00 nats its reward is "
@@ -217,7 +243,7 @@ def test_a_higher_frontier_is_not_below():
 
 
 def test_a_lower_frontier_is_below():
-    holds, said = claim([line("dpo", 0.05, 2), line("ppo", 0.1, 4)], START)
+    holds, said = told([line("dpo", 0.05, 2), line("ppo", 0.1, 4)], START)
     assert holds is False
     # PPO at 2 lies between start (0.2 +-0.05) and 4 (0.6 +-0.01): 0.4 +-0.03.
     half = math.hypot(0.01, 0.03)
@@ -228,25 +254,25 @@ def test_a_lower_frontier_is_below():
 def test_frontiers_that_cross_are_below_and_said_to_cross():
     dpo = method("dpo", point(1, 1, 0.5, 0.01), point(2, 2, 0.5, 0.01))
     ppo = method("ppo", point(1, 1, 0.4, 0.01), point(2, 2, 0.6, 0.01))
-    holds, said = claim([dpo, ppo], START)
+    holds, said = told([dpo, ppo], START)
     assert holds is False and "They cross: at KL 1.00 it is 0.100" in said
 
 
 def test_a_difference_inside_both_intervals_is_not_shown():
     wide = {"half": 0.2}
-    holds, said = claim([line("dpo", 0.1, 1, 2, **wide), line("ppo", 0.05, 2, **wide)], START)
+    holds, said = told([line("dpo", 0.1, 1, 2, **wide), line("ppo", 0.05, 2, **wide)], START)
     assert holds is None
     assert said.startswith("DPO's frontier is not shown to differ from PPO's at equal KL")
     assert "is 0.100 [−0.183, 0.383], at KL 2.00" in said
-    assert claim([line("dpo", 0.1, 1), line("ppo", 0.1, 1)], START)[0] is None
-    holds, said = claim([line("dpo", 0.05, 2, **wide), line("ppo", 0.1, 2, **wide)], START)
+    assert told([line("dpo", 0.1, 1), line("ppo", 0.1, 1)], START)[0] is None
+    holds, said = told([line("dpo", 0.05, 2, **wide), line("ppo", 0.1, 2, **wide)], START)
     assert holds is None and "is −0.100 [−0.383, 0.183], at KL 2.00" in said
 
 
 def test_without_intervals_nothing_is_shown():
     nan = {"reward_low": math.nan, "reward_high": math.nan}
     dpo = method("dpo", point(1, 1.0, 0.9, **nan))
-    holds, said = claim([dpo, line("ppo", 0.1, 1)], START)
+    holds, said = told([dpo, line("ppo", 0.1, 1)], START)
     assert holds is None and "no interval is known" in said
 
 
@@ -261,29 +287,172 @@ def test_without_intervals_nothing_is_shown():
     ],
 )
 def test_what_cannot_be_compared_is_said(methods: list[Method], said: str):
-    assert claim(methods, START) == (None, claim(methods, START)[1])
-    assert said in claim(methods, START)[1]
+    holds, found = told(methods, START)
+    assert holds is None and said in found
 
 
 def test_without_a_start_only_the_kl_that_both_cover_is_compared():
     dpo = method("dpo", point(1, 1, 0.9, 0.01), point(2, 2, 0.9, 0.01))
     ppo = method("ppo", point(1, 1.5, 0.1, 0.01), point(2, 9, 0.95, 0.01))
-    holds, said = claim([dpo, ppo])
+    holds, said = told([dpo, ppo])
     assert holds is True and "between KL 1.50 and 2.00 nats" in said
-    assert "share" not in said and claim([dpo, method("ppo", point(1, 5, 0.1))])[0] is None
+    assert "share" not in said and told([dpo, method("ppo", point(1, 5, 0.1))])[0] is None
 
 
 def test_of_several_runs_of_an_objective_every_pair_is_compared_in_whatever_order():
     tuned = replace(line("ppo", 0.3, 2), name="PPO, true reward")
     dpo, low = line("dpo", 0.1, 2), line("ppo", 0.05, 2)
-    assert claim([dpo, low], START)[0] is True
+    assert told([dpo, low], START)[0] is True
     for methods in ([dpo, tuned, low], [low, tuned, dpo]):
-        holds, said = claim(methods, START)
-        assert holds is False
-        assert "DPO against PPO, true reward: DPO's frontier is below PPO's" in said
-        assert "DPO against PPO: DPO's frontier is not below PPO's" in said
+        found = claim(methods, START)
+        assert found.holds is False
+        assert found.said == (
+            "DPO's frontier is below PPO's at equal KL in 1 of 2 comparisons, not below in 1."
+        )
+        below, above = sorted(found.lines, key=lambda said: "not below" in said)
+        assert below.startswith("DPO against PPO, true reward: below PPO's: at KL 2.00 its reward")
+        assert above.startswith("DPO against PPO: not below PPO's at equal KL: between KL 0 and")
     short = replace(line("dpo", 0.1, 2), name="dpo, never asked", points=())
-    assert claim([short, dpo, low], START)[0] is True
+    assert told([short, dpo, low], START)[0] is True
+
+
+def named(name: str, found: Method) -> Method:
+    return replace(found, name=name)
+
+
+def test_the_verdict_over_several_pairs_counts_each_and_holds_only_where_all_do():
+    dpo, low = line("dpo", 0.1, 2), line("ppo", 0.05, 2)
+    wide = named("wide", line("ppo", 0.1, 2, half=0.3))
+    far = named("far", method("ppo", point(1, -0.5, 0.3)))
+    found = claim([dpo, named("again", dpo), low], START)
+    assert found.holds is True
+    assert found.said == "DPO's frontier is not below PPO's at equal KL in 2 of 2 comparisons."
+    holds, said = told([dpo, low, wide], START)
+    assert holds is None
+    assert said == (
+        "DPO's frontier is not below PPO's at equal KL in 1 of 2 comparisons, not shown to differ "
+        "in 1."
+    )
+    holds, said = told([dpo, wide, named("wider", wide)], START)
+    assert holds is None
+    assert said == (
+        "DPO's frontier is not shown to differ from PPO's at equal KL in 2 of 2 comparisons."
+    )
+    holds, said = told([dpo, low, far], START)
+    assert holds is True
+    assert said == (
+        "DPO's frontier is not below PPO's at equal KL in 1 of 1 comparison. 1 more could not be "
+        "compared."
+    )
+    holds, said = told([dpo, far, named("farther", far)], START)
+    assert holds is None and said.endswith("no KL was reached by both in any of 2 pairs.")
+
+
+def test_pairs_stand_in_a_table_below_a_headline_that_does_not_repeat_them():
+    methods = [
+        line("dpo", 0.1, 2), named("dpo <b>", line("dpo", 0.2, 2)), line("ppo", 0.05, 2),
+        named("best <p>", line("ppo", 0.15, 2)),
+    ]  # fmt: skip
+    found = study(*methods, claim=claim(methods, START))
+    html = render(found)
+    head, table = html.split('<section id="dpo-against-ppo">')
+    table = table.split("</section>")[0]
+    assert table.count("<tr>") == 5 and table.count("not below") >= 3
+    assert "<bdi>dpo &lt;b&gt;</bdi> against <bdi>best &lt;p&gt;</bdi>" in table
+    assert "its reward is" in table and "its reward is" not in head
+    assert "below PPO&#x27;s at equal KL in 1 of 4 comparisons" in head
+    one = [line("dpo", 0.1, 2), line("ppo", 0.05, 2)]
+    alone = render(study(*one, claim=claim(one, START)))
+    assert 'id="dpo-against-ppo"' not in alone and "its reward is higher by up to" in alone
+
+
+def test_a_claim_that_some_pairs_show_and_none_contradicts_is_said_to_be_shown_in_part():
+    methods = [line("dpo", 0.1, 2), line("ppo", 0.05, 2), line("ppo", 0.1, 2, half=0.3)]
+    html = render(study(*methods, claim=claim(methods, START)))
+    assert "Shown in part" in html and "The claim holds" not in html
+
+
+def test_eight_methods_have_a_colour_and_a_marker_each_and_names_that_do_not_meet():
+    methods = [
+        named(f"method number {i}", line("dpo", 0.02 * i, 0.5, 1 + i / 10)) for i in range(8)
+    ]
+    html = render(study(*methods))
+    legend = html[html.index('<div class="legend">') : html.index('<div class="plot')]
+    keys = re.findall(r'<span class="key (t-\S+)"><i class="spot (m-\S+)"', legend)
+    assert len(keys) == 9 and len({tone for tone, _ in keys}) == 9
+    assert len({marker for _, marker in keys}) == 9
+    pairs = {(TONES[i % len(TONES)], MARKERS[i % len(MARKERS)]) for i in range(72)}
+    assert len(pairs) == 72
+    for name in (*TONES, *(f"m-{marker}" for marker in (*MARKERS, "star"))):
+        assert f".{name}" in STYLE
+
+
+def test_texts_beside_spots_stand_apart_and_off_the_lines_where_they_can():
+    def spot(kl: float, reward: float) -> Spot:
+        return Spot(Interval(kl, math.nan, math.nan), Interval(reward, math.nan, math.nan), "")
+
+    x, y = Scale(0, 1), Scale(0, 1)
+    crowd = [Trail(f"n{i}", "t-1", [spot(0.5, 0.5 + i / 500)], ["a long name"]) for i in range(9)]
+    boxes = [_box(b.x, b.y, b.side, b.text) for b in _beside(crowd, x, y)]
+    assert 1 <= len(boxes) < 9
+    assert not any(_meet(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+    # A line that goes on up and to the right takes that side.
+    rising = Trail("up", "t-1", [spot(0.4, 0.4), spot(0.8, 0.8)], ["first", ""])
+    (beside,) = _beside([rising], x, y)
+    assert beside.side != "ne"
+
+
+VISION = {
+    "all": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "no red": (
+        (0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216),
+        (-0.003882, -0.048116, 1.051998),
+    ),
+    "no green": (
+        (0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413),
+        (-0.011820, 0.042940, 0.968881),
+    ),
+    "no blue": (
+        (1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602),
+        (0.004733, 0.691367, 0.303900),
+    ),
+}  # fmt: skip
+"""What is seen of linear red, green and blue without one kind of cone: Machado et al. 2009."""
+
+
+def seen(colour: str, vision: str) -> tuple[float, ...]:
+    """CIE L*a*b* (D65) of #rrggbb."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    rgb = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    rgb = [sum(a * b for a, b in zip(row, rgb, strict=True)) for row in VISION[vision]]
+    rgb = [min(1.0, max(0.0, c)) for c in rgb]
+    to_xyz = (
+        (0.4124564 / 0.95047, 0.3575761 / 0.95047, 0.1804375 / 0.95047),
+        (0.2126729, 0.7151522, 0.0721750),
+        (0.0193339 / 1.08883, 0.1191920 / 1.08883, 0.9503041 / 1.08883),
+    )
+    xyz = [sum(a * b for a, b in zip(row, rgb, strict=True)) for row in to_xyz]
+    x, y, z = (v ** (1 / 3) if v > 216 / 24389 else (24389 / 27 * v + 16) / 116 for v in xyz)
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_any_two_tones_are_told_apart_with_and_without_each_kind_of_cone(scheme: str, vision: str):
+    # Later blocks (dark) override earlier ones (light); of print only the page's.
+    light, dark, *_ = (dict(re.findall(r"--(\w+): (#\w{6})", b)) for b in STYLE.split(":root")[1:])
+    named_colours = light if scheme == "light" else light | dark
+    of_tone = dict(re.findall(r"\.(t-\d)(?:, \.t-\d)* \{ color: var\(--(\w+)\)", STYLE))
+    labs = [seen(named_colours[of_tone[tone]], vision) for tone in TONES]
+    # A just noticeable difference is about 2.3; marks a few pixels wide need several of them.
+    assert min(math.dist(a, b) for a, b in combinations(labs, 2)) > 15
+
+
+def test_a_kl_wholly_below_zero_is_named_on_the_comparison():
+    odd = method("dpo", point(3, -0.5, 0.4), point(4, 0.5, 0.4))
+    html = render(study(odd))
+    assert "lies below 0 here: DPO, step 3. Either" in html
+    assert "lies below 0 here" not in render(study(line("dpo", 0.1, 1)))
 
 
 def test_a_frontier_is_a_line_by_kl_whatever_the_order_of_steps():

@@ -110,6 +110,9 @@ def test_a_plan_says_what_is_needed_and_what_is_missing(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 40)
     said = plan_memory(lm, TREES, STEPS).describe()
     assert "1024.0 GiB are free" in said and "too little" not in said
+    total, parts = said.splitlines()
+    assert total.startswith("memory: about ") and len(total) <= 80
+    assert parts.startswith("  = weights ") and " + gradients " in parts
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     assert "too little: compute.checkpointing=true" in plan_memory(lm, TREES, STEPS).describe()
 

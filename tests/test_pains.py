@@ -79,7 +79,7 @@ PAINS = {
     "adapters on no layer": ("--lora.targets [qproj]", "match no layer"),
     "the same prompts in training and evaluation": (
         "--evaluation.sets '{test: pairs.jsonl}' --fraction 0",
-        "have a prompt that is trained on too",
+        "with a prompt that is trained on too",
     ),
     "an evaluation without rows to evaluate": (
         "--fraction 0 --evaluation.every 5",

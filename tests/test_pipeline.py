@@ -481,4 +481,23 @@ def test_the_held_out_loss_is_the_loss_of_training(objective):
         if objective == "reward":
             loss += centering * (scored["score_chosen"] + scored["score_rejected"]) ** 2
         total, weights = total + row["weight"] * loss, weights + row["weight"]
-    assert records("run", "eval")[-1]["loss"] == pytest.approx(total / weights, abs=1e-5)
+    first, *_, last = records("run", "eval")
+    assert last["loss"] == pytest.approx(total / weights, abs=1e-5)
+    assert "loss_change" not in first
+    assert last["loss_change"] == pytest.approx(last["loss"] - first["loss"])
+    assert last["loss_change_low"] <= last["loss_change"] <= last["loss_change_high"]
+
+
+def test_a_resumed_run_knows_by_how_much_its_loss_has_changed_since_the_start():
+    often = ["--objective", "sft", "--steps", "2", "--samples", "0"]
+    often += ["--checkpoint.every", "1", "--evaluation.every", "1"]
+    assert train("whole", *often) == 0
+    assert train("cut", *often) == 0
+    shutil.rmtree(sorted(Path("cut/checkpoints").iterdir())[-1])
+    assert main(["train", "cut/run.yaml", "resume=true"]) == 0
+    changes = [r.get("loss_change") for r in records("whole", "eval")]
+    assert changes[0] is None and len(changes) == 3
+    assert [r.get("loss_change") for r in records("cut", "eval")] == changes
+    evals = records("whole", "eval")
+    # By the token, as the loss is.
+    assert changes[2] == pytest.approx(evals[2]["loss"] - evals[0]["loss"])

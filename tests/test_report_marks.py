@@ -121,3 +121,16 @@ def test_labels_to_review_are_read_from_their_file(tmp_path: Path):
     line = {name: getattr(suspected(3), name) for name in Suspected.__slots__}
     write_jsonl(run / "suspects.jsonl", [{**line, "chosen_index": 0}])
     assert read_records(run).suspects == (suspected(3),)
+
+
+def test_each_metric_that_shows_a_code_is_kept_and_one_line_is_what_a_mark_leads_to(tmp_path: Path):
+    run = write_run(tmp_path)
+    seen = [
+        {"step": 10, "kind": "warning", "code": "UW305", "said": said, "rows": [], "metric": metric}
+        for metric, said in (("length", "long."), ("stopped", "endless."), ("length", "again."))
+    ]
+    write_jsonl(run / "metrics.jsonl", [train_line(1), *seen])
+    found = read_records(run)
+    assert [w.said for w in found.warnings if w.code == "UW305"] == ["long.", "endless."]
+    html = warnings(found)
+    assert html.count('id="warning-uw305"') == 1 and html.count("<code") == 1 + html.count("UW305")

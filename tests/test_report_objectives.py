@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def run_of(objective: str, *, evals: int = 3, **last: Any) -> Records:
     lines: list[dict[str, Any]] = []
     for step in (0, 10, 20)[:evals]:
         loss = {"loss": 3.0 - step / 20} if objective in LOSS else {}
-        lines.append({"step": step, "epoch": step / 5, "set": "heldout"} | loss | EVAL[objective])
+        start = {"rewards/accuracies": 0.5} if objective == "reward" and step == 0 else {}
+        line = {"step": step, "epoch": step / 5, "set": "heldout"}
+        lines.append(line | loss | EVAL[objective] | start)
     if lines:
         lines[-1] |= last
     answers = tuple(Sample(**sample(20, f"Prompt {i}")) for i in range(8))
@@ -153,6 +156,39 @@ def test_sft_says_when_the_held_out_loss_rose_and_where_it_was_lowest():
     assert "fell from 3.00 to 2.50" in verdict(gone).headline
 
 
+def changed(change: float, low: float, high: float) -> dict[str, float]:
+    return {"loss_change": change, "loss_change_low": low, "loss_change_high": high}
+
+
+def test_sft_claims_no_change_of_the_loss_that_its_interval_does_not_show():
+    said = verdict(run_of("sft", loss=2.9, **changed(-0.1, -0.3, 0.1)))
+    assert (said.tone, said.label) == ("unclear", "Held-out loss not shown to change")
+    assert said.headline.startswith("It is not shown that training changed the loss on 24 held-out")
+    assert "from 3.00 to 2.90" in said.headline
+    assert said.facts[0] == "The change is −0.100\u00a0[−0.300, 0.100]."
+    fell = verdict(run_of("sft", loss=2.9, **changed(-0.1, -0.15, -0.05)))
+    assert (fell.tone, fell.label) == ("good", "Held-out loss fell")
+    assert not any("No interval" in fact for fact in fell.facts)
+    rose = verdict(run_of("sft", loss=3.1, **changed(0.1, 0.05, 0.15)))
+    assert rose.tone == "bad"
+    # Sure, and too little to be seen in the numbers.
+    little = verdict(run_of("sft", loss=2.9999, **changed(-1e-4, -2e-4, -1e-5)))
+    assert (little.tone, little.label) == ("unclear", "Held-out loss unchanged")
+    assert "is what it was before training, 3.00" in little.headline
+
+
+def test_a_ranking_that_was_as_good_before_training_was_not_learned():
+    records = run_of("reward")
+    first, *rest = records.evals["heldout"]
+    before = replace(first, values={**first.values, "rewards/accuracies": 0.75})
+    said = verdict(replace(records, evals={"heldout": (before, *rest)}))
+    assert (said.tone, said.label) == ("unclear", "No better than before")
+    assert said.headline.startswith(
+        "It is not shown that training made the reward model right more often: before it, it was "
+        "on 75\u202f%. The reward model scores the chosen answer higher on 80\u202f%"
+    )
+
+
 def test_a_reward_model_ranks_and_has_no_answers():
     said = verdict(run_of("reward"))
     assert (said.tone, said.label) == ("good", "Better than chance")
@@ -195,6 +231,16 @@ def test_another_reward_than_the_trained_one_is_named():
 
 
 @pytest.mark.parametrize("objective", ["sft", "ppo"])
+def test_a_kl_whose_whole_interval_is_below_zero_is_not_called_small(objective: str):
+    records = run_of(objective, kl=-0.5, kl_low=-0.8, kl_high=-0.2)
+    facts = " ".join(verdict(records).facts)
+    assert "The whole interval of the KL lies below 0, where no KL is" in facts
+    assert "Take it as not known." in facts and "small beside its noise" not in facts
+    assert "below 0: see the top" in key_numbers(records)
+    assert "see the top" not in key_numbers(run_of(objective))
+
+
+@pytest.mark.parametrize("objective", ["sft", "ppo"])
 def test_an_estimate_of_kl_below_zero_is_called_one(objective: str):
     said = verdict(run_of(objective, kl=-0.1, kl_low=-0.3, kl_high=0.1))
     assert any("estimate from samples that falls below 0" in fact for fact in said.facts)
@@ -226,6 +272,24 @@ def test_prompts_without_sampled_answers_are_not_a_verdict():
     assert "Set evaluation.samples to find out." in said.facts
 
 
+def test_answers_to_prompts_of_their_own_are_the_verdict_and_not_missed():
+    asked = run_of("ppo")
+    bare = tuple(measured({"step": s, "epoch": s / 5, "set": "heldout"}) for s in (0, 10, 20))
+    answered = tuple(replace(row, set="prompts") for row in asked.evals["heldout"])
+    evals = {"heldout": bare, "prompts": answered}
+    said = verdict(replace(asked, samples=(), evals=evals))
+    assert (said.tone, said.label) == ("good", "Above the reference")
+    assert "answers to prompts of the set “prompts” earn 0.600" in said.headline
+    # A run about preferences or likelihood takes them as facts.
+    lines = {s: {"step": s, "epoch": 0.1, "set": "heldout"} for s in (0, 20)}
+    loss = tuple(measured({**line, "loss": 3.0 - s / 20}) for s, line in lines.items())
+    imitated = replace(run_of("sft"), evals={"heldout": loss, "prompts": answered})
+    facts = verdict(imitated).facts
+    assert "KL 2.00 nats [1.60, 2.40] from the reference, per sampled answer." in facts
+    assert "Mean answer length 40.0 tokens (reference 41.0)." in facts
+    assert "Sampled KL" in key_numbers(imitated) and "set prompts" in key_numbers(imitated)
+
+
 def test_a_true_reward_beside_preferences_is_said_drawn_and_not_the_verdict():
     lines = (eval_line(0, **REWARD), eval_line(20, **REWARD))
     judged = (Setting("evaluation.true_reward", "vader", "flag"),)
@@ -244,12 +308,14 @@ def test_the_frontier_has_every_evaluation_with_its_intervals():
     html = reward_against_kl(run_of("ppo"))
     for step in (0, 10, 20):
         said = f"step {step}: reward 0.600\u00a0[0.500, 0.700] at KL 2.00\u00a0[1.60, 2.40]"
-        assert f"<title>heldout, {said}</title>" in html
-    assert html.count('<path class="bars"') == html.count('<path class="spot"') == 3
+        assert f'title="heldout, {said}"' in html
+    assert html.count('<i class="spot m-dot t-1') == 3
+    (bars,) = re.findall(r'<path class="bars" d="(.*?)"', html)
+    assert bars.count("V") == bars.count("H") == 3
     assert "mean reward (vader)" in html and "the reference&#x27;s answers" in html
     assert reward_against_kl(run_of("sft")) == reward_against_kl(Records("run")) == ""
     bare = reward_against_kl(run_of("ppo", kl=math.nan))
-    assert bare.count('<path class="spot"') == 2
+    assert bare.count('<i class="spot') == 3
 
 
 def test_a_record_that_the_objective_does_not_write_is_not_missed(tmp_path: Path):

@@ -19,6 +19,7 @@ from upweight.evidence.records import (
     LedgerRow,
     Records,
     Setting,
+    Warned,
 )
 from upweight.evidence.report.findings import accuracy, length_rule
 from upweight.evidence.report.verdict import verdict
@@ -167,3 +168,116 @@ def test_the_length_rule_is_compared_prompt_by_prompt():
     assert rule.lead.value == pytest.approx(0.0)
     assert (rule.num_more, rule.num_fewer, rule.p) == (1, 1, 1.0)
     assert length_rule([]) is None
+
+
+def warned(code: str, metric: str = "", step: int | None = 20, **rest: Any) -> Warned:
+    return Warned(code, "said", (), step, metric, **rest)
+
+
+GOOD = eval_line(0), right(0.78, 0.71, 0.84)
+ANSWERS = {
+    "length_ratio": 5.1, "length_ratio_low": 4.0, "repetition": 0.62, "reference_repetition": 0.01,
+    "stopped": 0.02, "reference_stopped": 0.77,
+}  # fmt: skip
+DEGENERATE = {
+    "length": "they are 5.1 times as long as the reference's",
+    "repetition": "62\u202f% of four tokens in a row were in the answer before (the reference's "
+    "1\u202f%)",
+    "stopped": "2\u202f% of them end by themselves (the reference's 77\u202f%)",
+}
+
+
+def sampled(**values: float) -> dict[str, Any]:
+    return right(0.78, 0.71, 0.84) | ANSWERS | values
+
+
+@pytest.mark.parametrize("metric", DEGENERATE)
+def test_answers_that_degenerate_are_the_headline_and_no_success(metric: str):
+    records = evaluated(eval_line(0), sampled(), warnings=(warned("UW305", metric, set="heldout"),))
+    said = verdict(records)
+    assert (said.tone, said.label) == ("bad", "Answers degenerate")
+    assert said.headline == f"The policy's answers degenerate: {DEGENERATE[metric]}."
+    assert said.facts[0].startswith("The policy prefers the chosen answer on 78")
+
+
+def test_every_way_in_which_answers_degenerate_is_named():
+    found = tuple(warned("UW305", metric) for metric in DEGENERATE)
+    said = verdict(evaluated(eval_line(0), sampled(), warnings=found))
+    assert said.headline == (
+        f"The policy's answers degenerate: {', and '.join(DEGENERATE.values())}."
+    )
+    short = verdict(evaluated(eval_line(0), sampled(length_ratio=0.2), warnings=found[:1]))
+    assert "they have 20\u202f% of the length of the reference's" in short.headline
+
+
+def test_answers_that_recovered_are_not_called_degenerate():
+    well = {"length_ratio": 1.1, "repetition": 0.02, "stopped": 0.8}
+    found = tuple(warned("UW305", metric, 10) for metric in DEGENERATE)
+    assert verdict(evaluated(eval_line(0), sampled(**well), warnings=found)).tone == "good"
+    # A limit of the run's own is what is asked.
+    lifted = (Setting("watch.length", "6.0", "flag"),)
+    long = evaluated(eval_line(0), sampled(), warnings=found[:1], settings=lifted)
+    assert verdict(long).tone == "good"
+    strict = (Setting("watch.length", "1.05", "flag"),)
+    long = evaluated(eval_line(0), sampled(**well), warnings=found[:1], settings=strict)
+    assert verdict(long).label == "Answers degenerate"
+
+
+def test_answers_of_rounds_are_held_against_the_first_round_where_nothing_is_evaluated():
+    rounds = tuple(
+        measured({"step": i, "epoch": 0.1, "reward": i, "stopped": s})
+        for i, s in ((1, 0.9), (2, 0.1))
+    )
+    asked = (Setting("objective", "ppo", "flag"),)
+    records = Records("run", train=rounds, settings=asked, warnings=(warned("UW305", "stopped"),))
+    said = verdict(records)
+    assert said.headline == (
+        "The policy's answers degenerate: 10\u202f% of them end by themselves (the first round's "
+        "90\u202f%)."
+    )
+
+
+def test_a_run_that_was_ended_did_not_succeed_whatever_it_measured_before():
+    ended = warned("UW303", "loss", 12, refused=True)
+    said = verdict(evaluated(*GOOD, warnings=(ended,)))
+    assert (said.tone, said.label) == ("bad", "Refused")
+    assert said.headline == "The run did not finish: UW303 ended it at step 12, see Warnings."
+    before = warned("UW210", step=None)
+    assert verdict(evaluated(*GOOD, warnings=(before,))).tone == "good"
+    assert verdict(Records("run", warnings=(ended,))).label == "Refused"
+
+
+def test_a_policy_far_from_its_reference_is_no_plain_success():
+    far = sampled(kl=80.0, kl_low=70.0, kl_high=90.0)
+    said = verdict(evaluated(eval_line(0), far, warnings=(warned("UW308", "kl"),)))
+    assert (said.tone, said.label) == ("unclear", "Far from the reference")
+    assert said.headline.endswith("But its answers are 80.0 nats from the reference (UW308).")
+    assert verdict(evaluated(*GOOD, warnings=(warned("UW308", "kl"),))).tone == "good"
+    fell = right(0.78, 0.71, 0.84) | {"logratios/chosen": -40.0}
+    said = verdict(evaluated(eval_line(0), fell, warnings=(warned("UW304"),)))
+    assert (said.tone, said.label) == ("unclear", "Chosen answers less likely")
+    assert "the chosen answers lost 40.0 nats" in said.headline
+
+
+def test_an_accuracy_by_margins_of_nothing_is_no_success():
+    little = right(0.78, 0.71, 0.84) | {"rewards/spread": 0.0004}
+    said = verdict(evaluated(eval_line(0), little))
+    assert (said.tone, said.label) == ("unclear", "Hardly trained")
+    assert said.headline.startswith(
+        "The policy hardly differs from its start: margins are 4e-4 in size, and 0 there."
+    )
+    much = right(0.78, 0.71, 0.84) | {"rewards/spread": 0.4}
+    assert verdict(evaluated(eval_line(0), much)).tone == "good"
+
+
+def test_a_loss_that_is_not_shown_to_be_below_its_start_is_no_success():
+    last = right(0.78, 0.71, 0.84)
+    change = {"loss_change": -0.01, "loss_change_low": -0.05, "loss_change_high": 0.03}
+    said = verdict(evaluated(eval_line(0), last | {"loss": 0.68} | change))
+    assert (said.tone, said.label) == ("unclear", "Loss not below its start")
+    assert "was 0.690 before training and is 0.680 (change [−0.0500, 0.0300])" in said.headline
+    sure = {**change, "loss_change_high": -0.001}
+    assert verdict(evaluated(eval_line(0), last | {"loss": 0.68} | sure)).tone == "good"
+    assert verdict(evaluated(eval_line(0), last | {"loss": 0.7})).tone == "unclear"
+    # Without an evaluation before training nothing is known of a change.
+    assert verdict(evaluated(last | {"loss": 0.7})).tone == "good"

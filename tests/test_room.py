@@ -49,7 +49,7 @@ def test_a_run_that_does_not_fit_goes_on_with_smaller_bins_and_so_does_its_resum
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     assert train("run") == 0
-    assert "memory: weights" in capsys.readouterr().err
+    assert "memory: about" in capsys.readouterr().err
     with_room_for(monkeypatch, 120)
     assert train("small", "--checkpoint.every", "1") == 0
     assert "tokens ran out of memory: going on with" in capsys.readouterr().err

@@ -86,6 +86,14 @@ def test_prompts_of_unequal_size_weigh_by_their_values():
     assert (interval.low, interval.high) == (1.0, 5.0)
 
 
+def test_values_that_are_sums_of_several_are_those_one_by_one():
+    # Prompt a: 3 tokens of 1, 2 and 3; prompt b: 1 of 6. The mean is 3 over all four tokens.
+    each = mean_interval([1, 2, 3, 6], ["a", "a", "a", "b"])
+    assert each.value == 3
+    assert mean_interval([6, 6], ["a", "b"], sizes=[3, 1]) == each
+    assert mean_interval([6, 6], sizes=[3, 1]) == each
+
+
 def test_the_same_seed_gives_the_same_interval_and_another_does_not():
     values = np.random.default_rng(5).normal(size=50).tolist()
     assert mean_interval(values, seed=3) == mean_interval(values, seed=3)

@@ -393,7 +393,7 @@ def test_each_side_of_a_split_has_a_prompt():
         train, held = split_by_prompt(examples_of("a", "b", "a"), fraction, seed=0)
         assert train and held
     assert split_by_prompt(examples_of("a"), 0.0, seed=0)[1] == []
-    with pytest.raises(DataError, match="evaluation.fraction is 0.5, and the data have 1 prompts"):
+    with pytest.raises(DataError, match="evaluation.fraction is 0.5, and the data have 1 prompt:"):
         split_by_prompt(examples_of("a", "a"), 0.5, seed=0)
 
 

@@ -30,19 +30,21 @@ def mean_interval(
     values: Sequence[float | int],
     prompts: Sequence[Hashable] | None = None,
     *,
+    sizes: Sequence[float | int] | None = None,
     level: float = 0.95,
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
     """The mean of `values` with a percentile bootstrap interval that resamples whole prompts.
 
-    `prompts` names the prompt of each value; without it every value is a prompt of its own. The
-    same seed gives the same interval. With fewer than two prompts nothing is known about the
+    `prompts` names the prompt of each value; without it every value is a prompt of its own. With
+    `sizes` each value is a sum over so many, of which the mean is taken. The same seed gives the
+    same interval. With fewer than two prompts nothing is known about the
     spread and the bounds are nan.
 
     Efron 1979; resampling of clusters: Davison and Hinkley 1997, section 3.8.
     """
-    sums, counts = _per_prompt(values, prompts)
+    sums, counts = _per_prompt(values, prompts, sizes)
     mean = float(sums.sum() / counts.sum())
     if len(sums) < 2:
         return Interval(mean, math.nan, math.nan)
@@ -120,17 +122,22 @@ def repeated(tokens: Sequence[int]) -> float:
 
 
 def _per_prompt(
-    values: Sequence[float | int], prompts: Sequence[Hashable] | None
+    values: Sequence[float | int],
+    prompts: Sequence[Hashable] | None,
+    sizes: Sequence[float | int] | None = None,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The sum and the number of values of each prompt, in order of first appearance."""
+    """The sum and the size of the values of each prompt, in order of first appearance; their
+    number without `sizes`."""
     array = np.asarray(values, dtype=np.float64)
     assert len(array), "an interval needs at least one value"
+    size = np.ones_like(array) if sizes is None else np.asarray(sizes, dtype=np.float64)
+    assert len(size) == len(array), (len(size), len(array))
     if prompts is None:
-        return array, np.ones_like(array)
+        return array, size
     assert len(prompts) == len(array), (len(prompts), len(array))
     index: dict[Hashable, int] = {}
     of = [index.setdefault(prompt, len(index)) for prompt in prompts]
     sums, counts = np.zeros(len(index)), np.zeros(len(index))
     np.add.at(sums, of, array)
-    np.add.at(counts, of, 1.0)
+    np.add.at(counts, of, size)
     return sums, counts

@@ -53,25 +53,26 @@ class Terminal:
             return
         step = record["step"]
         assert isinstance(step, int)
+        phrases = ROUND if "reward" in record else STEP
         row = [
             f"step {step}/{total_steps}",
-            f"loss {record['loss']:.4f}",
-            *(phrase.format(record[key]) for key, phrase in STEP.items() if key in record),
-            f"{record['tokens_per_second']:,.0f} tokens/s",
+            *(phrase.format(record[key]) for key, phrase in phrases.items() if key in record),
         ]
+        speed = record["tokens_per_second"]
+        if phrases is STEP and isinstance(speed, int | float):
+            row.append(_speed(speed))
         # What came before the first record (an evaluation, a slow first step) says nothing of the
         # steps to come, and a resumed run does not begin at step 0.
         now = time.monotonic()
         first, then = self.first_record = self.first_record or (step, now)
         if step > first:
             row.append(_left((now - then) / (step - first) * (total_steps - step)))
-        table = Table.grid(padding=(0, 2))
-        table.add_row(*row)
+        line = "  ".join(row)
         if self.live is not None and step < total_steps:
-            self.live.update(table)
+            self.live.update(Text(line))
         elif step == total_steps or now - self.last_plain > 5:
             self.last_plain = now
-            self.note("  ".join(row))
+            self.note(line)
 
     def _show(self, text: Text) -> None:
         if self.live is not None:
@@ -119,27 +120,43 @@ def _elided(text: str, style: str) -> Text:
 
 
 def _left(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h left"
     return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
 
 
+def _speed(tokens_per_second: float) -> str:
+    thousands = tokens_per_second / 1000
+    if thousands < 1:
+        return f"{tokens_per_second:.0f} tok/s"
+    return f"{thousands:.{0 if thousands >= 10 else 1}f}k tok/s"
+
+
 STEP = {
+    "loss": "loss {:.3f}",
     "rewards/margins": "margin {:+.3f}",
-    "rewards/accuracies": "accuracy {:.2f}",
+    "rewards/accuracies": "accuracy {:.0%}",
+}
+"""What a training step's line says of these metrics, where it has them, and its speed. With as many
+as 9999 steps it fits 80 columns."""
+
+ROUND = {
+    "loss": "loss {:.3f}",
     "reward": "reward {:.3f}",
     "kl": "KL {:.2f}",
-    "length": "{:.0f} tokens an answer",
+    "length": "length {:.0f}",
 }
-"""What a training step's line says of these metrics, where it has them."""
+"""That of a step on the policy's own answers, whose tokens a second go up and down with how many
+steps a round makes."""
 
 EVALUATION = {
-    "loss": "loss {loss:.4f}",
-    "rewards/accuracies": "accuracy {rewards/accuracies:.3f} "
-    "[{rewards/accuracies_low:.3f}, {rewards/accuracies_high:.3f}]",
-    "rewards/margins": "margin {rewards/margins:+.3f}",
+    "loss": "loss {loss:.3f}",
+    "rewards/accuracies": "accuracy {rewards/accuracies:.0%} "
+    "[{rewards/accuracies_low:.0%}, {rewards/accuracies_high:.0%}]",
     "reward": "reward {reward:.3f} [{reward_low:.3f}, {reward_high:.3f}] "
-    "(the reference's: {reference_reward:.3f})",
-    "kl": "KL {kl:.2f} nats",
-    "length": "{length:.0f} tokens an answer",
+    "(ref. {reference_reward:.3f})",
+    "kl": "KL {kl:.2f}",
+    "length": "length {length:.0f}",
 }
 """What an evaluation's line says of these metrics, where it has them."""
 
@@ -151,8 +168,18 @@ def _evaluation_line(record: Mapping[str, object]) -> str:
         for key, phrase in EVALUATION.items()
         if key in record
     ]
-    # A set of prompts is measured by what is sampled, and another set may be asked for that.
-    return f"{record['set']} at step {record['step']}: {', '.join(parts)}" if parts else ""
+    if not parts:
+        # A set of prompts is measured by what is sampled, and another set may be asked for that.
+        return ""
+    line = f"{record['set']}, step {record['step']}: {', '.join(parts)}"
+    high = record.get("kl_high")
+    if isinstance(high, float) and high < 0:
+        line += (
+            f"\n  The KL's interval [{record['kl_low']:.2f}, {high:.2f}] lies below 0, where no KL "
+            "is: the answers were drawn otherwise than the policy is read, or it is chance. Take "
+            "the KL as not known."
+        )
+    return line
 
 
 @contextmanager

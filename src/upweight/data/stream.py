@@ -127,8 +127,8 @@ def split_by_prompt(
     place = {name: _uniform(name, seed) for name in map(key, examples)}
     if len(place) < 2:
         raise DataError(
-            f"evaluation.fraction is {fraction}, and the data have {len(place)} prompts: there is "
-            "none to hold out. Name a set of its own under evaluation.sets."
+            f"evaluation.fraction is {fraction}, and the data have {len(place) or 'no'} prompt: "
+            "there is none to hold out. Name a set of its own under evaluation.sets."
         )
     held = {name for name, u in place.items() if u < fraction}
     held = held or {min(place, key=lambda k: place[k])}

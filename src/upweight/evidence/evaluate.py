@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +27,27 @@ from upweight.stats import accuracy_interval, mean_interval, repeated, wilson_in
 from upweight.types import Forest, Tree
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of each preference times its weight, or of each response summed over its tokens; the
+    weight or the number of tokens; and the prompt it belongs to."""
+
+    sums: Sequence[float]
+    sizes: Sequence[float | int]
+    prompts: Sequence[Hashable]
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.sums) / math.fsum(self.sizes)
+
+    def since(self, first: Sequence[float]) -> Row:
+        """By how much the mean has changed since the sums were `first`, with its 95 % interval."""
+        change = [now - then for now, then in zip(self.sums, first, strict=True)]
+        found = mean_interval(change, self.prompts, sizes=self.sizes)
+        ends = {"loss_change_low": found.low, "loss_change_high": found.high}
+        return {"loss_change": found.value, **ends}
 
 
 def score_trees(
@@ -135,7 +157,9 @@ def rank_trees(
     ]
 
 
-def summary(rows: Sequence[Row], trees: Sequence[Tree], beta: float, label_smoothing: float) -> Row:
+def summary(
+    rows: Sequence[Row], trees: Sequence[Tree], beta: float, label_smoothing: float
+) -> tuple[Row, Losses]:
     """The means of scored rows by the names of metrics.jsonl; accuracy with its 95 % interval.
 
     `rows` are those of the trees' preferences, in their order. The loss is that of training,
@@ -149,7 +173,8 @@ def summary(rows: Sequence[Row], trees: Sequence[Tree], beta: float, label_smoot
     e = probably_flipped(label_smoothing, 1 - _of_each(trees, "probability"))
     losses = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
     accuracy = accuracy_interval([row["margin"] for row in rows], _prompts(trees))
-    record: Row = {"loss": _weighted(losses, trees), "num_pairs": len(rows)}
+    weighted = _weighted(losses, trees)
+    record: Row = {"loss": weighted.mean, "num_pairs": len(rows)}
     for side in ("chosen", "rejected"):
         rewards = mean([row[f"reward_{side}"] for row in rows])
         record[f"rewards/{side}"] = rewards
@@ -163,19 +188,22 @@ def summary(rows: Sequence[Row], trees: Sequence[Tree], beta: float, label_smoot
         accuracy.low,
         accuracy.high,
     )
-    return record
+    return record, weighted
 
 
-def likelihood(lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int) -> Row:
+def likelihood(lm: LanguageModel, trees: Sequence[Tree], tokens_per_bin: int) -> tuple[Row, Losses]:
     """-log p of the responses' tokens in nats: the mean over all tokens, as in training."""
     flat = [logp for logps in tree_logps(lm, trees, tokens_per_bin) for logp in logps]
     lengths = [len(response) for tree in trees for response in tree.responses]
-    return {
-        "loss": -math.fsum(flat) / sum(lengths),
+    prompts = [tree.prompt for tree in trees for _ in tree.responses]
+    losses = Losses([-logp for logp in flat], lengths, prompts)
+    record = {
+        "loss": losses.mean,
         "num_responses": len(flat),
         "logps/response": math.fsum(flat) / len(flat),
         "tokens/response": sum(lengths) / len(lengths),
     }
+    return record, losses
 
 
 def ranking(
@@ -184,7 +212,7 @@ def ranking(
     tokens_per_bin: int,
     loss: Callable[..., Tensor],
     margin: float | int = 0.0,
-) -> Row:
+) -> tuple[Row, Losses]:
     """How a reward model ranks preferences: accuracy with its 95 % interval, scores, margins.
 
     `loss` and `margin` are those of training (objectives.reward), and weights count as there.
@@ -194,12 +222,12 @@ def ranking(
         torch.tensor([row[f"score_{side}"] for row in rows], dtype=torch.float64)
         for side in ("chosen", "rejected")
     )
-    asked = margin * _of_each(trees, "margin")
-    losses = loss(chosen, rejected, margin=asked, flipped=1 - _of_each(trees, "probability"))
+    asked, flipped = margin * _of_each(trees, "margin"), 1 - _of_each(trees, "probability")
+    losses = _weighted(loss(chosen, rejected, margin=asked, flipped=flipped), trees)
     margins = [row["margin"] for row in rows]
     accuracy = accuracy_interval(margins, _prompts(trees))
-    return {
-        "loss": _weighted(losses, trees),
+    record = {
+        "loss": losses.mean,
         "num_pairs": len(rows),
         "rewards/chosen": chosen.mean().item(),
         "rewards/rejected": rejected.mean().item(),
@@ -208,6 +236,7 @@ def ranking(
         "rewards/accuracies_low": accuracy.low,
         "rewards/accuracies_high": accuracy.high,
     }
+    return record, losses
 
 
 def _prompts(trees: Sequence[Tree]) -> list[tuple[int, ...]]:
@@ -221,10 +250,10 @@ def _of_each(trees: Sequence[Tree], name: str) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _weighted(losses: Tensor, trees: Sequence[Tree]) -> float:
-    """The mean over the trees' preferences by their weights."""
-    weight = _of_each(trees, "weight")
-    return ((losses * weight).sum() / weight.sum()).item()
+def _weighted(losses: Tensor, trees: Sequence[Tree]) -> Losses:
+    """Those of the trees' preferences, by their weights."""
+    weights = _of_each(trees, "weight")
+    return Losses((losses * weights).tolist(), weights.tolist(), _prompts(trees))
 
 
 def ledger_table(rows: Sequence[Row]) -> pa.Table:  # pyright: ignore

@@ -19,6 +19,7 @@ from upweight.config import Evaluation, Resolved, require_read
 from upweight.config.methods import BEST_OF_N, Comparison, Method
 from upweight.errors import ConfigError, OutputError, UpweightError
 from upweight.evidence import comparison as scored
+from upweight.evidence.report.markup import duration
 from upweight.models.sample import sample
 from upweight.models.scalar import is_reward_model
 from upweight.recipes.kinds import KINDS, PROMPTS
@@ -26,7 +27,7 @@ from upweight.recipes.prepare import load_policy, prepare
 from upweight.recipes.reference import sampled_trees
 from upweight.recipes.resume import require_finished_as_asked
 from upweight.recipes.rewarding import make_scorer, require_rewards
-from upweight.recipes.screen import Screen, Silent
+from upweight.recipes.screen import Screen, Silent, counted
 from upweight.recipes.stages import is_finished
 from upweight.recipes.train import train_model
 from upweight.stats import mean_interval
@@ -100,7 +101,7 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> C
             f"no method of the comparison in {folder} was evaluated at its start; the first "
             f"failure: {next((m.failed for m in methods if m.failed), 'none')}"
         )
-    holds, said = scored.claim(methods, start)
+    claim = scored.claim(methods, start)
     study = scored.Study(
         title=comparison.title,
         reward=judge,
@@ -110,13 +111,16 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> C
         + ", ".join(f"{s.leaf}: {s.value}" for s in comparison.shared),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         seconds=spent,
-        claim=scored.Claim(holds, said),
+        claim=claim,
     )
     write_atomic(folder / "comparison.json", json.dumps(asdict(study), indent=1))
     page = scored.write_comparison(folder)
     screen.note("")
-    screen.note(said)
-    screen.note(f"{len(methods)} methods in {(time.monotonic() - began) / 60:.0f} minutes")
+    screen.note(claim.said)
+    for line in claim.lines:
+        screen.note(f"  {line}")
+    took = duration(time.monotonic() - began)
+    screen.note(f"{counted(len(methods), 'method')} in {took}")
     screen.note(f"comparison: {page}")
     return Compared(page, tuple(m.name for m in methods if m.failed is not None))
 

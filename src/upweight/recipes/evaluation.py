@@ -38,13 +38,14 @@ def evaluate_sets(state: State, progress: Progress) -> bool:
     for name, trees in sets.items():
         kind = KINDS[run.objective]
         measure = _answers if name == PROMPTS else MEASURES[kind.rows, kind.answers]
-        measured, scored = measure(state, progress, trees)
+        measured, scored, losses = measure(state, progress, trees)
         record: Record = {
             "step": progress.step,
             "epoch": progress.step / state.begun.plan.steps_per_epoch,
             "kind": "eval",
             "set": name,
             **measured,
+            **_since_the_start(state, progress, name, losses),
         }
         if name in sampled:
             record |= _write_samples(state, progress, name, sampled[name])
@@ -58,8 +59,8 @@ def evaluate_sets(state: State, progress: Progress) -> bool:
     return improved
 
 
-Measured = tuple[evaluate.Row, list[evaluate.Row]]
-"""A set's record, and its rows of the ledger."""
+Measured = tuple[evaluate.Row, list[evaluate.Row], evaluate.Losses | None]
+"""A set's record, its rows of the ledger, and its losses one by one, where it has any."""
 
 
 def _preferences(state: State, progress: Progress, trees: Sequence[Tree]) -> Measured:
@@ -70,16 +71,19 @@ def _preferences(state: State, progress: Progress, trees: Sequence[Tree]) -> Mea
     scored = evaluate.score_trees(
         policy, trees, state.against.logps, run.loss.beta, state.tokens_per_bin, smaller
     )
-    return evaluate.summary(scored, trees, run.loss.beta, run.loss.label_smoothing), scored
+    found, losses = evaluate.summary(scored, trees, run.loss.beta, run.loss.label_smoothing)
+    return found, scored, losses
 
 
 def _likelihood(state: State, progress: Progress, trees: Sequence[Tree]) -> Measured:
-    return evaluate.likelihood(state.lm, trees, state.tokens_per_bin), []
+    found, losses = evaluate.likelihood(state.lm, trees, state.tokens_per_bin)
+    return found, [], losses
 
 
 def _ranking(state: State, progress: Progress, trees: Sequence[Tree]) -> Measured:
     loss, margin = score_loss(state.run), state.run.loss.margin
-    return evaluate.ranking(state.lm, trees, state.tokens_per_bin, loss, margin), []
+    found, losses = evaluate.ranking(state.lm, trees, state.tokens_per_bin, loss, margin)
+    return found, [], losses
 
 
 def score_loss(run: Run) -> Callable[..., Float[Tensor, " pairs"]]:
@@ -92,7 +96,7 @@ def score_loss(run: Run) -> Callable[..., Float[Tensor, " pairs"]]:
 
 def _answers(state: State, progress: Progress, trees: Sequence[Tree]) -> Measured:
     """Prompts alone: all that there is to measure is what is sampled."""
-    return {}, []
+    return {}, [], None
 
 
 MEASURES: dict[tuple[str, bool], Callable[[State, Progress, Sequence[Tree]], Measured]] = {
@@ -102,6 +106,20 @@ MEASURES: dict[tuple[str, bool], Callable[[State, Progress, Sequence[Tree]], Mea
     ("prompts", True): _answers,
 }
 """What is measured on a set, by what its rows are and whether the model answers."""
+
+
+def _since_the_start(
+    state: State, progress: Progress, name: str, losses: evaluate.Losses | None
+) -> Record:
+    """How the set's loss has changed. Preference by preference, or response by response: most of
+    what a mean over few of them is uncertain by is in both."""
+    if losses is None:
+        return {}
+    if progress.step == 0:
+        state.first_losses[name] = list(losses.sums)
+        return {}
+    first = state.first_losses.get(name)
+    return {} if first is None else losses.since(first)
 
 
 def _note_best(state: State, progress: Progress, name: str, record: Record) -> bool:

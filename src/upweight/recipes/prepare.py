@@ -29,7 +29,7 @@ from upweight.models.load import LanguageModel, fingerprint, load
 from upweight.models.reference import Reference, fill, open_reference, verify
 from upweight.models.scalar import load_reward_model
 from upweight.recipes.kinds import KINDS, PROMPTS
-from upweight.recipes.screen import Screen
+from upweight.recipes.screen import Screen, counted
 from upweight.stats import Interval
 from upweight.training.memory import enough_tokens
 from upweight.trust.figures import FIGURES
@@ -202,9 +202,9 @@ def _require_apart(name: str, train: Sequence[Example], rows: Sequence[Example])
         mine, theirs = both[0]
         raise Refusal(
             "UW209",
-            f"{len(both)} rows of the evaluation set {name} have a prompt that is trained on too, "
-            f"such as {theirs} and {mine}. Remove them from one side, or use evaluation.fraction "
-            "to split by prompt.",
+            f"the evaluation set {name} has {counted(len(both), 'row')} with a prompt that is "
+            f"trained on too, such as {theirs} and {mine}. Remove them from one side, or use "
+            "evaluation.fraction to split by prompt.",
         )
 
 
@@ -286,16 +286,16 @@ def account_lines(prepared: Prepared) -> list[str]:
         drops = ", ".join(f"{num} {reason}" for reason, num in account.dropped.items())
         cuts = {side: num for side, num in account.truncated.items() if num}
         parts = [
-            f"{name}: {account.read} rows read = {account.used} used + "
-            f"{sum(account.dropped.values())} dropped" + (f" ({drops})" if drops else ""),
-            f"{account.preferences} preferences"
+            f"{name}: {counted(account.read, 'row')} read = {account.used:,} used + "
+            f"{sum(account.dropped.values()):,} dropped" + (f" ({drops})" if drops else ""),
+            counted(account.preferences, "preference")
             if account.preferences
-            else f"{account.responses} responses"
+            else counted(account.responses, "response")
             if account.responses
             else "prompts alone",
         ]
         if account.earlier_turns:
-            parts.append(f"{account.earlier_turns} of the rows are earlier turns of others")
+            parts.append(f"earlier turns of other rows: {account.earlier_turns:,}")
         if account.left_out:
             parts.append(
                 "responses left out: "
@@ -315,7 +315,7 @@ def account_lines(prepared: Prepared) -> list[str]:
             if num:
                 parts.append(f"{num} {label}")
         for column, num in account.unused_columns.items():
-            parts.append(f"column {column} is not read ({num} rows)")
+            parts.append(f"column {column} is not read ({counted(num, 'row')})")
         lines.append("; ".join(parts))
         lines += _length_lines(name, account)
     return lines
@@ -371,8 +371,8 @@ def fill_reference(
     if known:
         verify(reference, model, known)
     screen.note(
-        f"reference: {computed} responses computed, {len(known)} of {len(trees)} prompts known "
-        f"from before (kept in {reference.folder})"
+        f"reference: {counted(computed, 'response')} computed, {len(known):,} of "
+        f"{counted(len(trees), 'prompt')} known from before (kept in {reference.folder})"
     )
     return reference
 

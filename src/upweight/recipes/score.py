@@ -27,7 +27,7 @@ from upweight.recipes.prepare import (
     tokens_read_at_once,
 )
 from upweight.recipes.reference import reference_model, require_same_tokens
-from upweight.recipes.screen import Screen, Silent
+from upweight.recipes.screen import Screen, Silent, counted
 from upweight.training.rundir import require_file, write_atomic
 from upweight.types import Example
 
@@ -100,7 +100,8 @@ def sample_file(
     kept = [_asked(rows_of[tree.ids[0].row]) for tree in trees]
     drops = ", ".join(f"{times} {reason}" for reason, times in account.dropped.items())
     screen.note(
-        f"{account.read} prompts read, {account.used} used" + (f" ({drops})" if drops else "")
+        f"{counted(account.read, 'prompt')} read, {account.used:,} used"
+        + (f" ({drops})" if drops else "")
     )
     if not prompts:
         raise DataError(f"{', '.join(run.data.path)}: no prompt can be used ({drops}).")
@@ -157,4 +158,4 @@ def _write(run: Run, rows: Sequence[dict[str, object]], screen: Screen) -> None:
     if run.out is not None:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_atomic(Path(run.out), "".join(lines))
-        screen.note(f"{len(rows)} lines written to {run.out}")
+        screen.note(f"{counted(len(rows), 'line')} written to {run.out}")

@@ -8,6 +8,11 @@ from typing import Protocol, runtime_checkable
 from upweight.data.trees import Shown
 
 
+def counted(num: int, one: str) -> str:
+    """1 row, 1,234 rows."""
+    return f"{num:,} {one}{'' if num == 1 else 's'}"
+
+
 @runtime_checkable
 class Screen(Protocol):
     def stage(self, name: str) -> None:

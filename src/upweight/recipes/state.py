@@ -75,7 +75,7 @@ class State:
     says that a prompt with more is read a few responses at a time. `noted` are
     the margins of steps (from 0) of the first epoch that are not written yet, and `noting` is the
     step that is being taken, if it is one of them. `judged` are the rewards of the reference's
-    answers, by set."""
+    answers, by set, and `first_losses` what was measured before step 1."""
 
     begun: Start
     against: Against
@@ -93,6 +93,7 @@ class State:
     best_step: int | None = None
     recomputing: bool = False
     judged: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    first_losses: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     splitting: bool = False
     noting: int | None = None
     noted: dict[int, list[tuple[Forest, Tensor]]] = field(
@@ -179,6 +180,7 @@ def save(state: State, progress: Progress) -> None:
         window=progress.window.to_plain(),
         tokens_per_bin=state.tokens_per_bin,
         rollout=None if state.rounds is None else state.rounds.position(),
+        first_losses=state.first_losses,
     )
     checkpoint.save(folder, checkpoint.capture(state.trained, state.optimizer, position))
     best = None
@@ -195,6 +197,7 @@ def go_back(state: State, saved: TrainState) -> Progress:
     checkpoint.restore(state.trained, state.optimizer, saved)
     where = saved.position
     state.best, state.best_step = where.best, where.best_step
+    state.first_losses = {name: list(sums) for name, sums in where.first_losses.items()}
     truncate_jsonl_after(state.rundir.file("metrics.jsonl"), where.step)
     truncate_jsonl_after(state.rundir.file("samples.jsonl"), where.step)
     truncate_jsonl_after(state.rundir.file("margins.jsonl"), where.step)

@@ -336,8 +336,8 @@ def _cause(lm: LanguageModel, loss: torch.Tensor) -> str:
     broken = [n for n, p in lm.model.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:
         return (
-            f"{len(broken)} tensors of the model held what is not finite before this step already "
-            f"({broken[0]}): its files, or a learning rate that is too high"
+            f"weights were not finite before this step already (tensors: {len(broken)}, first "
+            f"{broken[0]}): the model's files, or a learning rate that is too high"
         )
     if bool(torch.isfinite(loss)):
         return "the backward pass overflowed: try compute.dtype=float32"

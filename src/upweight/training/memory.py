@@ -88,16 +88,15 @@ class MemoryPlan:
             *(f"{what} {size(num_bytes)}" for what, num_bytes in self.beside.items()),
         ]
         total = size(self.weights + self.needed)
-        lines = f"memory: {' + '.join(parts)} = about {total}"
-        if self.free is None:
-            return lines
-        lines += f"; {size(self.free)} are free beside the weights"
-        if self.needed > self.free:
-            lines += (
-                f". That is {size(self.needed - self.free)} too little: "
-                "compute.checkpointing=true, lora=true or a smaller data.max_length need less"
-            )
-        return lines
+        said = f"memory: about {total}"
+        if self.free is not None:
+            said += f"; {size(self.free)} are free beside the weights"
+            if self.needed > self.free:
+                said += (
+                    f". That is {size(self.needed - self.free)} too little: "
+                    "compute.checkpointing=true, lora=true or a smaller data.max_length need less"
+                )
+        return f"{said}\n  = {' + '.join(parts)}"
 
 
 def size(num_bytes: int) -> str:

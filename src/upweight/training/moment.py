@@ -20,7 +20,7 @@ class Position:
     The fingerprints and digests say what the run began with: its reference, its own weights, its
     settings, the trees of every set by name, and what is behind its rewards. `window` is what was
     summed for the next record, `tokens_per_bin` what fitted into memory so far, `rollout` which
-    round of answers is learned from.
+    round of answers is learned from. `first_losses` are those of each set before step 1.
     """
 
     step: int
@@ -38,6 +38,7 @@ class Position:
     window: Mapping[str, Any] | None = None
     tokens_per_bin: int | None = None
     rollout: Mapping[str, Any] | None = None
+    first_losses: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
 
 
 @dataclass(frozen=True)

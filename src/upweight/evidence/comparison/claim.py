@@ -7,8 +7,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from upweight.evidence.comparison.nouns import Method, Start
-from upweight.evidence.report.markup import interval, number
+from upweight.evidence.comparison.nouns import Claim, Method, Pair, Start
+from upweight.evidence.report.markup import interval, number, plural
 from upweight.stats import Interval
 
 
@@ -28,40 +28,63 @@ class Gap:
     gap: Interval
 
 
-def claim(methods: Sequence[Method], start: Start | None = None) -> tuple[bool | None, str]:
+def claim(methods: Sequence[Method], start: Start | None = None) -> Claim:
     """Whether DPO's frontier is not below PPO's at equal KL, and the sentence that says so.
 
     Both frontiers are lines through their evaluations by KL, from the start at KL 0 if it is
     given; they are compared where either has an evaluation, within the KL that both reach. True:
     somewhere above and nowhere below, by the whole interval of the difference; False: somewhere
     below; None: neither is shown, or there is nothing to compare. Of several runs of DPO or PPO
-    every pair is compared: False if one is, True if one is and none is False.
+    every pair is compared: False if one is, True if all are that can be compared.
     """
     of = {name: _of(methods, name.lower()) for name in ("DPO", "PPO")}
     for name, found in of.items():
         if not found:
-            return None, f"DPO and PPO are not compared: {_why_not(methods, name)}."
-    pairs = [(dpo, ppo) for dpo in of["DPO"] for ppo in of["PPO"]]
+            return Claim(None, f"DPO and PPO are not compared: {_why_not(methods, name)}.")
+    pairs = tuple(_of_two(dpo, ppo, start) for dpo in of["DPO"] for ppo in of["PPO"])
     if len(pairs) == 1:
-        return _of_two(*pairs[0], start)
-    each = [(f"{a.name} against {b.name}", _of_two(a, b, start)) for a, b in pairs]
-    found = [holds for _, (holds, _) in each]
-    holds = False if False in found else (True if True in found else None)
-    return holds, " ".join(f"{names}: {said}" for names, (_, said) in each)
+        return Claim(pairs[0].holds, _alone(pairs[0]), pairs)
+    shown = {pair.holds for pair in pairs if pair.compared}
+    holds = False if False in shown else (True if shown == {True} else None)
+    return Claim(holds, _of_all(pairs), pairs)
 
 
-def _of_two(dpo: Method, ppo: Method, start: Start | None) -> tuple[bool | None, str]:
+def _alone(pair: Pair) -> str:
+    """The sentence where DPO and PPO were run once each."""
+    if not pair.compared:
+        return f"DPO and PPO are {pair.said}."
+    return f"DPO's frontier is {pair.said}."
+
+
+def _of_all(pairs: Sequence[Pair]) -> str:
+    """The sentence over several pairs, in which each is counted."""
+    found = [pair.holds for pair in pairs if pair.compared]
+    left = len(pairs) - len(found)
+    if not found:
+        return f"DPO and PPO are not compared: no KL was reached by both in any of {left} pairs."
+    ways = ((False, "below"), (True, "not below"), (None, "not shown to differ"))
+    (holds, way), *others = [(holds, way) for holds, way in ways if holds in found]
+    whose = f"{'from ' if holds is None else ''}PPO's at equal KL"
+    rest = "".join(f", {way} in {found.count(holds)}" for holds, way in others)
+    besides = f" {left} more could not be compared." if left else ""
+    return (
+        f"DPO's frontier is {way} {whose} in {found.count(holds)} of "
+        f"{plural(len(found), 'comparison')}{rest}.{besides}"
+    )
+
+
+def _of_two(dpo: Method, ppo: Method, start: Start | None) -> Pair:
     ours, theirs = knots(dpo, start), knots(ppo, start)
     gaps = compared(ours, theirs)
     if not gaps:
-        return None, (
-            f"DPO and PPO are not compared: no KL was reached by both (DPO {_reach(ours)}, PPO "
-            f"{_reach(theirs)})."
-        )
-    return _said(gaps, max(ours[0].kl, theirs[0].kl))
+        said = f"not compared: no KL was reached by both (DPO {_reach(ours)}, PPO {_reach(theirs)})"
+        return Pair(dpo.name, ppo.name, False, None, said)
+    holds, said = _said(gaps, max(ours[0].kl, theirs[0].kl))
+    return Pair(dpo.name, ppo.name, True, holds, said)
 
 
 def _said(gaps: Sequence[Gap], low: float) -> tuple[bool | None, str]:
+    """What the differences show, as the end of "DPO's frontier is ..."."""
     where = f"between KL {number(low)} and {number(gaps[-1].kl)} nats"
     below = [g for g in gaps if g.gap.high < 0]
     above = [g for g in gaps if g.gap.low > 0]
@@ -70,21 +93,20 @@ def _said(gaps: Sequence[Gap], low: float) -> tuple[bool | None, str]:
         crossing = ""
         if above:
             best = max(above, key=lambda g: g.gap.value)
-            crossing = f" They cross: at KL {number(best.kl)} it is {_by(best)} higher."
+            crossing = f". They cross: at KL {number(best.kl)} it is {_by(best)} higher"
         return False, (
-            f"DPO's frontier is below PPO's: at KL {number(worst.kl)} its reward is {_by(worst)} "
-            f"lower.{crossing}"
+            f"below PPO's: at KL {number(worst.kl)} its reward is {_by(worst)} lower{crossing}"
         )
     widest = max(gaps, key=lambda g: abs(g.gap.value))
     if above:
         best = max(above, key=lambda g: g.gap.value)
         return True, (
-            f"DPO's frontier is not below PPO's at equal KL: {where} its reward is higher by up to "
-            f"{_by(best)}, at KL {number(best.kl)}, and nowhere shown to be lower."
+            f"not below PPO's at equal KL: {where} its reward is higher by up to {_by(best)}, at "
+            f"KL {number(best.kl)}, and nowhere shown to be lower"
         )
     return None, (
-        f"DPO's frontier is not shown to differ from PPO's at equal KL: {where} the largest "
-        f"difference in reward is {_signed(widest)}, at KL {number(widest.kl)}."
+        f"not shown to differ from PPO's at equal KL: {where} the largest difference in reward is "
+        f"{_signed(widest)}, at KL {number(widest.kl)}"
     )
 
 

@@ -62,11 +62,34 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """A run of DPO and one of PPO, by their names. `said` ends a sentence that begins "DPO's
+    frontier is", or says why the two are not `compared`."""
+
+    dpo: str
+    ppo: str
+    compared: bool
+    holds: bool | None
+    said: str
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
-    """Whether DPO's frontier is not below PPO's at equal KL; None where neither is shown."""
+    """Whether DPO's frontier is not below PPO's at equal KL; None where neither is shown.
+
+    `said` is the verdict over all `pairs`.
+    """
 
     holds: bool | None
     said: str
+    pairs: tuple[Pair, ...] = ()
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """One line for each pair, where the verdict is over several."""
+        if len(self.pairs) < 2:
+            return ()
+        return tuple(f"{pair.dpo} against {pair.ppo}: {pair.said}." for pair in self.pairs)
 
 
 @dataclass(frozen=True, slots=True)

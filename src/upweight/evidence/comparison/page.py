@@ -6,10 +6,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from upweight.evidence.comparison.nouns import Method, Point, Study
+from upweight.evidence.comparison.nouns import Claim, Method, Point, Study
 from upweight.evidence.comparison.read import read_study
 from upweight.evidence.report.document import document, write_page
-from upweight.evidence.report.frontier import READING, Spot, Trail, frontier, shown
+from upweight.evidence.report.frontier import (
+    MARKERS,
+    READING,
+    TONES,
+    Spot,
+    Trail,
+    frontier,
+    shown,
+)
 from upweight.evidence.report.markup import (
     count,
     duration,
@@ -20,9 +28,6 @@ from upweight.evidence.report.markup import (
     table,
 )
 from upweight.stats import Interval
-
-_TONES = ("t-1", "t-2", "t-3", "t-4", "t-5")
-_MARKERS = ("dot", "square", "ring", "frame")
 
 _ABOUT = {
     "sft": "raises the log-prob of the chosen answers; the rejected ones are not looked at.",
@@ -54,6 +59,7 @@ def write_comparison(folder: Path) -> Path:
 def render(study: Study) -> str:
     """The whole page."""
     sections = (
+        ("DPO against PPO", _pairs(study)),
         ("Reward against KL", _frontier(study)),
         ("Methods", _methods(study)),
         ("What each method is", _about(study)),
@@ -70,8 +76,14 @@ _CHIPS = {
 }
 
 
+def _chip(claim: Claim) -> tuple[str, str, str]:
+    if claim.holds is None and any(pair.holds for pair in claim.pairs):
+        return ("unclear", "◆", "Shown in part")
+    return _CHIPS[claim.holds]
+
+
 def _masthead(study: Study) -> str:
-    tone, sign, label = _CHIPS[study.claim.holds]
+    tone, sign, label = _chip(study.claim)
     failed = [m for m in study.methods if m.failed is not None]
     items = "".join(f"<li><bdi>{esc(m.name)}</bdi>: {esc(m.failed or '')}</li>" for m in failed)
     besides = (
@@ -91,17 +103,42 @@ def _masthead(study: Study) -> str:
     )
 
 
+def _pairs(study: Study) -> str:
+    """What each pair of runs shows; '' where the headline says it of the only one."""
+    if not study.claim.lines:
+        return ""
+    lines = [
+        (
+            f"<bdi>{esc(pair.dpo)}</bdi> against <bdi>{esc(pair.ppo)}</bdi>",
+            f'<span class="chip {tone}"><span aria-hidden="true">{sign}</span> {label}</span>',
+            esc(pair.said),
+        )
+        for pair in study.claim.pairs
+        for tone, sign, label in [_PAIR[pair.holds] if pair.compared else _NOT_COMPARED]
+    ]
+    return table(("Runs", "DPO's frontier is", "What was seen"), lines, "pairs")
+
+
+_PAIR = {
+    True: ("good", "▲", "not below"),
+    False: ("bad", "▼", "below"),
+    None: ("unclear", "◆", "not shown to differ"),
+}
+_NOT_COMPARED = ("unknown", "○", "not compared")
+
+
 def _frontier(study: Study) -> str:
     trails = [_trail(method, study, i) for i, method in enumerate(study.methods)]
     if not any(_measured_points(m) for m in study.methods):
         return '<p class="empty">No method was evaluated.</p>'
-    origin = Trail("Start", "t-reference", [_origin(study)], [""], "ring")
+    origin = Trail("Start", "t-reference", [_origin(study)], ["start"], "star")
     return frontier(
         "Reward against KL",
         [*trails, origin],
         f"mean {study.reward}",
         f"{READING} A line follows one policy from the start through its evaluations, in the order "
-        "of their steps; answers chosen best of n are points. Point at one to read it.",
+        "of their steps, to the last, whose mark is larger and named; answers chosen best of n are "
+        "points. Point at one to read it.",
         (study.start.reward, ""),
     )
 
@@ -120,16 +157,15 @@ def _trail(method: Method, study: Study, index: int) -> Trail:
     spots = [Spot(p.kl_interval, p.reward_interval, _when(method, p)) for p in points]
     path = method.is_path
     texts = ["" for _ in points[:-1]] + [method.name] if path else [f"{p.step}" for p in points]
-    if path and _measured_points(method):
-        spots, texts = [_origin(study), *spots], ["", *texts]
     return Trail(
         method.name,
-        _TONES[index % len(_TONES)],
+        TONES[index % len(TONES)],
         spots,
         texts if points else texts[:1],
-        _MARKERS[index % len(_MARKERS)],
+        MARKERS[index % len(MARKERS)],
         joined=path,
-        dashed=index >= len(_TONES),
+        dashed=index % (2 * len(TONES)) >= len(TONES),
+        origin=_origin(study) if path and spots else None,
     )
 
 
@@ -224,11 +260,23 @@ def _measured(study: Study) -> str:
         "Frontiers are compared where either has an evaluation, along lines between neighbours. "
         "The interval of a difference is that of two independent estimates; each has its 95 % for "
         "itself, and the uncertainty of KL is not in it.",
+        *_below_zero(study),
         f"Budget: {study.budget}. Machine: {study.machine}. Training, in all: "
         f"{duration(study.seconds)}.",
     )
     items = "".join(f"<li>{esc(text)}</li>" for text in points)
     return f'<ul class="said">{items}</ul>'
+
+
+def _below_zero(study: Study) -> list[str]:
+    found = [f"{m.name}, {_when(m, p)}" for m in study.methods for p in m.points if p.kl_high < 0]
+    if not found:
+        return []
+    return [
+        f"The whole interval of the KL lies below 0 here: {'; '.join(found)}. Either the answers "
+        "were not drawn from the policy as it is read (another temperature, top-k or precision), "
+        "or it is chance, as in one of 40 intervals and more often of few prompts."
+    ]
 
 
 def _start(study: Study) -> str:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from upweight.errors import DataError
-from upweight.evidence.comparison.nouns import Claim, Method, Point, Start, Study
+from upweight.evidence.comparison.nouns import Claim, Method, Pair, Point, Start, Study
 from upweight.evidence.records.objects import JsonObject, json_file
 
 
@@ -21,9 +21,6 @@ def read_study(folder: Path) -> Study:
             f"{folder} has no comparison.json. Give the folder that a comparison was written to."
         )
     start, said = whole.object("start"), whole.object("claim")
-    holds = said.fields.get("holds")
-    if holds is not None and not isinstance(holds, bool):
-        raise said.wrong("holds", "true, false or null")
     return Study(
         title=whole.text("title"),
         reward=whole.text("reward"),
@@ -32,8 +29,32 @@ def read_study(folder: Path) -> Study:
         budget=whole.text("budget"),
         machine=whole.text("machine"),
         seconds=whole.number("seconds"),
-        claim=Claim(holds, said.text("said")),
+        claim=Claim(_holds(said), said.text("said"), tuple(map(_pair, said.objects("pairs")))),
     )
+
+
+def _pair(entry: JsonObject) -> Pair:
+    return Pair(
+        dpo=entry.text("dpo"),
+        ppo=entry.text("ppo"),
+        compared=_compared(entry),
+        holds=_holds(entry),
+        said=entry.text("said"),
+    )
+
+
+def _compared(entry: JsonObject) -> bool:
+    found = entry.fields.get("compared")
+    if not isinstance(found, bool):
+        raise entry.wrong("compared", "true or false")
+    return found
+
+
+def _holds(entry: JsonObject) -> bool | None:
+    found = entry.fields.get("holds")
+    if found is not None and not isinstance(found, bool):
+        raise entry.wrong("holds", "true, false or null")
+    return found
 
 
 def _method(entry: JsonObject) -> Method:

@@ -75,7 +75,6 @@ class Beside:
     y: float
     side: str
     text: str
-    tone: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +161,13 @@ def frame(
     events: Sequence[tuple[float, str]] = (),
     marks: Sequence[tuple[float, Mark]] = (),
     beside: Sequence[Beside] = (),
+    over: str = "",
     label: str,
 ) -> str:
-    """Grid, guides and labels around an SVG shape. Positions are 0..1 from the left and bottom."""
+    """Grid, guides and labels around an SVG shape. Positions are 0..1 from the left and bottom.
+
+    `over` is HTML that lies over the shape and is not stretched.
+    """
     rows, columns = list(y_ticks), list(x_ticks)
     grid = "".join(f"M0 {HEIGHT * (1 - at):.1f}H{WIDTH:g}" for at, _ in rows)
     lines = "".join(
@@ -182,9 +185,7 @@ def frame(
     labels += [_label("at-guide", f"bottom:{100 * at:.2f}%", text) for at, text in guides]
     labels += [_event_label(at, text) for at, text in events if text]
     labels += [
-        _label(
-            f"beside {b.side} {b.tone}", f"left:{100 * b.x:.2f}%;bottom:{100 * b.y:.2f}%", b.text
-        )
+        _label(f"beside {b.side}", f"left:{100 * b.x:.2f}%;bottom:{100 * b.y:.2f}%", b.text)
         for b in beside
     ]
     chips, levels = _chips(marks)
@@ -192,7 +193,7 @@ def frame(
     return (
         f'<div class="{kind}"><svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" preserveAspectRatio="none" '
         f'role="img" aria-label="{esc(label)}"><path class="rules" d="{grid}"/>{lines}{shape}</svg>'
-        f"{''.join(labels)}{chips}</div>"
+        f"{over}{''.join(labels)}{chips}</div>"
     )
 
 

@@ -65,10 +65,20 @@ class LengthRule:
 
 
 def main_set(records: Records) -> str | None:
-    """The set that the headline speaks about: the held-out one, else the first that there is."""
-    if HELD_OUT in records.evals:
-        return HELD_OUT
-    return next(iter(records.evals), None)
+    """The set that the headline speaks about: the held-out one, else the first that there is; of a
+    run that is about its answers, one whose answers were rewarded before any other."""
+    names = sorted(records.evals, key=lambda name: name != HELD_OUT)
+    if subject(records) == "answers":
+        names.sort(key=lambda name: latest(records.evals[name], "reward") is None)
+    return next(iter(names), None)
+
+
+def rows_with(records: Records, key: str) -> Sequence[Measurement]:
+    """The evaluations of the main set, or where they lack `key` those of the first set that has it:
+    answers may be sampled to other prompts than preferences are held out for."""
+    main = main_set(records)
+    names = sorted(records.evals, key=lambda name: name != main)
+    return next((records.evals[n] for n in names if latest(records.evals[n], key)), ())
 
 
 def latest(rows: Sequence[Measurement], key: str, bounds: str | None = None) -> Latest | None:

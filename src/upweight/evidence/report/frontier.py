@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from upweight.evidence.report.charts import HEIGHT, WIDTH, Beside, figure, frame, path
 from upweight.evidence.report.markup import esc, interval, number, ticks
@@ -16,7 +17,14 @@ READING = (
     "upper one is better. Thin bars are 95 % intervals."
 )
 
-_LETTER, _LINE = 0.0075, 0.065
+TONES = ("t-1", "t-2", "t-3", "t-4", "t-5", "t-6", "t-7", "t-8")
+"""Classes of style.css whose colours are told apart with any colour blindness."""
+
+MARKERS = ("dot", "square", "triangle", "diamond", "ring", "cross", "frame", "wedge", "plus")
+"""Shapes of style.css. Their number shares no factor with that of the tones: one tone and one
+marker go together once in 72."""
+
+_LETTER, _LINE = 0.0075, 0.06
 """About what a letter and a line take of a plot's width and height."""
 
 _SIDES = {"ne": (0.0, 0.6), "nw": (-1.0, 0.6), "se": (0.0, -0.6), "sw": (-1.0, -0.6)}
@@ -36,8 +44,9 @@ class Spot:
 class Trail:
     """The evaluations of one policy in the order they were made; not `joined`: points alone.
 
-    `marker` is dot, ring, square or frame. `texts` are shown beside the spots where there is room,
-    '' for none; the last ones come first.
+    `marker` is one of MARKERS, or star. `texts` are shown beside the spots where there is room, ''
+    for none; the last ones come first. `origin` is where the line begins, which another trail
+    marks.
     """
 
     name: str
@@ -47,6 +56,14 @@ class Trail:
     marker: str = "dot"
     joined: bool = True
     dashed: bool = False
+    origin: Spot | None = None
+
+    @property
+    def line(self) -> tuple[Spot, ...]:
+        """What is joined."""
+        if not self.joined:
+            return ()
+        return (*filter(None, (self.origin,)), *self.spots)
 
 
 def frontier(
@@ -56,7 +73,7 @@ def frontier(
     shown = [t for t in map(_finite, trails) if t.spots]
     if not shown:
         return ""
-    spots = [spot for trail in shown for spot in trail.spots]
+    spots = [spot for trail in shown for spot in (*trail.spots, *trail.line)]
     x, x_ticks = _close([0.0, *(v for s in spots for v in _extent(s.kl))])
     levels = [level] if math.isfinite(level[0]) else []
     y, y_ticks = _close([v for s in spots for v in _extent(s.reward)] + [at for at, _ in levels])
@@ -65,6 +82,7 @@ def frontier(
         list(zip(map(x.at, x_ticks), ticks(x_ticks), strict=True)),
         list(zip(map(y.at, y_ticks), ticks(y_ticks), strict=True)),
         guides=[(y.at(at), text) for at, text in levels],
+        over="".join(_marks(trail, x, y) for trail in shown),
         beside=_beside(shown, x, y),
         label=f"{title}: " + "; ".join(map(_summary, shown)),
     )
@@ -85,8 +103,7 @@ def _close(values: Sequence[float]) -> tuple[Scale, list[float]]:
 def _finite(trail: Trail) -> Trail:
     known = [i for i, s in enumerate(trail.spots) if math.isfinite(s.kl.value + s.reward.value)]
     texts = [trail.texts[i] for i in known] if trail.texts else []
-    spots = [trail.spots[i] for i in known]
-    return Trail(trail.name, trail.tone, spots, texts, trail.marker, trail.joined, trail.dashed)
+    return replace(trail, spots=[trail.spots[i] for i in known], texts=texts)
 
 
 def _extent(found: Interval) -> list[float]:
@@ -95,14 +112,15 @@ def _extent(found: Interval) -> list[float]:
 
 def _draw(trail: Trail, x: Scale, y: Scale) -> str:
     line = ""
-    if trail.joined and len(trail.spots) > 1:
-        points = [(s.kl.value, s.reward.value) for s in trail.spots]
+    if len(trail.line) > 1:
+        points = [(s.kl.value, s.reward.value) for s in trail.line]
         line = f'<path class="line{" dashed" if trail.dashed else ""}" d="{path(points, x, y)}"/>'
-    spots = "".join(_spot(spot, trail, x, y) for spot in trail.spots)
-    return f'<g class="{trail.tone}">{line}{spots}</g>'
+    bars = "".join(_bars(spot, x, y) for spot in trail.spots)
+    bars = f'<path class="bars" d="{bars}"/>' if bars else ""
+    return f'<g class="{trail.tone}">{bars}{line}</g>'
 
 
-def _spot(spot: Spot, trail: Trail, x: Scale, y: Scale) -> str:
+def _bars(spot: Spot, x: Scale, y: Scale) -> str:
     across, up = WIDTH * x.at(spot.kl.value), HEIGHT * (1 - y.at(spot.reward.value))
     bars = ""
     if math.isfinite(spot.reward.low + spot.reward.high):
@@ -111,12 +129,19 @@ def _spot(spot: Spot, trail: Trail, x: Scale, y: Scale) -> str:
     if math.isfinite(spot.kl.low + spot.kl.high):
         left, right = (WIDTH * x.at(v) for v in (spot.kl.low, spot.kl.high))
         bars += f"M{left:.1f} {up:.1f}H{right:.1f}"
-    at = f"M{across:.1f} {up:.1f}h0"
-    hollow = f'<path class="hole" d="{at}"/>' if trail.marker in ("ring", "frame") else ""
-    return (
-        f"<g><title>{esc(f'{trail.name}, {_said(spot)}')}</title>"
-        + (f'<path class="bars" d="{bars}"/>' if bars else "")
-        + f'<g class="m-{trail.marker}"><path class="spot" d="{at}"/>{hollow}</g></g>'
+    return bars
+
+
+def _marks(trail: Trail, x: Scale, y: Scale) -> str:
+    """The spots, which keep their shape whatever the plot is stretched to; a line's last is
+    larger."""
+    ends = len(trail.spots) - 1 if trail.joined else -1
+    kind = f"spot m-{trail.marker} {trail.tone}"
+    return "".join(
+        f'<i class="{kind}{" last" if i == ends else ""}" style="left:'
+        f'{100 * x.at(spot.kl.value):.2f}%;bottom:{100 * y.at(spot.reward.value):.2f}%" '
+        f'title="{esc(f"{trail.name}, {_said(spot)}")}"></i>'
+        for i, spot in enumerate(trail.spots)
     )
 
 
@@ -132,7 +157,8 @@ def shown(found: Interval) -> str:
 
 def _legend(trails: Sequence[Trail]) -> str:
     keys = "".join(
-        f'<span class="key {t.tone}"><i class="m-{t.marker}"></i><bdi>{esc(t.name)}</bdi></span>'
+        f'<span class="key {t.tone}"><i class="spot m-{t.marker}"></i>'
+        f"<bdi>{esc(t.name)}</bdi></span>"
         for t in trails
     )
     return f'<div class="legend">{keys}</div>'
@@ -148,27 +174,46 @@ Box = tuple[float, float, float, float]
 
 
 def _beside(trails: Sequence[Trail], x: Scale, y: Scale) -> list[Beside]:
-    """Every text that has a free side of its spot; the others stand in tooltip and legend."""
-    spots = [(x.at(s.kl.value), y.at(s.reward.value)) for t in trails for s in t.spots]
-    taken: list[Box] = [(px - 0.005, px + 0.005, py - 0.01, py + 0.01) for px, py in spots]
+    """Every text that has a free side of its spot, one without lines if there is one; the others
+    stand in tooltip and legend."""
+
+    def place(spot: Spot) -> tuple[float, float]:
+        return x.at(spot.kl.value), y.at(spot.reward.value)
+
+    spots = [place(s) for t in trails for s in t.spots]
+    taken: list[Box] = [(px - 0.008, px + 0.008, py - 0.02, py + 0.02) for px, py in spots]
+    lines = [p for t in trails for a, b in pairwise(t.line) for p in _along(place(a), place(b))]
     placed: list[Beside] = []
     wanted = [
-        (rank, trail.tone, spot, text)
+        (rank, spot, text)
         for trail in trails
         for rank, (spot, text) in enumerate(
             zip(reversed(trail.spots), reversed(trail.texts), strict=False)
         )
         if text
     ]
-    for _, tone, spot, text in sorted(wanted, key=lambda entry: entry[0]):
-        px, py = x.at(spot.kl.value), y.at(spot.reward.value)
-        for side in _SIDES:
-            box = _box(px, py, side, text)
-            if box[0] >= -0.02 and box[1] <= 1.03 and not any(_meet(box, b) for b in taken):
-                taken.append(box)
-                placed.append(Beside(px, py, side, text, tone))
-                break
+    for _, spot, text in sorted(wanted, key=lambda entry: entry[0]):
+        px, py = place(spot)
+        sides = {side: _box(px, py, side, text) for side in _SIDES}
+        free = {
+            side: sum(_holds(box, point) for point in lines)
+            for side, box in sides.items()
+            if box[0] >= -0.02 and box[1] <= 1.03 and not any(_meet(box, b) for b in taken)
+        }
+        if free:
+            side = min(free, key=free.__getitem__)
+            taken.append(sides[side])
+            placed.append(Beside(px, py, side, text))
     return placed
+
+
+def _along(a: tuple[float, float], b: tuple[float, float]) -> list[tuple[float, float]]:
+    """Places on a line, closer together than a text is high."""
+    return [(a[0] + i / 40 * (b[0] - a[0]), a[1] + i / 40 * (b[1] - a[1])) for i in range(41)]
+
+
+def _holds(box: Box, point: tuple[float, float]) -> bool:
+    return box[0] < point[0] < box[1] and box[2] < point[1] < box[3]
 
 
 def _box(px: float, py: float, side: str, text: str) -> Box:

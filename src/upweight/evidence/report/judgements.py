@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from upweight.config import Watch
 from upweight.evidence.records import Measurement, Records
 from upweight.evidence.report.findings import (
     HELD_OUT,
@@ -74,6 +75,9 @@ def _of_accuracy(
         return Judgement("unclear", "No interval", headline, aside)
     if found.low > CHANCE:
         headline = f"The {who} {claim}{f'; {then}' if then else ''}."
+        label, doubt = _no_better(records.evals[set_name], who, found, before)
+        if doubt:
+            return Judgement("unclear", label, f"{doubt} The {who} {claim}.", aside)
         return Judgement("good", "Better than chance", headline)
     if found.high < CHANCE:
         headline = f"The {who} {does} the rejected answers: it {claim}."
@@ -84,6 +88,35 @@ def _of_accuracy(
         f"includes chance ({percent(CHANCE)})."
     )
     return Judgement("unclear", "Not told apart from chance", headline, aside)
+
+
+def _no_better(
+    rows: Sequence[Measurement], who: str, found: Latest, before: float | None
+) -> tuple[str, str]:
+    """A label and why an accuracy above chance is nothing that was learned; '' where it may be."""
+    if before is not None and found.low is not None and found.low <= before:
+        return "No better than before", (
+            f"It is not shown that training made the {who} right more often: before it, it was on "
+            f"{percent(before)}."
+        )
+    size = latest(rows, "rewards/spread")
+    if size is not None and size.value < Watch().flat:
+        return "Hardly trained", (
+            f"The {who} hardly differs from its start: margins are {number(size.value)} in size, "
+            "and 0 there. Train for more steps or at a larger learning rate."
+        )
+    first, last = (rows[0].values.get("loss", math.nan), latest(rows, "loss"))
+    if last is None or rows[0].step != 0 or not math.isfinite(first):
+        return "", ""
+    change = latest(rows, "loss_change")
+    bounds = change.bounds if change is not None and change.step == last.step else None
+    if (bounds[1] if bounds else last.value - first) >= 0:
+        shown = f" (change {interval(*bounds)})" if bounds else ""
+        return "Loss not below its start", (
+            f"It is not shown that the {who} learned what it was trained for: the held-out loss "
+            f"was {number(first)} before training and is {number(last.value)}{shown}."
+        )
+    return "", ""
 
 
 def _preferences(records: Records, set_name: str) -> str:
@@ -117,29 +150,45 @@ def of_likelihood(records: Records, set_name: str) -> Judgement | None:
             "recorded."
         )
         return Judgement("unclear", "Nothing to compare with", headline)
-    facts = tuple(_of_losses(first, last, lowest, lowest_step, last_step))
+    found = latest(rows, "loss_change")
+    bounds = found.bounds if found is not None and found.step == last_step else None
+    facts = tuple(_of_losses(first, last, lowest, lowest_step, last_step, bounds))
     change = f"from {number(first)} to {number(last)} {nats}"
+    if number(first) == number(last):
+        headline = f"The loss on {where} is what it was before training, {number(last)} {nats}."
+        return Judgement("unclear", "Held-out loss unchanged", headline, facts)
+    if bounds is not None and bounds[0] <= 0 <= bounds[1]:
+        headline = (
+            f"It is not shown that training changed the loss on {where}: it went {change}, and the "
+            "interval of that change includes 0."
+        )
+        return Judgement("unclear", "Held-out loss not shown to change", headline, facts)
     if last < first:
         return Judgement("good", "Held-out loss fell", f"The loss on {where} fell {change}.", facts)
-    if last > first:
-        headline = f"The loss on {where} rose {change}: they became less likely."
-        return Judgement("bad", "Held-out loss rose", headline, facts)
-    headline = f"The loss on {where} is what it was, {number(last)} {nats}."
-    return Judgement("unclear", "Held-out loss unchanged", headline, facts)
+    headline = f"The loss on {where} rose {change}: they became less likely."
+    return Judgement("bad", "Held-out loss rose", headline, facts)
 
 
 def _of_losses(
-    first: float, last: float, lowest: float, lowest_step: int, last_step: int
+    first: float,
+    last: float,
+    lowest: float,
+    lowest_step: int,
+    last_step: int,
+    bounds: tuple[float, float] | None,
 ) -> Iterator[str]:
+    if bounds is not None:
+        yield f"The change is {signed(last - first)}\u00a0{interval(*bounds)}."
     if max(first, last) < 20:
         yield f"Perplexity went from {number(math.exp(first))} to {number(math.exp(last))}."
-    if lowest_step != last_step and number(lowest) != number(last):
+    if lowest_step not in (0, last_step) and number(lowest) != number(last):
         yield (
             f"It was lowest at step {count(lowest_step)}, {number(lowest)}, and rose since, as it "
             "does when training responses are learned by heart: checkpoint.best=loss keeps such a "
             "checkpoint."
         )
-    yield "No interval is recorded: other responses may have changed by more or less."
+    if bounds is None:
+        yield "No interval is recorded: other responses may have changed by more or less."
 
 
 def _responses(rows: Sequence[Measurement], set_name: str) -> str:

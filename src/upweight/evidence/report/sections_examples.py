@@ -126,7 +126,7 @@ def _margins(set_name: str, rows: Sequence[LedgerRow], finite: Sequence[LedgerRo
     ties = sum(r.margin == 0 for r in finite)
     chart = histogram(
         f"Margins on {set_name}",
-        f"{count(len(rows))} preferences, beta × nats",
+        f"{plural(len(rows), 'preference')}, beta × nats",
         [r.margin for r in finite],
         f"Each preference once: right of 0 the policy agrees with the label, left of 0 "
         f"({count(wrong)}) it does not{f', at 0 ({count(ties)}) it is undecided' if ties else ''}.",

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 from upweight.evidence.records import Measurement, Records
 from upweight.evidence.report.findings import judge, latest, main_set
-from upweight.evidence.report.frontier import READING, Spot, Trail, frontier
+from upweight.evidence.report.frontier import MARKERS, READING, TONES, Spot, Trail, frontier
 from upweight.evidence.report.markup import count
 from upweight.stats import Interval
 
 _MOST_SETS = 5
-_MARKERS = ("dot", "ring", "square", "frame")
 
 
 def reward_against_kl(records: Records) -> str:
@@ -39,10 +38,10 @@ def _trail(name: str, rows: Sequence[Measurement], index: int) -> Trail:
     both = [row for row in rows if {"kl", "reward"} <= row.values.keys()]
     return Trail(
         name,
-        f"t-{index % 5 + 1}",
+        TONES[index],
         [Spot(_interval(r, "kl"), _interval(r, "reward"), f"step {count(r.step)}") for r in both],
         [f"step {count(row.step)}" for row in both],
-        _MARKERS[index % len(_MARKERS)],
+        MARKERS[index],
     )
 
 

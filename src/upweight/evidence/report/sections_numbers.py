@@ -15,6 +15,7 @@ from upweight.evidence.report.findings import (
     latest,
     main_set,
     num_preferences,
+    rows_with,
     subject,
 )
 from upweight.evidence.report.markup import (
@@ -110,7 +111,7 @@ def _tiles(records: Records) -> Iterator[str]:
 def _evaluation_tiles(records: Records, set_name: str) -> Iterator[str]:
     rows = records.evals[set_name]
     if subject(records) == "answers":
-        yield from _reward_tile(records, rows, set_name)
+        yield from _reward_tile(records, rows)
     found = accuracy(records, set_name)
     if found is not None:
         before = accuracy_before(records, set_name)
@@ -127,12 +128,14 @@ def _evaluation_tiles(records: Records, set_name: str) -> Iterator[str]:
             before = f", before {number(first)}" if rows[0].step == 0 else ""
             yield _tile(name, number(last.value), unit, f"set {set_name}{before}")
     if subject(records) != "answers":
-        yield from _reward_tile(records, rows, set_name)
-    kl = latest(rows, "kl")
+        yield from _reward_tile(records, rows_with(records, "reward"))
+    kl = latest(rows_with(records, "kl"), "kl")
     if kl is not None:
         bounds = f"{interval(*kl.bounds)}, " if kl.bounds else ""
-        yield _tile("Sampled KL", number(kl.value), "nats", f"{bounds}per answer")
-    length, reference = latest(rows, "length"), latest(rows, "reference_length")
+        below = "; below 0: see the top" if kl.high is not None and kl.high < 0 else ""
+        yield _tile("Sampled KL", number(kl.value), "nats", f"{bounds}per answer{below}")
+    sampled = rows_with(records, "length")
+    length, reference = latest(sampled, "length"), latest(sampled, "reference_length")
     if length is not None:
         below = f"reference {number(reference.value)}" if reference is not None else "sampled"
         yield _tile("Answer length", number(length.value), "tokens", below)
@@ -142,14 +145,14 @@ def _evaluation_tiles(records: Records, set_name: str) -> Iterator[str]:
         yield _tile("Chosen log-prob", signed(chosen.value), "nats", below)
 
 
-def _reward_tile(records: Records, rows: Sequence[Measurement], set_name: str) -> Iterator[str]:
+def _reward_tile(records: Records, rows: Sequence[Measurement]) -> Iterator[str]:
     found, reference = latest(rows, "reward"), latest(rows, "reference_reward")
     if found is None:
         return
     below = [
         interval(*found.bounds) if found.bounds else "",
         f"reference {number(reference.value)}" if reference is not None else "",
-        f"set {set_name}",
+        f"set {rows[-1].set}",
     ]
     yield _tile("Reward", number(found.value), judge(records), ", ".join(filter(None, below)))
 
@@ -167,12 +170,19 @@ def _training_tiles(records: Records) -> Iterator[str]:
     step, epoch = records.train[-1].step, records.train[-1].epoch
     below = [
         plural(step, "step") if seconds is not None else "",
-        f"{epoch:.2g} epochs",
+        _epochs(epoch),
         f"{_compact(tokens.value)} tokens" if tokens is not None else "",
         f"{number(speed.value)} tokens/s" if speed is not None else "",
     ]
     value = duration(seconds.value) if seconds is not None else plural(step, "step")
     yield _tile("Training", value, "", ", ".join(filter(None, below)))
+
+
+def _epochs(epoch: float) -> str:
+    """0.28 epochs, 1 epoch, 400 epochs."""
+    shown = count(round(epoch)) if epoch >= 10 else f"{epoch:.2f}".rstrip("0").rstrip(".")
+    shown = number(epoch, 2) if shown == "0" else shown
+    return f"{shown} {'epoch' if shown == '1' else 'epochs'}"
 
 
 def _compact(value: float) -> str:

@@ -27,11 +27,13 @@ def warnings(records: Records) -> str:
     """What was suspicious before step 1 and during training, with its code; '' for nothing."""
     if not records.warnings:
         return ""
+    # A chart's mark leads to the first line of its code.
+    marked = {f.code: f for f in reversed(records.warnings) if f.step is not None}
     lines = [
         (
-            f"<code>{esc(found.code)}</code>"
-            if found.step is None
-            else f'<code id="{anchor(found.code)}">{esc(found.code)}</code>',
+            f'<code id="{anchor(found.code)}">{esc(found.code)}</code>'
+            if found is marked.get(found.code)
+            else f"<code>{esc(found.code)}</code>",
             "before step 1"
             if found.step is None
             else f"step {count(found.step)}" + (", and ended the run" if found.refused else ""),

@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from upweight.evidence.records import Measurement, Records
+from upweight.evidence.report.doubts import doubted
 from upweight.evidence.report.findings import (
     ACCURACY,
+    Latest,
     Subject,
     accuracy,
     is_unfinished,
@@ -22,6 +24,7 @@ from upweight.evidence.report.findings import (
     ledger_of,
     length_rule,
     main_set,
+    rows_with,
     subject,
 )
 from upweight.evidence.report.judgements import CHANCE, JUDGEMENTS
@@ -56,10 +59,11 @@ def verdict(records: Records) -> Verdict:
     """What the records support saying about the run."""
     set_name = main_set(records)
     judged = JUDGEMENTS[subject(records)](records, set_name) if set_name is not None else None
+    judged = doubted(records, set_name, judged)
     cautions = tuple(_cautions(records, set_name))
-    if set_name is None or judged is None:
+    if judged is None:
         return _unmeasured(records, cautions)
-    facts = (*judged.facts, *_facts(records, set_name))
+    facts = (*judged.facts, *(_facts(records, set_name) if set_name is not None else ()))
     return Verdict(judged.tone, judged.label, judged.headline, facts, cautions)
 
 
@@ -140,23 +144,37 @@ def _facts(records: Records, set_name: str) -> Iterator[str]:
         if chosen is not None and rejected is not None:
             yield f"Mean score: chosen {number(chosen.value)}, rejected {number(rejected.value)}."
         return
-    kl = latest(rows, "kl")
+    kl = latest(rows_with(records, "kl"), "kl")
     if kl is None:
         yield "The distance from the reference (sampled KL) was not measured."
     elif about != "answers" or latest(rows, "reward") is None:
         bounds = f" {interval(*kl.bounds)}" if kl.bounds else ""
         yield f"KL {number(kl.value)} nats{bounds} from the reference, per sampled answer."
-    if kl is not None and kl.value < 0:
-        yield (
-            "The KL itself is never negative: an estimate from samples that falls below 0 says "
-            "that the distance is small beside its noise."
-        )
+    if kl is not None and (said := below_zero(kl)):
+        yield said
     if about != "answers":
-        yield from _true_reward(records, rows)
+        yield from _true_reward(records, rows_with(records, "reward"))
+    rows = rows_with(records, "length")
     length, reference = latest(rows, "length"), latest(rows, "reference_length")
     if length is not None:
         before = f" (reference {number(reference.value)})" if reference is not None else ""
         yield f"Mean answer length {number(length.value)} tokens{before}."
+
+
+def below_zero(kl: Latest) -> str:
+    """What an estimate of the KL below 0 means; '' for one that is not."""
+    if kl.high is not None and kl.high < 0:
+        return (
+            "The whole interval of the KL lies below 0, where no KL is: its answers were not drawn "
+            "from the policy as it is read (another temperature, top-k or precision), or it is "
+            "chance, as in one of 40 intervals and more often of few prompts. Take it as not known."
+        )
+    if kl.value < 0:
+        return (
+            "The KL itself is never negative: an estimate from samples that falls below 0 says "
+            "that the distance is small beside its noise."
+        )
+    return ""
 
 
 def _true_reward(records: Records, rows: Sequence[Measurement]) -> Iterator[str]:
@@ -208,7 +226,7 @@ def _displacement(records: Records, set_name: str) -> Iterator[str]:
 
 
 def _lengths(records: Records, set_name: str) -> Iterator[str]:
-    rows = records.evals[set_name]
+    rows = rows_with(records, "length")
     length, reference = latest(rows, "length"), latest(rows, "reference_length")
     if length is not None and reference is not None and reference.value > 0:
         ratio = length.value / reference.value

@@ -122,7 +122,8 @@ PAGES: tuple[Page, ...] = (
         ),
         guarded_by=(
             "The report says so when the chosen responses of the evaluation lost half a nat or "
-            "more, on average, against the reference."
+            "more, on average, against the reference; its headline is then no success, if this was "
+            "reported."
         ),
         causes=(
             "Chosen and rejected are nearly the same text, so that their gradients push on the "
@@ -161,9 +162,11 @@ PAGES: tuple[Page, ...] = (
             "of both 95 % intervals."
         ),
         guarded_by=(
-            "The report has the answers side by side, and says so when the policy's are on "
-            "average more than 1.25 times as long as the reference's, or the reference's more "
-            "than 1.25 times as long as the policy's."
+            "It is the headline of the report for as long as the last evaluation, or the last "
+            "round where nothing is evaluated, is still beyond the limit. The report has the "
+            "answers side by side, and says so when the policy's are on average more than 1.25 "
+            "times as long as the reference's, or the reference's more than 1.25 times as long as "
+            "the policy's."
         ),
         causes=(
             "The policy went too far from the reference (UW308).",
@@ -278,7 +281,10 @@ PAGES: tuple[Page, ...] = (
             "`evaluation.max_new_tokens` count up to there. In a run that learns from its own "
             "answers, at each round too."
         ),
-        guarded_by=("The report shows the last value with its interval, without judging it."),
+        guarded_by=(
+            "The report shows the last value with its interval, and its headline is no success "
+            "where this was reported and that value is still above `watch.kl`."
+        ),
         causes=(
             "`optimizer.learning_rate` is too large.",
             "Too many `epochs`.",

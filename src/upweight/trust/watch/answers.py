@@ -25,11 +25,15 @@ def length_runs_away(seen: Seen, record: Record) -> Finding | None:
     return Finding(
         "UW305",
         f"step {record['step']:.0f}: sampled answers have {record['length']:.0f} tokens, the "
-        f"reference's {record['reference_length']:.0f}, prompt by prompt {ratio:.2g} [{low:.2g}, "
-        f"{high:.2g}] times as many (watch.length is {most:g}); "
+        f"reference's {record['reference_length']:.0f}, prompt by prompt {_times(ratio)} "
+        f"[{_times(low)}, {_times(high)}] times as many (watch.length is {most:g}); "
         f"{_cause(seen, record, ratio)}.",
         metric="length",
     )
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}"
 
 
 def repeats_itself(seen: Seen, record: Record) -> Finding | None:
