@@ -14,7 +14,7 @@ from runs import furnish, train, write_rows
 from upweight.cli import main
 from upweight.config import READS
 from upweight.config.keys import keys
-from upweight.errors import ConfigError, Refusal
+from upweight.errors import ConfigError, OutputError, Refusal
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +93,54 @@ def test_a_command_refuses_what_it_does_not_read_and_names_those_that_do(
     assert "reference is nowhere, and sample does not read it: train, check and score do." in said
     with pytest.raises(Refusal, match="lora is true, and score does not read it"):
         uw.score(model="model", data="pairs.jsonl", lora=True)
+
+
+@pytest.mark.parametrize("words", [f"{SCORE} kept.jsonl", SAMPLE.replace("o.jsonl", "kept.jsonl")])
+def test_a_file_that_holds_something_is_replaced_only_where_that_is_asked_for(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("kept.jsonl").write_text("mine\n")
+    # Before the model is looked for.
+    assert main([*shlex.split(words), "--model", "nowhere/at/all"]) == 2
+    shown = capsys.readouterr()
+    said = "kept.jsonl exists and holds 5 bytes. Choose another out, or replace it: --overwrite"
+    assert said in shown.err and not shown.out
+    assert Path("kept.jsonl").read_text() == "mine\n"
+    assert main([*shlex.split(words), "--overwrite"]) == 0
+    assert "mine" not in Path("kept.jsonl").read_text()
+    Path("kept.jsonl").write_text("")
+    assert main(shlex.split(words)) == 0
+    with pytest.raises(OutputError, match="kept.jsonl exists"):
+        uw.sample("model", "pairs.jsonl", out="kept.jsonl", max_new_tokens=2)
+    with pytest.raises(OutputError, match="kept.jsonl exists"):
+        uw.score(model="model", data="pairs.jsonl", out="kept.jsonl")
+    assert uw.score(model="model", data="pairs.jsonl", out="kept.jsonl", overwrite=True)
+
+
+def test_a_run_and_a_comparison_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    run = "model: model\ndata: pairs.jsonl\n"
+    Path("my run.yaml").write_text(run)
+    Path("several.yaml").write_text(f"{run}methods:\n  dpo: {{objective: dpo}}\n")
+    for command in ("train", "check"):
+        assert main([command, "several.yaml", "out=o"]) == 2
+        said = "several.yaml:3: methods make this a comparison of several runs. Run: upweight "
+        assert f"{said}compare several.yaml" in capsys.readouterr().err
+    assert main(["compare", "my run.yaml", "--out", "o"]) == 2
+    said = "my run.yaml has no methods, so it is no comparison but a run: upweight train 'my run."
+    assert said in capsys.readouterr().err
+    assert not Path("o").exists()
+
+
+def test_a_run_that_is_refused_before_its_first_file_leaves_no_folder() -> None:
+    assert main(f"{TRAIN}.missing --out runs/deep/o".split()) == 2
+    assert not Path("runs").exists()
+    Path("runs/deep").mkdir(parents=True)
+    Path("runs/notes.txt").write_text("mine")
+    assert main(f"{TRAIN}.missing --out runs/new/o".split()) == 2
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["deep", "notes.txt"]
+    # A folder that was there before stays.
+    assert main(f"{TRAIN}.missing --out runs/deep".split()) == 2
+    assert Path("runs/deep").is_dir()
 
 
 def test_a_terminal_that_lacks_a_letter_shows_its_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upweight.data.columns import COLUMNS, detect, shown
-from upweight.data.formats import FORMATS, example_of, pair, prompt_of, responses
+from upweight.data.formats import FORMATS, answer_of, example_of, pair, prompt_of, responses
 from upweight.data.preferences import left_out, preferences_from_scores, unusable
 from upweight.errors import DataError
 from upweight.types import Dropped, Example, Preference, RowId
@@ -298,6 +298,48 @@ def test_detection_prefers_columns_that_are_filled():
     assert detect({"prompt": "p", "chosen": None, "rejected": "b"}, ROW) == "pair"
 
 
+def test_a_prompt_with_a_completion_is_one_response_without_a_preference():
+    example = read({"prompt": "Why?", "completion": " Because."})
+    assert (example.prompt, contents(example)) == ("Why?", [" Because."])
+    assert example.preferences == ()
+    talk = read({"prompt": [user("a?")], "completion": [assistant("yes")]})
+    assert (talk.prompt, contents(talk)) == ((user("a?"),), [(assistant("yes"),)])
+    assert dropped({"prompt": "p", "completion": ""}, require_preferences=False) == "empty_response"
+    assert dropped({"prompt": [user("p")], "completion": [user("q")]}) == "prompt_mismatch"
+    # Where there is more beside it, that is what is learned from.
+    assert detect({"prompt": "p", "completion": "c", "chosen": "a", "rejected": "b"}, ROW) == "pair"
+    row = {"prompt": "p", "completion": "c"}
+    found = unusable(read(row), require_preferences=True)
+    assert found is not None and found.reason == "no_preference"
+    assert found.detail.endswith("objective sft learns from such rows")
+
+
+@pytest.mark.parametrize("label", [True, False, 1, "good"])
+def test_a_completion_with_a_label_is_answered_by_the_columns_that_are_read(label):
+    row = {"prompt": "p", "completion": "c", "label": label}
+    with pytest.raises(DataError, match='train.jsonl:7 has a "label" beside prompt') as caught:
+        read(row)
+    assert "prompt, chosen and rejected; for sft keep the good rows" in str(caught.value)
+    assert isinstance(prompt_of(row, ROW), Example)
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "a"),
+        ({"prompt": "p", "responses": [{"text": "c"}, "d"]}, "c"),
+        ({"messages": [user("p"), assistant("e")]}, (assistant("e"),)),
+        ({"prompt": "p", "completion": "f"}, "f"),
+        ({"prompt": "p"}, None),
+        ({"prompt": "p", "responses": []}, None),
+        ({"prompt": "p", "completion": "f", "label": True}, None),
+        ({"prompt": "p", "chosen": 5, "rejected": "b"}, None),
+    ],
+)
+def test_the_answer_of_a_row_is_its_first_response_if_it_has_one(row, answer):
+    assert answer_of(row, ROW) == answer
+
+
 def test_every_layout_has_its_columns():
     assert FORMATS.keys() == COLUMNS.keys()
 
@@ -316,7 +358,7 @@ def many_row(**columns):
         ({"prompt": "p", "choosen": "a", "rejected": "b"}, None,
          'train.jsonl:7 is of no known layout (it has: prompt, choosen, rejected). Allowed: pair '
          'needs chosen and rejected; responses needs prompt and responses; messages needs '
-         'messages. '
+         'messages; completion needs prompt and completion. '
          'Is "choosen" meant to be "chosen"?'),
         ({}, None, "(it has: nothing)"),
         ({"a\ud800": 1}, None, "(it has: a\\ud800)"),

@@ -91,7 +91,10 @@ groups = st.fixed_dictionaries(
 alone = st.fixed_dictionaries(
     {"messages": st.lists(messages, max_size=4) | values}, optional=common
 )
-likely_rows = pairs | groups | alone
+completed = st.fixed_dictionaries(
+    {"prompt": contents, "completion": contents}, optional=common | {"label": values}
+)
+likely_rows = pairs | groups | alone | completed
 any_rows = likely_rows | st.dictionaries(names | texts, values, max_size=6)
 
 

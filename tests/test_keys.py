@@ -159,6 +159,7 @@ CASES: dict[str, Case] = {
     "preflight.edits": Case(1e-4, "findings", {"data.path": "alike.jsonl"}),
     "preflight.shortcut": Case(0.99, "findings", {"data.path": "pairs.jsonl"}),
     "preflight.improbable": Case(0.0, "findings", {"data.path": "odd.jsonl"}),
+    "preflight.reach": Case(1.0, "findings"),
     "watch.moved": Case(0.0, "findings", {"optimizer.learning_rate": 1e-5}),
     "watch.displaced": Case(9.0, "findings", {"steps": 9}),
     "watch.length": Case(9.0, "findings", EVALUATED),

@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -233,6 +235,100 @@ def test_a_policy_without_a_reward_is_told_what_to_give(capsys: pytest.CaptureFi
     assert "grpo needs rollout.reward, which scores the answers" in capsys.readouterr().err
 
 
+def test_a_reward_that_rows_cannot_answer_is_found_before_step_1(
+    capsys: pytest.CaptureFixture[str],
+):
+    for command in ("check", "train"):
+        words = f"{command} --model model --data prompts.jsonl --objective grpo --out run --reward"
+        for reward, why in (
+            ("number", 'prompts.jsonl:1: the row has no "answer" to compare with (it has: prompt)'),
+            ("bad.py:score", "raised KeyError: 'gold'"),
+            ("none.py:score", "gave None for the response 'a'. A reward is one finite number."),
+        ):
+            Path("bad.py").write_text("def score(prompt, response, row):\n    return row['gold']\n")
+            Path("none.py").write_text("def score(prompt, response, row):\n    pass\n")
+            assert main([*words.split(), reward]) == 2
+            said = capsys.readouterr().err
+            assert "rollout.reward, asked about a few rows before step 1: " in said and why in said
+            assert not Path("run").exists()
+
+
+def test_check_says_from_where_to_where_the_rewards_of_rows_reach(
+    capsys: pytest.CaptureFixture[str],
+):
+    rows = [
+        {"prompt": f"what is {i}", "completion": f"{i} it is", "answer": i % 2} for i in range(9)
+    ]
+    write_rows("prompts.jsonl", rows)
+    words = "check --model model --objective rloo --data"
+    assert main([*words.split(), "prompts.jsonl", "--reward", "number"]) == 0
+    said = capsys.readouterr().out
+    assert 'rollout.reward: number gives 0 to 1 to the answers of 8 rows ("a" where a' in said
+    write_rows("alone.jsonl", [{"prompt": row["prompt"]} for row in rows[:3]])
+    assert main([*words.split(), "alone.jsonl", "--reward", "count.py:score"]) == 0
+    assert "count.py:score gives 0.125 to 0.125 to the answers of 3 rows" in capsys.readouterr().out
+    # Nobody answers there.
+    address = "http://127.0.0.1:9/score"
+    assert main([*words.split(), "alone.jsonl", "--reward", address]) == 0
+    said = f"rollout.reward: {address} is an address, and was not asked about any row"
+    assert said in capsys.readouterr().out
+
+
+def test_a_reward_reads_any_column_of_a_parquet_file(capsys: pytest.CaptureFixture[str]):
+    rows = [{"prompt": f"what is {i}", "answer": i} for i in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows), "prompts.parquet")
+    assert online("run", "grpo", "--data", "prompts.parquet", "--reward", "contains") == 0
+    assert "rollout.reward: contains gives 0 to 0 to the answers of" in capsys.readouterr().err
+
+
+def test_what_judges_evaluations_is_asked_about_their_rows_first(
+    capsys: pytest.CaptureFixture[str],
+):
+    for command in ("check", "train"):
+        assert train("run", "--true_reward", "number", command=command) == 2
+        said = capsys.readouterr().err
+        assert "evaluation.true_reward, asked about a few rows before step 1: pairs.jsonl:" in said
+    assert not Path("run").exists()
+
+
+def test_a_reward_model_is_no_policy_and_no_reference(capsys: pytest.CaptureFixture[str]):
+    assert judge("judge", "--steps", "1") == 0
+    capsys.readouterr()
+    rows = "--data pairs.jsonl"
+    for words in (
+        f"train --model judge/model {rows} --out run",
+        f"train --model judge/model {rows} --objective sft --out run",
+        f"train --model model --reference judge/model {rows} --out run",
+        f"check --model judge/model {rows}",
+        "sample --model judge/model --prompts prompts.jsonl --out answers.jsonl",
+        f"score --model model --reference judge/model {rows} --out scores.jsonl",
+    ):
+        assert main(words.split()) == 2
+        said = capsys.readouterr().err
+        assert "judge/model is a reward model (its config.json names LlamaForSequence" in said
+        assert "Give the model that it was trained from. A reward model goes to rollout" in said
+    assert not Path("run").exists()
+    assert main(["check", "--model", "judge/model"]) == 2
+    said = capsys.readouterr().err
+    assert "judge/model is a reward model: it gives no log-probs to compare" in said
+    assert "upweight score --model judge/model --data FILE" in said
+
+
+def test_rows_of_a_prompt_and_a_completion_are_learned_from_by_sft_alone(
+    capsys: pytest.CaptureFixture[str],
+):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+    write_rows("pairs.jsonl", rows)
+    assert train("run", "--objective", "sft") == 0
+    assert train("other") == 2
+    assert "objective sft learns from such rows" in capsys.readouterr().err
+    write_rows("pairs.jsonl", [row | {"label": i % 2 == 0} for i, row in enumerate(rows)])
+    for objective in ("sft", "dpo"):
+        assert train("other", "--objective", objective) == 2
+        said = capsys.readouterr().err
+        assert 'pairs.jsonl:1 has a "label" beside prompt and completion' in said
+
+
 def test_a_reward_that_tells_nothing_apart_ends_online_dpo(capsys: pytest.CaptureFixture[str]):
     Path("count.py").write_text("def score(prompt, response, row):\n    return 1.0\n")
     assert online("run", "online_dpo") == 2
@@ -255,10 +351,10 @@ def test_a_reward_that_never_tells_answers_apart_is_refused(objective, value, mo
 
 
 def test_a_run_that_has_learned_may_end_with_a_round_that_teaches_nothing():
-    # Rewards of the first two rounds only, of 4 prompts with 8 answers each.
+    # Rewards of 8 rows before step 1 and of the first two rounds, of 4 prompts with 8 answers each.
     Path("count.py").write_text(
         "def score(prompt, response, row):\n    with open('asked', 'a') as asked:\n"
-        "        asked.write('.')\n        early = asked.tell() <= 64\n"
+        "        asked.write('.')\n        early = asked.tell() <= 8 + 64\n"
         "    return early * sum(map(str.islower, response))\n"
     )
     Path("judge.py").write_text(LETTERS)
@@ -271,7 +367,10 @@ def test_a_run_that_has_learned_may_end_with_a_round_that_teaches_nothing():
 
 
 def test_a_reward_that_failed_in_the_first_round_is_mended_and_tried_again(capsys):
-    Path("count.py").write_text("def score(prompt, response, row):\n    return row['wrong']\n")
+    # What it is asked about the rows themselves says nothing of it.
+    Path("count.py").write_text(
+        "def score(prompt, response, row):\n    return 0.0 if response == 'a' else row['wrong']\n"
+    )
     assert online("run", "grpo") == 2
     assert "KeyError" in capsys.readouterr().err and Path("run/run.yaml").exists()
     Path("count.py").write_text(LETTERS)

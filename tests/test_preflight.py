@@ -25,7 +25,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def findings(rows: list[dict[str, Any]], **values: object) -> list[tuple[str, str]]:
     """(code, sentence) of what `check` finds in these rows."""
     write_rows("rows.jsonl", rows)
-    found = uw.check(**{"model": "model", "data": "rows.jsonl", **values})
+    found = uw.check(**{"model": "model", "data": "rows.jsonl", "learning_rate": 1e-3, **values})
     return [(f.code, f.sentence) for f in found.findings]
 
 
@@ -210,7 +210,8 @@ def test_swapped_columns_are_suspected_where_the_reference_disagrees_nearly_alwa
 def test_check_says_the_same_to_machines(capsys: pytest.CaptureFixture[str]):
     rows = plain_rows()
     write_rows("rows.jsonl", [*rows, *rows[:5]])
-    words = ["check", "--model", "model", "--data", "rows.jsonl", "--json"]
+    words = ["check", "--model", "model", "--data", "rows.jsonl", "--learning-rate", "1e-3"]
+    words += ["--json"]
     assert main(words) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["sets"]["train"]["read"] == 65

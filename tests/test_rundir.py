@@ -202,6 +202,8 @@ def test_a_file_that_could_not_be_written_is_refused_before_the_work(tmp_path: P
     assert names(tmp_path / "a" / "b") == []
     (tmp_path / "file").write_text("kept")
     require_file(tmp_path / "file")
+    with pytest.raises(OutputError, match="file exists and holds 4 bytes"):
+        require_file(tmp_path / "file", overwrite=False)
     assert (tmp_path / "file").read_text() == "kept" and names(tmp_path) == ["a", "file"]
     for path in ("file/x", "a", "/proc/x/y", "x" * 300):
         with pytest.raises(OutputError):
@@ -234,6 +236,38 @@ def test_one_process_cannot_open_a_folder_twice(tmp_path: Path) -> None:
         pytest.raises(OutputError, match=f"in use by process {os.getpid()} on"),
     ):
         open_run_dir(tmp_path, resume=False)
+
+
+def test_a_run_that_fails_before_its_first_file_takes_its_folder_with_it(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b"
+    with pytest.raises(DataError), open_run_dir(out, resume=False):
+        raise DataError("no row")
+    assert names(tmp_path) == []
+    for record in ("run.yaml", "of another"):
+        with pytest.raises(DataError), open_run_dir(out, resume=False):
+            (out / record).write_text("kept")
+            raise DataError("no row")
+        assert record in names(out)
+        shutil.rmtree(tmp_path / "a")
+    # Folders that were there, or that hold something else by then, stay.
+    (tmp_path / "a").mkdir()
+    with pytest.raises(DataError), open_run_dir(out, resume=False):
+        raise DataError("no row")
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == []
+
+
+def test_a_folder_that_its_holder_removes_is_not_taken_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+
+    def late(file: int, operation: int) -> None:
+        shutil.rmtree(tmp_path / "a")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(OutputError, match="was in use until this moment. Run the same command"):
+        open_run_dir(tmp_path / "a", resume=False)
 
 
 def test_a_file_system_without_locks_is_said_to_have_none(

@@ -33,9 +33,8 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(**values: object) -> dict[str, str]:
     """Code and sentence of what is found in pairs.jsonl."""
-    found = uw.check(
-        **{"model": "model", "data": "pairs.jsonl", "compute.dtype": "float32", **values}
-    )
+    usual = {"compute.dtype": "float32", "learning_rate": 1e-3}
+    found = uw.check(**{"model": "model", "data": "pairs.jsonl", **usual, **values})
     return {f.code: f.sentence for f in found.findings}
 
 
@@ -49,6 +48,27 @@ def test_rows_reference_and_packing_with_nothing_wrong_raise_nothing(
     account = json.loads(Path("run/account.json").read_text())
     assert account["findings"] == []
     assert account["figures"]["train"].keys() == FIGURES.keys()
+
+
+def test_a_plan_that_can_hardly_move_a_weight(capsys: pytest.CaptureFixture[str]):
+    # Fewer rows than a step takes, at dpo's own rate: one step of 5e-7.
+    said = check(learning_rate=None)["UW103"]
+    assert "the whole run, 1 step at learning rates of 5e-07 at most, can move a weight" in said
+    assert "by about 5e-07 (preflight.reach is 2e-06)" in said
+    assert check(learning_rate=None, **{"preflight.reach": 0.0}) == {}
+    assert check(learning_rate=None, lora=True) == {}
+    # The rates of n steps come to (n + 1) / 2 times their peak: 2e-6 is reached with 7.
+    assert "UW103" in check(learning_rate=None, steps=6)
+    assert check(learning_rate=None, steps=7) == {}
+    constant = {"optimizer.schedule": "constant", "optimizer.warmup": 0.0}
+    assert "UW103" in check(learning_rate=None, steps=3, **constant)
+    assert check(learning_rate=None, steps=4, **constant) == {}
+    assert check(learning_rate=None, objective="sft") == {}
+    words = "train --model model --data pairs.jsonl --dtype float32 --out run"
+    assert main(words.split()) == 0
+    assert "warning[UW103]: the whole run, 1 step" in capsys.readouterr().err
+    (found,) = json.loads(Path("run/account.json").read_text())["findings"]
+    assert found["code"] == "UW103" and "UW103" in Path("run/report.html").read_text()
 
 
 def test_rows_that_compare_a_response_with_itself():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upweight.errors import ConfigError
-from upweight.training.schedules import SCHEDULES, learning_rate_factor
+from upweight.training.schedules import SCHEDULES, learning_rate_factor, summed_factors
 
 SHAPES = {
     "total_steps": st.integers(1, 300),
@@ -75,6 +75,7 @@ def test_a_run_sums_to_half_its_updates_whatever_the_warmup(
     peak = factors(total_steps, warmup, schedule).index(1)
     expected = (total_steps + 1) / 2 if schedule != "constant" else total_steps - peak / 2
     assert total == pytest.approx(expected, rel=1e-12)
+    assert summed_factors(total_steps, warmup, schedule) == pytest.approx(total, rel=1e-12)
 
 
 def test_an_unknown_schedule_is_answered_with_the_nearest() -> None:

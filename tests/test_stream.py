@@ -126,6 +126,13 @@ def test_a_parquet_column_that_no_layout_reads_is_counted_whatever_it_holds(tmp_
     path = str(tmp_path / "a.parquet")
     pq.write_table(pa.table(columns), path)
     assert [list(row) for _, row in rows_of(path)] == [list(columns)] * 2
+    assert {row["tags"] for _, row in rows_of(path)} == {None}
+    with pytest.raises(DataError, match="has a value among rows 1 to 2"):
+        list(read_rows([path], whole=True))
+    named = pa.table({"prompt": ["a", "b"], "answer": [1, 2]})
+    pq.write_table(named, path)
+    assert [row["answer"] for _, row in rows_of(path)] == [None, None]
+    assert [row["answer"] for _, row in read_rows([path], whole=True)] == [1, 2]
     examples, account = load_examples([path])
     assert [e.responses[0].content for e in examples] == ["a", "b"]
     assert account.unused_columns == {"at": 2, "day": 2, "tags": 2}

@@ -33,15 +33,15 @@ def check(config: str | Path | None = None, **values: Any) -> Checked:
         return check_stages(load_stages(config, values=values), screen)
 
 
-def score(**values: Any) -> list[dict[str, object]]:
+def score(*, overwrite: bool = False, **values: Any) -> list[dict[str, object]]:
     """Log-probs, and with `reference` implicit rewards and margins, per preference, in nats; of a
     reward model its scores and margins.
 
     `uw.score(model=..., reference=..., data=..., out="scores.jsonl")`; without `out` nothing is
-    written.
+    written, and a file that holds something is replaced only where it is to `overwrite`.
     """
 
-    return score_file(load_run(None, values=values).run)
+    return score_file(load_run(None, values=values).run, overwrite=overwrite)
 
 
 def sample(
@@ -51,12 +51,14 @@ def sample(
     num: int = 1,
     temperature: float | int = 1.0,
     top_p: float | int = 1.0,
+    overwrite: bool = False,
     **values: Any,
 ) -> list[dict[str, object]]:
     """`num` responses to each prompt of the files `prompts`, with their log-probs in nats.
 
     temperature 0 takes the likeliest token; max_new_tokens is 64 unless told otherwise, as on the
-    command line. Without `out` nothing is written.
+    command line. Without `out` nothing is written, and a file that holds something is replaced
+    only where it is to `overwrite`.
     """
 
     settings: Mapping[str, Any] = {
@@ -65,4 +67,5 @@ def sample(
         "data.path": prompts,
         "evaluation.temperature": temperature,
     }
-    return sample_file(load_run(None, values=settings).run, num=num, top_p=top_p)
+    run = load_run(None, values=settings).run
+    return sample_file(run, num=num, top_p=top_p, overwrite=overwrite)

@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     score = commands.add_parser(
         "score", help="log-probs, implicit rewards and margins per preference", allow_abbrev=False
     )
+    _add_overwrite(score)
     _add_config(score, "score", overrides=False)
     score.set_defaults(run=_score)
 
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("-n", "--num", type=int, default=1, help="answers to each prompt (1)")
     sample.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (1.0: off)")
+    _add_overwrite(sample)
     _add_config(sample, "sample", overrides=False)
     sample.set_defaults(run=_sample)
 
@@ -134,6 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", help="run directory (runs/demo, or the next free one)")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the file of --out if it holds something"
+    )
 
 
 def _add_config(parser: argparse.ArgumentParser, command: str, overrides: bool) -> None:
@@ -258,7 +266,7 @@ def _score(arguments: argparse.Namespace) -> int:
     from upweight.terminal import default_screen
 
     with default_screen() as screen:
-        score_file(resolved.run, screen)
+        score_file(resolved.run, screen, overwrite=arguments.overwrite)
     return 0
 
 
@@ -268,7 +276,13 @@ def _sample(arguments: argparse.Namespace) -> int:
     from upweight.terminal import default_screen
 
     with default_screen() as screen:
-        sample_file(resolved.run, num=arguments.num, top_p=arguments.top_p, screen=screen)
+        sample_file(
+            resolved.run,
+            num=arguments.num,
+            top_p=arguments.top_p,
+            screen=screen,
+            overwrite=arguments.overwrite,
+        )
     return 0
 
 

@@ -18,6 +18,9 @@ SWITCHED = "lora"
 STAGES = "stages"
 """What is no key of a run: a list of runs, one after the other (stages.py)."""
 
+METHODS = "methods"
+"""What is no key of a run either: several of them by name, to be compared (methods.py)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Key:

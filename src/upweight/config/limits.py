@@ -54,6 +54,11 @@ class Preflight(Section):
         description="Nats a token by which the data may lie below the reference's own answers "
         "(UW212).",
     )
+    reach: NotNegative = Field(
+        default=2e-6,
+        description="How far a whole run can move a weight, which is the sum of its learning "
+        "rates; less is reported (UW103; not with LoRA).",
+    )
 
 
 class Watch(Section):

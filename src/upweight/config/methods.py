@@ -18,11 +18,13 @@ lets `reward` choose among `num` answers. `note` is what the page says of a meth
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upweight.config.keys import METHODS
 from upweight.config.objectives import OBJECTIVES, unread
 from upweight.config.resolve import Resolved, resolve
 from upweight.config.settings import Layer, Problem, Problems, Setting, collect, show
@@ -33,7 +35,7 @@ BEST_OF_N = "best_of_n"
 TRAINED = "method:"
 """What stands before the name of a method whose reward model is meant."""
 
-ABOUT_ALL = ("title", "methods")
+ABOUT_ALL = ("title", METHODS)
 ABOUT_ONE = ("note", "num")
 
 
@@ -114,7 +116,12 @@ def load_comparison(file: Path, given: Mapping[str, Any]) -> Comparison:
     )
     problems.raise_any()
     document: dict[str, Any] = parsed.value if isinstance(parsed.value, dict) else {}
-    listed = document.get("methods")
+    listed = document.get(METHODS)
+    if document and METHODS not in document:
+        raise ConfigError(
+            f"{file} has no methods, so it is no comparison but a run: upweight train "
+            f"{shlex.quote(str(file))}. A comparison needs methods: {{NAME: {{objective: ...}}}}."
+        )
     if not isinstance(listed, dict) or not listed:
         raise ConfigError(f"{file} has no methods. It needs methods: {{NAME: {{objective: ...}}}}.")
     layer = Layer(0, f"file {file}", file=str(file), lines=parsed.lines)
@@ -147,12 +154,12 @@ def _method(
         2,
         f"{layer.origin}, method {name}",
         file=layer.file,
-        lines={path[2:]: n for path, n in layer.lines.items() if path[:2] == ("methods", name)},
+        lines={path[2:]: n for path, n in layer.lines.items() if path[:2] == (METHODS, name)},
         prefix=f"method {name}: ",
     )
 
     def wrong(said: str) -> None:
-        line = here.lines.get((), layer.lines.get(("methods", name), 0))
+        line = here.lines.get((), layer.lines.get((METHODS, name), 0))
         problems.append(Problem(here.rank, line, f"{layer.file}:{line}: method {name}{said}"))
 
     if not isinstance(keys, dict):
@@ -185,7 +192,7 @@ def _require_told_apart(
     method: Method, before: Sequence[Method], layer: Layer, problems: Problems
 ) -> None:
     """A method has a folder of its own, and its reward is trained before it."""
-    line = layer.lines.get(("methods", method.name), 0)
+    line = layer.lines.get((METHODS, method.name), 0)
 
     def wrong(said: str) -> None:
         problems.append(Problem(2, line, f"{layer.file}:{line}: method {method.name} {said}"))

@@ -29,7 +29,7 @@ class Data(Section):
     """the preferences, and how rows become tokens"""
 
     path: Texts = Field(description="Files of preferences: JSON, JSONL, Parquet or CSV.")
-    format: Literal["auto", "pair", "responses", "messages"] = Field(
+    format: Literal["auto", "pair", "responses", "messages", "completion"] = Field(
         default="auto", description="Layout of the rows; auto reads it off their columns."
     )
     template: Literal["auto", "chat", "none"] = Field(

@@ -12,13 +12,14 @@ A stage is the file's other keys with its own laid over them, and flags and over
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from upweight.config.commands import objectives_reading
-from upweight.config.keys import STAGES, keys
+from upweight.config.keys import METHODS, STAGES, keys
 from upweight.config.resolve import Resolved, resolve, said
 from upweight.config.settings import Layer, Problem, Problems, Setting, collect, show
 from upweight.errors import ConfigError
@@ -61,6 +62,12 @@ def load_stages(
     """
     problems = Problems()
     settings = said(file, overrides, values, origin_of_values, problems)
+    for setting in settings:
+        if setting.typed == METHODS and setting.layer.file:
+            raise ConfigError(
+                f"{setting.place}methods make this a comparison of several runs. Run: upweight "
+                f"compare {shlex.quote(str(file))}"
+            )
     where = f"{file}: " if file is not None else ""
     listed = [setting for setting in settings if setting.typed == STAGES]
     if not listed or listed[-1].layer.prefix or listed[-1].layer.rank > 1:

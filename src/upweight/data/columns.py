@@ -34,6 +34,7 @@ COLUMNS: dict[str, Columns] = {
     "pair": Columns(("chosen", "rejected"), ("prompt", "weight", "margin", "probability", *_TEMPLATE)),
     "responses": Columns(("prompt", "responses"), ("scores", "preferences", *_TEMPLATE)),
     "messages": Columns(("messages",), _TEMPLATE),
+    "completion": Columns(("prompt", "completion"), _TEMPLATE),
 }
 
 READ = frozenset(name for columns in COLUMNS.values() for name in columns.all)
@@ -98,6 +99,16 @@ def require(row: Row, layout: str, row_id: RowId) -> None:
                 f'{row_id} has no "{name}" (it has: {listed(row)}). The {layout} layout needs '
                 f"{_words(required)}.{_misspelt(row, required)}"
             )
+
+
+def require_unlabelled(row: Row, row_id: RowId) -> None:
+    """Raises DataError for a single answer with a label: a bad one would be learned as a good."""
+    if "label" in row:
+        raise DataError(
+            f'{row_id} has a "label" beside prompt and completion, and labels of single answers '
+            "(KTO) are not read. For dpo give pairs, in the columns prompt, chosen and rejected; "
+            "for sft keep the good rows and remove the column."
+        )
 
 
 CALLED_PROMPT = ("question", "instruction", "instructions", "query", "input", "problem", "context")

@@ -5,6 +5,7 @@
     responses  {prompt, responses: [{text, score, weight, stopped}, ...]}, K >= 1, optionally with
                preferences: [[chosen, rejected], ...]
     messages   {messages}: the last message, the assistant's, is the response
+    completion {prompt, completion}: one response, as TRL's supervised rows have it
 
 Every layout also takes tools and template_options (or chat_template_kwargs), and pair a weight and
 a margin. A row that is not what its layout says is a DataError; a row that is, but cannot be
@@ -19,6 +20,7 @@ from typing import Any
 
 from upweight.data.columns import (
     BESIDE_TEXT,
+    COLUMNS,
     READ,
     Row,
     conversation,
@@ -32,6 +34,7 @@ from upweight.data.columns import (
     require,
     require_no_other_prompt,
     require_shallow,
+    require_unlabelled,
     shown,
     template_options,
     text_or_messages,
@@ -122,12 +125,30 @@ def messages(row: Row, row_id: RowId) -> Example | Dropped:
     return _example(row, row_id, turns[:-1], (Response(turns[-1:]),), ())
 
 
+def completion(row: Row, row_id: RowId) -> Example | Dropped:
+    """{prompt, completion}, each as text or messages: one response (K = 1) without a preference.
+
+    Raises DataError where a column is missing or of another type, or where a label says that the
+    response is good or bad.
+    """
+    require(row, "completion", row_id)
+    require_unlabelled(row, row_id)
+    prompt = text_or_messages(row["prompt"], "prompt", row_id)
+    answer = text_or_messages(row["completion"], "completion", row_id)
+    split = explicit(prompt, (answer,), ("completion",), row_id)
+    if isinstance(split, Dropped):
+        return split
+    prompt, (answer,) = split
+    return _example(row, row_id, prompt, (Response(answer),), ())
+
+
 _LEAST_WEIGHT = 1e-12
 
 FORMATS: dict[str, Callable[[Row, RowId], Example | Dropped]] = {
     "pair": pair,
     "responses": responses,
     "messages": messages,
+    "completion": completion,
 }
 
 
@@ -176,6 +197,22 @@ def prompt_of(row: Row, row_id: RowId) -> Example | Dropped:
         )
     example = _example(row, row_id, prompt, (), ())
     return _bad_unicode(example) or example
+
+
+def answer_of(row: Row, row_id: RowId) -> Text | None:
+    """The first response of a row of any layout, None of a row that is only a prompt, or is not
+    what its layout says."""
+    filled = {name for name, value in row.items() if value is not None}
+    layouts = (name for name, columns in COLUMNS.items() if filled.issuperset(columns.required))
+    if (layout := next(layouts, None)) is None:
+        return None
+    try:
+        example = example_of(row, row_id, layout)
+    except DataError:
+        return None
+    if not isinstance(example, Example) or not example.responses:
+        return None
+    return example.responses[0].content
 
 
 def _bad_unicode(example: Example) -> Dropped | None:

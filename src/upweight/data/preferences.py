@@ -104,6 +104,8 @@ def unusable(example: Example, *, require_preferences: bool) -> Dropped | None:
     scores = [a.score for a in example.responses]
     if all(s is None for s in scores):
         detail = f"responses: {len(scores)}, none with a score, and no preferences"
+        if len(scores) == 1:
+            detail = "one response and nothing to prefer it to; objective sft learns from such rows"
     else:
         detail = f"no two scores differ by more than the gap: {clipped(scores)}"
     return Dropped(example.row, "no_preference", detail)

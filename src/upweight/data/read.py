@@ -23,16 +23,19 @@ from upweight.types import RowId
 Lines = Iterator[tuple[int, Row]]
 
 
-def read_rows(paths: Iterable[str]) -> Iterator[tuple[RowId, Row]]:
+def read_rows(paths: Iterable[str], *, whole: bool = False) -> Iterator[tuple[RowId, Row]]:
     """Every row of every file, the files in the order given.
 
-    Raises DataError for a file that is missing, empty, of an unknown kind or not what its name
-    says, with the line and column where that is known.
+    A column of a Parquet file that no layout reads is null in its rows, unless they are wanted
+    `whole`: it may hold what Python has no value for, and be large. Raises DataError for a file
+    that is missing, empty, of an unknown kind or not what its name says, with the line and column
+    where that is known.
     """
     for path in paths:
         num_rows = 0
         with _readable(path):
-            for line, row in reader_of(path)(path):
+            reader = reader_of(path)
+            for line, row in _parquet(path, whole) if reader is _parquet else reader(path):
                 num_rows += 1
                 yield RowId(path, line), row
             if num_rows == 0:
@@ -228,9 +231,9 @@ def _cell(cell: str, name: str, path: str, line: int) -> Any:
     return value if is_messages else cell
 
 
-def _parquet(path: str) -> Lines:
-    """A column that no layout reads stays on disk, and is null in the rows: it may hold what Python
-    has no value for."""
+def _parquet(path: str, whole: bool = False) -> Lines:
+    """Unless the rows are wanted `whole`, a column that no layout reads stays on disk, and is null
+    in the rows: it may hold what Python has no value for."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -242,7 +245,7 @@ def _parquet(path: str) -> Lines:
             twice = next((n for n in names if names.count(n) > 1), None)
             if twice is not None:
                 raise DataError(f"{path} names the column {twice!r} twice. Rename or remove one.")
-            read = [n for n in names if n in READ]
+            read = [n for n in names if whole or n in READ]
             line = 0
             for batch in file.iter_batches(batch_size=1024, columns=read):
                 for row in _values(batch, path, line, read):

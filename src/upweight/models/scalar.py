@@ -28,10 +28,8 @@ from upweight.errors import ModelError
 from upweight.models.load import LanguageModel, evaluation_mode, load
 from upweight.models.logprobs import scored_hidden
 from upweight.models.reading import read_trees
-from upweight.models.weights import load_weights, resolve
+from upweight.models.weights import SCORING, load_weights, resolve
 from upweight.types import Forest, Tree
-
-ARCHITECTURE = "ForSequenceClassification"
 
 SPELLED_SPACES = ("\u0120", "\u2581")
 """How byte-level and SentencePiece vocabularies write a space that begins a token."""
@@ -44,7 +42,7 @@ def is_reward_model(folder: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     named = config.get("architectures") or [""]
-    return str(named[0]).endswith(ARCHITECTURE) and len(config.get("id2label", "?")) == 1
+    return str(named[0]).endswith(SCORING) and len(config.get("id2label", "?")) == 1
 
 
 def with_scalar_head(lm: LanguageModel, stop_ids: Collection[int], seed: int) -> LanguageModel:

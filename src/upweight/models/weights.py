@@ -56,6 +56,13 @@ UNREADABLE = (
 )
 """What transformers, peft and gguf raise on a folder that is damaged or not what it says."""
 
+SCORING = "ForSequenceClassification"
+"""How the architecture of a reward model is called."""
+
+WHERE_REWARDS_GO = (
+    "A reward model goes to rollout.reward, to evaluation.true_reward, or to upweight score"
+)
+
 SAVED_BUFFERS = re.compile(
     r"(attn|attention)\.(bias|masked_bias)$|\.causal_mask$|rotary_emb\.inv_freq$"
 )
@@ -199,6 +206,8 @@ def load_weights(
                 f"model: {name} is an encoder-decoder ({config.model_type}); upweight aligns "
                 "causal language models."
             )
+        if not scalar:
+            _require_writes(name, config)
         _without_dropout(config)
         return _complete_model(
             name,
@@ -207,6 +216,17 @@ def load_weights(
             config=config,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+        )
+
+
+def _require_writes(name: str, config: PreTrainedConfig) -> None:
+    """Raises ModelError for a reward model where a model that writes is wanted."""
+    (architecture, *_) = config.architectures or [""]
+    if architecture.endswith(SCORING) and config.num_labels == 1:
+        raise ModelError(
+            f"model: {name} is a reward model (its config.json names {architecture} with one "
+            "label): it scores answers and writes none, so that it can be neither a policy nor its "
+            f"reference. Give the model that it was trained from. {WHERE_REWARDS_GO}."
         )
 
 

@@ -20,6 +20,8 @@ from upweight.evidence.track import clients
 from upweight.models.load import LanguageModel
 from upweight.models.probes import FILE, Probes, probe_trees, read_probes, require_same_probes
 from upweight.models.proof import TOLERANCE_NATS, one_at_a_time
+from upweight.models.scalar import is_reward_model
+from upweight.models.weights import WHERE_REWARDS_GO
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import (
     Prepared,
@@ -30,7 +32,7 @@ from upweight.recipes.prepare import (
     load_policy,
 )
 from upweight.recipes.reference import probe_reference
-from upweight.recipes.rewarding import require_rewards
+from upweight.recipes.rewarding import ask_rewards, require_rewards
 from upweight.recipes.screen import Screen, Silent
 from upweight.recipes.start import start, with_reference
 from upweight.training import checkpoint
@@ -92,7 +94,7 @@ def check(
     resolved: Resolved, screen: Screen | None = None, num_shown: int = 3, *, ask: bool = True
 ) -> Checked:
     """Everything that can be known before step 1: trackers, out, model, rows, adapter, room on the
-    disk, and, where it is to `ask`, what the reference says of a few rows of each set.
+    disk, and, where it is to `ask`, what rewards and reference say of a few rows.
 
     Raises what training would raise for it.
     """
@@ -107,6 +109,8 @@ def check(
     if ask:  # What a stage before this one makes is not there yet.
         require_rewards(run)
     begun = start(resolved, screen, saved)
+    if ask and saved is None:
+        ask_rewards(begun.run, begun.prepared, screen)
     if ask and KINDS[begun.run.objective].by_reference:
         screen.stage("reference")
         reference, own = probe_reference(begun.run, begun.lm, begun.prepared)
@@ -130,6 +134,12 @@ def check_model(run: Run, screen: Screen | None = None) -> float:
     """
     screen = screen or Silent()
     path = Path(run.model).expanduser()
+    if is_reward_model(path):
+        raise ModelError(
+            f"{run.model} is a reward model: it gives no log-probs to compare, and is exported "
+            f"without a {FILE}. {WHERE_REWARDS_GO}: upweight score --model {run.model} --data FILE "
+            "--out FILE shows how it ranks preferences."
+        )
     file = (path.parent if path.is_file() else path) / FILE
     if not file.is_file():
         raise ModelError(

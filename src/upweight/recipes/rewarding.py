@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from upweight.config import Run
-from upweight.data.formats import prompt_of
+from upweight.data.formats import answer_of, prompt_of
 from upweight.data.read import read_rows
 from upweight.errors import ConfigError, DataError, ModelError, RewardError
 from upweight.models.load import LanguageModel
 from upweight.models.scalar import is_reward_model, load_reward_model, tree_scores
 from upweight.recipes.kinds import KINDS
-from upweight.recipes.prepare import tokens_read_at_once
-from upweight.training.rewards import REWARDS, Sampled, open_reward
+from upweight.recipes.prepare import Prepared, tokens_read_at_once
+from upweight.recipes.reference import answered_sets, sampled_trees
+from upweight.recipes.screen import Screen
+from upweight.training.rewards import ADDRESSES, REWARDS, Sampled, open_reward
 from upweight.training.rollout import texts_of
+from upweight.trust.likely import spread
 from upweight.types import Example, RowId, Text, Tree
 
 Scorer = Callable[[Sequence[Tree]], list[list[float]]]
 """Trees -> the reward of each of their responses."""
+
+ASKED = 8
+"""Rows that a reward is asked about before step 1: a column that it needs is missing in most."""
+
+NO_ANSWER = "a"
+"""What is scored in the place of a row's own answer."""
 
 
 def require_rewards(run: Run, *, later: bool = False) -> None:
@@ -106,26 +115,84 @@ def reward_model_beside(
 
 def _by_text(spec: str, lm: LanguageModel) -> Scorer:
     reward = open_reward(spec)
-    rows: dict[RowId, tuple[Text, Mapping[str, Any]]] = {}
+    rows: dict[RowId, Asked] = {}
 
     def score(trees: Sequence[Tree]) -> list[list[float]]:
         missing = {t.ids[0].row.source for t in trees if _whole(t.ids[0].row) not in rows}
-        for row_id, row in read_rows(sorted(missing)):
-            asked = prompt_of(row, row_id)
-            if isinstance(asked, Example):
-                rows[row_id] = asked.prompt, row
-        items: list[Sampled] = []
-        for tree in trees:
-            where = tree.ids[0].row
-            prompt, row = rows[_whole(where)]
-            if where.turn is not None and not isinstance(prompt, str):
-                prompt = prompt[: where.turn - 1]
-            question = _as_text(prompt)
-            items += [Sampled(question, text, row, where) for text in texts_of(lm, tree)]
+        rows.update(_asked_in(missing))
+        items = [
+            _sampled(rows, tree.ids[0].row, text) for tree in trees for text in texts_of(lm, tree)
+        ]
         flat = iter(reward(items))
         return [[next(flat) for _ in tree.responses] for tree in trees]
 
     return score
+
+
+Asked = tuple[Text, Mapping[str, Any]]
+"""A prompt, and the row that it stands in."""
+
+
+def _asked_in(files: Collection[str]) -> Iterator[tuple[RowId, Asked]]:
+    for row_id, row in read_rows(sorted(files), whole=True):
+        asked = prompt_of(row, row_id)
+        if isinstance(asked, Example):
+            yield row_id, (asked.prompt, row)
+
+
+def _sampled(rows: Mapping[RowId, Asked], where: RowId, response: str) -> Sampled:
+    prompt, row = rows[_whole(where)]
+    if where.turn is not None and not isinstance(prompt, str):
+        prompt = prompt[: where.turn - 1]
+    return Sampled(_as_text(prompt), response, row, where)
+
+
+def ask_rewards(run: Run, prepared: Prepared, screen: Screen) -> None:
+    """Has the run's rewards score the answers that stand in a few rows, before anything else is
+    computed, and says from where to where they reach. Raises RewardError for what would end the run
+    later.
+
+    Not a reward model, which needs no column, and not an address, which may charge for it.
+    """
+    specs = {
+        "rollout.reward": run.rollout.reward,
+        "evaluation.true_reward": run.evaluation.true_reward,
+    }
+    asked: dict[str, list[Tree]] = {key: [] for key in specs}
+    if KINDS[run.objective].draws:
+        asked["rollout.reward"] += spread(prepared.trees["train"], ASKED)
+    sets = answered_sets(run, prepared).values()
+    judged = [tree for trees in sets for tree in sampled_trees(run, trees)]
+    judge = "rollout.reward" if run.evaluation.true_reward is None else "evaluation.true_reward"
+    asked[judge] += spread(judged, ASKED)
+    for key, spec in specs.items():
+        if spec is None or not asked[key] or Path(spec).is_dir():
+            continue
+        if spec.startswith(ADDRESSES):
+            screen.note(f"{key}: {spec} is an address, and was not asked about any row")
+            continue
+        try:
+            rewards = _rewards_of_rows(spec, asked[key])
+        except RewardError as error:
+            raise RewardError(
+                f"{key}, asked about a few rows before step 1: {error} Mend the rows or the reward."
+            ) from None
+        screen.note(
+            f"{key}: {spec} gives {min(rewards):.4g} to {max(rewards):.4g} to the answers of "
+            f'{len(rewards)} rows ("{NO_ANSWER}" where a row has none)'
+        )
+
+
+def _rewards_of_rows(spec: str, trees: Sequence[Tree]) -> list[float]:
+    wanted = {_whole(tree.ids[0].row) for tree in trees}
+    found = _asked_in({row_id.source for row_id in wanted})
+    rows = {row_id: asked for row_id, asked in found if row_id in wanted}
+    items: list[Sampled] = []
+    for tree in trees:
+        where = tree.ids[0].row
+        answer = answer_of(rows[_whole(where)][1], where)
+        items.append(_sampled(rows, where, NO_ANSWER if answer is None else _as_text(answer)))
+    return open_reward(spec)(items)
 
 
 def _whole(row: RowId) -> RowId:

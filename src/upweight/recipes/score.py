@@ -32,16 +32,18 @@ from upweight.training.rundir import require_file, write_atomic
 from upweight.types import Example
 
 
-def score_file(run: Run, screen: Screen | None = None) -> list[dict[str, object]]:
+def score_file(
+    run: Run, screen: Screen | None = None, *, overwrite: bool = False
+) -> list[dict[str, object]]:
     """Log-probs, implicit rewards and margins per preference, in nats; written to run.out if set.
     Of a reward model's folder its scores and margins.
 
     Without run.reference the ref_ and reward fields are None. Raises ConfigError for settings that
-    scoring does not read.
+    scoring does not read, OutputError for a file that holds something, unless it is to `overwrite`.
     """
     screen = screen or Silent()
     require_read("score", run)
-    _require_out(run)
+    _require_out(run, overwrite)
     judges = is_reward_model(resolve(run.model))
     if judges and run.reference is not None:
         raise Refusal(
@@ -75,13 +77,19 @@ def score_file(run: Run, screen: Screen | None = None) -> list[dict[str, object]
 
 
 def sample_file(
-    run: Run, *, num: int = 1, top_p: float | int = 1.0, screen: Screen | None = None
+    run: Run,
+    *,
+    num: int = 1,
+    top_p: float | int = 1.0,
+    screen: Screen | None = None,
+    overwrite: bool = False,
 ) -> list[dict[str, object]]:
     """`num` responses to every prompt of the data files, in the K-responses layout; written to
     run.out if set.
 
     evaluation.max_new_tokens and evaluation.temperature say how they are drawn. Raises ConfigError
-    for settings that sampling does not read.
+    for settings that sampling does not read, OutputError for a file that holds something, unless it
+    is to `overwrite`.
     """
     screen = screen or Silent()
     if num < 1:
@@ -89,7 +97,7 @@ def sample_file(
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p is {top_p}; it must be a number > 0 and <= 1 (1: off).")
     require_read("sample", run)
-    _require_out(run)
+    _require_out(run, overwrite)
     screen.stage("model")
     lm = load_policy(run)
     renderer = renderer_for(run, lm)
@@ -149,9 +157,9 @@ def _asked(example: Example) -> dict[str, object]:
     return columns
 
 
-def _require_out(run: Run) -> None:
+def _require_out(run: Run, overwrite: bool) -> None:
     if run.out is not None:
-        require_file(Path(run.out))
+        require_file(Path(run.out), overwrite=overwrite)
 
 
 def _write(run: Run, rows: Sequence[dict[str, object]], screen: Screen) -> None:

@@ -48,6 +48,7 @@ from upweight.training.memory import MemoryPlan, plan_memory
 from upweight.training.moment import Position
 from upweight.training.optimizer import MOMENT_BYTES, require_moments
 from upweight.training.rollout import Sizes
+from upweight.training.schedules import summed_factors
 from upweight.trust.finding import Finding, Refused
 from upweight.trust.identity import (
     PROBES,
@@ -57,7 +58,7 @@ from upweight.trust.identity import (
     starts_elsewhere,
 )
 from upweight.trust.likely import by_reference, spread, swapped
-from upweight.trust.preflight import Examined, Figures, examine, settle
+from upweight.trust.preflight import Examined, Figures, examine, hardly_moves, settle
 from upweight.trust.spans import Texts, examine_texts
 from upweight.types import Tree
 
@@ -144,10 +145,21 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     if run.batch.tokens_per_bin is None:
         resolved = resolved.with_value("batch.tokens_per_bin", memory.tokens_per_bin, RESOLVED)
     plan = _plan(resolved.run, prepared)
+    prepared = _noticed(prepared, {"train": ({}, _still(run, plan))}, screen)
     resolved = _with_plan(resolved, plan)
     if resolved.run.out is not None:
         require_room(resolved.run, lm, Path(resolved.run.out))
     return Start(resolved, lm, prepared, plan, best, memory)
+
+
+def _still(run: Run, plan: Plan) -> list[Finding]:
+    """What is said of a plan that gets nowhere. Not with an adapter: what that adds is a product of
+    two factors, of which one starts at 0."""
+    if run.lora is not None:
+        return []
+    factors = summed_factors(plan.total_steps, plan.warmup, plan.schedule)
+    reach, limit = factors * plan.learning_rate, run.preflight.reach
+    return hardly_moves(plan.total_steps, plan.learning_rate, reach, limit)
 
 
 def _with_rates(resolved: Resolved) -> Resolved:

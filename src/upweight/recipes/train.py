@@ -35,7 +35,7 @@ from upweight.recipes.resume import (
     resume_command,
     reward_digests,
 )
-from upweight.recipes.rewarding import Scorer, make_scorer, require_rewards
+from upweight.recipes.rewarding import Scorer, ask_rewards, make_scorer, require_rewards
 from upweight.recipes.screen import Screen, Silent
 from upweight.recipes.start import Start, found_beside, start, with_reference
 from upweight.recipes.state import (
@@ -95,8 +95,8 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
     """Train `resolved.run.model` by its objective into `resolved.run.out`.
 
     Raises UpweightError children for everything that is the data's, the config's, the model's or
-    the disk's; a run that fails before its first step leaves an empty folder. From there on Ctrl-C
-    and SIGTERM save a checkpoint and return an unfinished Result.
+    the disk's; a run that fails before its first file leaves no folder that was not there. From its
+    first step on Ctrl-C and SIGTERM save a checkpoint and return an unfinished Result.
     """
     screen = screen or Silent()
     run = resolved.run
@@ -106,6 +106,8 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
     with open_run_dir(Path(run.out), run.resume) as rundir, contextlib.ExitStack() as stack:
         saved = _newest(rundir)
         begun = start(resolved, screen, saved.position if saved else None)
+        if saved is None:
+            ask_rewards(begun.run, begun.prepared, screen)
         if KINDS[begun.run.objective].answers:
             screen.stage("reference")
         against = ask_reference(begun.run, begun.lm, begun.prepared, screen)
@@ -113,7 +115,7 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
             require_same_models(saved.position, begun.run, against)
         if against.own is not None:
             begun = with_reference(begun, against.logps, against.own, screen, fresh=saved is None)
-        # Before the first file of the run, so that a login that is wrong leaves an empty folder.
+        # Before the first file of the run, so that a login that is wrong leaves none.
         target = Target(rundir.path, leaf_values(begun.run), saved.position.step if saved else None)
         trackers = stack.enter_context(tracking(to_open, target, screen.note))
         stop = stack.enter_context(_stop_on_signals(screen))

@@ -45,6 +45,8 @@ class Sampled:
 
 Scorer = Callable[[Sequence[Sampled]], list[float]]
 
+ADDRESSES = ("http://", "https://")
+
 
 def score_responses(spec: str, items: Sequence[Sampled]) -> list[float]:
     """One finite reward per item, in their order. `open_reward` says what `spec` can be."""
@@ -61,7 +63,7 @@ def open_reward(spec: str, *, timeout_seconds: float = 60.0, batch_size: int = 6
     """
     if spec in REWARDS:
         return partial(_score_each, spec, REWARDS[spec])
-    if spec.startswith(("http://", "https://")):
+    if spec.startswith(ADDRESSES):
         try:
             host = urlsplit(spec).hostname
         except ValueError:

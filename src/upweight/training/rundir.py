@@ -15,7 +15,7 @@ import platform
 import secrets
 import shutil
 from collections.abc import Collection, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
@@ -69,13 +69,15 @@ class RunDir:
 
     The lock is the kernel's and ends with the process, however the process ends. `left` are the
     records of a run that stopped here before its first checkpoint: the one that begins removes
-    them with its first file.
+    them with its first file. `made` are the folders that were not there, the run's own first: where
+    a run fails before its first file, they go again.
     """
 
     path: Path
     resumed: bool
     lock: TextIOWrapper
     left: tuple[str, ...] = ()
+    made: tuple[Path, ...] = ()
 
     def remove_left(self) -> None:
         with writing(self.path):
@@ -99,7 +101,18 @@ class RunDir:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is not None and self.made:
+            self._remove_empty()
         self.close()
+
+    def _remove_empty(self) -> None:
+        """While the lock is ours: nobody else has begun here."""
+        # A folder that holds what others have put there stays, and so do its parents.
+        with suppress(OSError):
+            if os.listdir(self.path) == [_LOCK]:
+                (self.path / _LOCK).unlink()
+                for folder in self.made:
+                    folder.rmdir()
 
 
 def open_run_dir(path: Path, resume: bool) -> RunDir:
@@ -113,6 +126,7 @@ def open_run_dir(path: Path, resume: bool) -> RunDir:
     with writing(path):
         _require_fits(path, resume)
         ours = (path / _LOCK).exists()
+        made = tuple(folder for folder in (path, *path.parents) if not folder.exists())
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         try:
@@ -124,7 +138,7 @@ def open_run_dir(path: Path, resume: bool) -> RunDir:
         except BaseException:
             lock.close()
             raise
-        return RunDir(path, resume, lock, left)
+        return RunDir(path, resume, lock, left, made)
 
 
 def require_run_dir(path: Path, resume: bool) -> None:
@@ -142,14 +156,22 @@ def require_run_dir(path: Path, resume: bool) -> None:
             raise PermissionError(errno.EACCES, "", str(path))
 
 
-def require_file(path: Path) -> None:
-    """Raises OutputError where `write_atomic` could not put a file at `path`; for use before the
-    work that ends there. The folders that are to hold it are made."""
+def require_file(path: Path, *, overwrite: bool = True) -> None:
+    """Raises OutputError where `write_atomic` could not put a file at `path`, and without
+    `overwrite` where one is that holds anything; for use before the work that ends there. The
+    folders that are to hold it are made."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(_replaceable(path))
+        final = _replaceable(path)
+        held = final.stat().st_size if final.exists() else 0
+        temporary = temporary_name(final)
         temporary.touch()
         temporary.unlink()
+    if held and not overwrite:
+        raise OutputError(
+            f"{path} exists and holds {_size(held)}. Choose another out, or replace it: "
+            "--overwrite (in Python overwrite=True)."
+        )
 
 
 def _require_fits(path: Path, resume: bool) -> None:
@@ -229,6 +251,10 @@ def _lock(folder: Path) -> TextIOWrapper:
         _logger.warning(
             "%s lies on a file system without locks: nothing keeps a second run out of it.", folder
         )
+    if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+        # Taken between its opening and its locking: whoever had it was refused, and removed it.
+        lock.close()
+        raise OutputError(f"{folder} was in use until this moment. Run the same command again.")
     return lock
 
 

@@ -37,8 +37,20 @@ def learning_rate_factor(step: int, total_steps: int, warmup: float, schedule: s
         )
     assert 0 <= step < total_steps, f"update {step} of a run of {total_steps}"
     assert 0.0 <= warmup < 1.0, f"warmup is a share of the steps, not {warmup}"
-    # Without the rounding, binary fractions add an update: 0.07 * 100 is a little above 7.
-    num_warmup = max(1, math.ceil(round(warmup * total_steps, 9)))
+    num_warmup = _num_warmup(total_steps, warmup)
     if step < num_warmup:
         return (step + 1) / num_warmup
     return SCHEDULES[schedule]((step + 1 - num_warmup) / (total_steps + 1 - num_warmup))
+
+
+def summed_factors(total_steps: int, warmup: float, schedule: str) -> float:
+    """The sum of learning_rate_factor over a run. The w updates of the warmup come to (w + 1) / 2;
+    what falls afterwards is one half on average, by its symmetry."""
+    if schedule != "constant":
+        return (total_steps + 1) / 2
+    return total_steps - (_num_warmup(total_steps, warmup) - 1) / 2
+
+
+def _num_warmup(total_steps: int, warmup: float) -> int:
+    # Without the rounding, binary fractions add an update: 0.07 * 100 is a little above 7.
+    return max(1, math.ceil(round(warmup * total_steps, 9)))

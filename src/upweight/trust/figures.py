@@ -44,8 +44,8 @@ def as_markdown() -> str:
             "",
             "Everything that can be known before step 1, in seconds, and nothing written: the rows "
             "and their account, what is suspicious about them, three rows as they are scored, the "
-            "plan of steps and memory, and what the model says of a few of the rows. `train` does "
-            "the same first.",
+            "plan of steps and memory, what reward functions give the answers of a few rows, and "
+            "what the model says of a few. `train` does the same first.",
             "",
             "Status 0, also with warnings; 2 where training would be refused. A code is explained "
             "by `upweight explain CODE` and in [codes.md](codes.md).",

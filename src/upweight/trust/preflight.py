@@ -261,6 +261,27 @@ def _shortcut(examined: Examined, rule: str, found: Interval) -> Finding | None:
     )
 
 
+def hardly_moves(
+    total_steps: int, learning_rate: float, reach: float, limit: float
+) -> list[Finding]:
+    """A plan whose learning rates are so small, or so few, that no weight gets anywhere.
+
+    AdamW moves a weight by about its learning rate at most, whatever the gradient's size: the mean
+    of gradients is divided by the root of their mean square. So no weight moves by more than about
+    the sum of the rates, which is the `reach` of the plan. Weights are hundredths in size.
+    """
+    if reach >= limit:
+        return []
+    steps = "1 step" if total_steps == 1 else f"{total_steps:,} steps"
+    said = (
+        f"the whole run, {steps} at learning rates of {learning_rate:.3g} at most, can move a "
+        f"weight by about {reach:.2g} (preflight.reach is {limit:g}): the model will answer as the "
+        "one that it begins with. Raise epochs or optimizer.learning_rate, or train with lora: "
+        "true, whose rates are higher."
+    )
+    return [Finding("UW103", said)]
+
+
 EXAMINATIONS: tuple[Callable[[Examined], Seen], ...] = (
     cut,
     identical,

@@ -87,6 +87,10 @@ PAGES: tuple[Page, ...] = (
             "gradient reached the trained weights, or the updates were too small to matter."
         ),
         found_by=(
+            "Before step 1, and by `upweight check`, where all weights are trained: AdamW moves a "
+            "weight by about its learning rate at most in a step, whatever the gradient's size. "
+            "Where the rates of all steps come to less than `preflight.reach`, which is some "
+            "ten-thousandth of a weight's usual size, it is reported, and the run goes on. "
             "After the first step: some 256 elements of every "
             "trained tensor are compared with what they were before. If none has moved the run is "
             "refused; the message says whether no gradient arrived (`grad_norm` is 0) or the "
@@ -104,19 +108,22 @@ PAGES: tuple[Page, ...] = (
         causes=(
             "The learning rate is too small for so few steps. Where none is set it is 5e-7 for "
             "full training and 1e-5 for LoRA.",
+            "There are fewer rows than `batch.pairs_per_step`, so that an epoch is one step.",
             "The run is so short that `optimizer.warmup` takes much of it.",
             "The reward tells no two answers to a prompt apart.",
             "The preferences carry no signal that generalizes; then the training loss falls and "
             "the held-out one does not (UW306).",
         ),
         do=(
-            "Raise `optimizer.learning_rate` (try ten times the value) or `epochs`.",
+            "Raise `optimizer.learning_rate` (try ten times the value) or `epochs`, or lower "
+            "`batch.pairs_per_step`.",
             "Read the model line that the run prints at its start: it says how many parameters "
             "are trained.",
             "Train on a few rows (`data.limit=8`) for many `epochs`: if `rewards/accuracies` does "
             "not reach 1 on rows seen so often, the fault is not in the amount of data.",
         ),
         detectors=(
+            "upweight.trust.preflight:hardly_moves",
             "upweight.trust.watch.weights:nothing_learns",
             "upweight.trust.watch.weights:_some_do_not",
             "upweight.trust.watch.weights:nothing_is_taught",
