@@ -72,7 +72,8 @@ def values_of(run: Run, lm: LanguageModel, stop_ids: Sequence[int]) -> Values | 
     spec = run.rollout.reward
     as_trained = functools.partial(trained, run, stop_ids=stop_ids)
     if spec is not None and is_reward_model(spec):
-        critic = reward_model_beside(lm, spec, run, as_trained)
+        quantize = None if run.lora is None else run.lora.quantize
+        critic = reward_model_beside(lm, spec, run, as_trained, quantize)
         return Values(critic, critic.model)
     critic = with_scalar_head(as_trained(load_policy(run)), stop_ids, run.seed)
     nn.init.zeros_(score_head(critic.model).weight)

@@ -91,6 +91,7 @@ def reward_model_beside(
     spec: str,
     run: Run,
     adapt: Callable[[LanguageModel], LanguageModel] = lambda lm: lm,
+    quantize: str | None = None,
 ) -> LanguageModel:
     """The reward model `spec` where and as `lm` runs, by the run's settings."""
     return load_reward_model(
@@ -101,6 +102,7 @@ def reward_model_beside(
         path=run.compute.attention,
         sharing=run.compute.sharing,
         trust_remote_code=run.compute.trust_remote_code,
+        quantize=quantize,
     )
 
 

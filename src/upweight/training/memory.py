@@ -33,7 +33,8 @@ class MemoryPlan:
     there, None where it cannot be asked; `longest` is the tokens of the longest tree, which may be
     more than `tokens_per_bin`, and `tokens_per_step` the most that a step has. `per_scored` is
     kept for each scored token, up to `most_scored` of all. `beside` is what else is held, by what
-    it is: other models of the run, with what their training needs."""
+    it is: other models of the run, with what their training needs. `host_per_token` is what waits
+    in host memory instead, of which `host_free` is left."""
 
     tokens_per_bin: int
     longest: int
@@ -48,6 +49,8 @@ class MemoryPlan:
     free: int | None
     most_scored: int | None = None
     beside: Mapping[str, int] = field(default_factory=dict[str, int])
+    host_per_token: int = 0
+    host_free: int | None = None
 
     def activations(self, num_tokens: int) -> int:
         """What the backward pass of a bin of so many tokens finds kept."""
@@ -89,6 +92,9 @@ class MemoryPlan:
         ]
         total = size(self.weights + self.needed)
         lines = f"memory: {' + '.join(parts)} = about {total}"
+        if self.host_per_token:
+            waiting = size(self.largest_bin * self.host_per_token)
+            lines += f", and {waiting} of activations in host memory"
         if self.free is None:
             return lines
         lines += f"; {size(self.free)} are free beside the weights"
@@ -130,6 +136,8 @@ def plan_memory(
     small, large = (_kept(lm, times, forward) for times in (1, 3))
     num_tokens = _probe().num_tokens
     per_token = max(0, large - small) // (2 * num_tokens)
+    # Of what is kept in host memory, one layer's is on the device at a time.
+    layers = _num_layers(lm) if lm.offload else 1
     parameters = list(lm.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     all_tokens = sum(tree.num_tokens for tree in trees)
@@ -142,17 +150,22 @@ def plan_memory(
         gradients=_bytes(trained),
         moments=2 * moment_bytes * sum(p.numel() for p in trained),
         fixed=passes * max(0, small - per_token * num_tokens),
-        per_token=passes * per_token,
+        per_token=passes * (per_token // layers),
         per_scored=per_scored,
         scored_share=scored / max(1, all_tokens),
         free=free_bytes(lm.device),
         most_scored=most_scored,
         beside=beside or {},
+        host_per_token=passes * per_token if lm.offload else 0,
+        host_free=free_bytes(torch.device("cpu")) if lm.offload else None,
     )
     if tokens_per_bin is not None or plan.free is None:
         return plan
     others = sum(plan.beside.values())
     fits = plan.fits(int(plan.free * SHARE) - plan.gradients - plan.moments - others)
+    if plan.host_free is not None and plan.host_per_token:
+        waiting = int(plan.host_free * SHARE) // plan.host_per_token
+        fits = waiting if fits is None else min(fits, waiting)
     if fits is None:
         return plan
     # In whole steps, so that a few bytes more or less do not change a run.
@@ -165,6 +178,11 @@ def enough_tokens(lm: LanguageModel) -> int:
     enough = TOKENS_PER_BIN.get(lm.device.type, 2048)
     dense = lm.plan.shared and lm.plan.attention == "dense"
     return min(enough, TOKENS_PER_MASK) if dense else enough
+
+
+def _num_layers(lm: LanguageModel) -> int:
+    num = getattr(lm.causal.config, "num_hidden_layers", 1)
+    return max(1, num if isinstance(num, int) else 1)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
