@@ -22,13 +22,13 @@ from upweight.models import attention, nf4, probes
 from upweight.models.adapter import widened
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.proof import TOLERANCE_NATS, one_at_a_time, probe_forest
+from upweight.models.reading import free_cached, is_out_of_memory
 from upweight.models.scalar import (
     in_one_batch,
     one_response_at_a_time,
     padding_tokenizer,
     tree_scores,
 )
-from upweight.models.reading import free_cached, is_out_of_memory
 from upweight.models.weights import load_as_served, load_tokenizer, load_weights, quiet_peft
 from upweight.types import Example, Forest, Tree
 

@@ -40,9 +40,9 @@ AS_CONFIG = {
 }
 
 HALF_GAP, SCALE_GAP = 0.157, 0.0075
-"""What rounding explains of a weight's error: the multiples -1 and -0.696 are the furthest apart,
-half of that is 0.152 of the block's largest, and bf16 rounds what is read back (twice 2^-9). A scale
-is off by half the widest gap of the 8-bit code, 0.0071 of the range of all scales."""
+"""What rounding explains of a weight's error. The multiples -1 and -0.696 are the furthest apart,
+and half of that is 0.152 of the block's largest; bf16 rounds what is read back (twice 2^-9). A
+scale is off by half the widest gap of the 8-bit code, 0.0071 of the furthest from their mean."""
 
 
 def package(part: str, asked: str, extra: str) -> Any:
@@ -221,7 +221,9 @@ def in_full(model: nn.Module) -> None:
                 setattr(parent, name, layer.plain().to("cpu"))
                 if layer.transposed and hasattr(parent, "fan_in_fan_out"):
                     parent.fan_in_fan_out = True  # an adapter that will be merged into it
-            elif (state := getattr(getattr(layer, "weight", None), "quant_state", None)) is not None:
+            elif (
+                state := getattr(getattr(layer, "weight", None), "quant_state", None)
+            ) is not None:
                 read: Tensor = _functional().dequantize_4bit(layer.weight.data, state)
                 bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
                 setattr(parent, name, _linear(read.float(), bias).to("cpu"))

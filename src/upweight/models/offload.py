@@ -32,7 +32,7 @@ def offloaded(lm: LanguageModel) -> Generator[None]:
     def pack(tensor: Tensor) -> object:
         at = tensor.untyped_storage().data_ptr()
         if tensor.numel() < SMALLEST or at in weights:
-            return tensor
+            return tensor.detach()  # the tensor itself would hold its own graph
         return host.pack_hook(tensor)
 
     def unpack(kept: object) -> Tensor:

@@ -156,7 +156,7 @@ def plan_memory(
         free=free_bytes(lm.device),
         most_scored=most_scored,
         beside=beside or {},
-        host_per_token=passes * per_token if lm.offload else 0,
+        host_per_token=passes * _moved_per_token(lm, forward) if lm.offload else 0,
         host_free=free_bytes(torch.device("cpu")) if lm.offload else None,
     )
     if tokens_per_bin is not None or plan.free is None:
@@ -263,8 +263,21 @@ def _probe() -> Tree:
     )
 
 
-def _kept(lm: LanguageModel, times: int, forward: Callable[[LanguageModel, Forest], Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, weights aside, each storage once."""
+def _moved_per_token(lm: LanguageModel, forward: Callable[[LanguageModel, Forest], Tensor]) -> int:
+    """Bytes of a token that wait in host memory, where each product keeps a copy of its own."""
+    small, large = (_kept(lm, times, forward, copies=True) for times in (1, 3))
+    return max(0, large - small) // (2 * _probe().num_tokens)
+
+
+def _kept(
+    lm: LanguageModel,
+    times: int,
+    forward: Callable[[LanguageModel, Forest], Tensor],
+    *,
+    copies: bool = False,
+) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights aside: each storage once, or
+    as often as it is kept."""
     weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
     kept: dict[int, int] = {}
     held: list[Tensor] = []
@@ -272,7 +285,8 @@ def _kept(lm: LanguageModel, times: int, forward: Callable[[LanguageModel, Fores
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            own = len(held) if copies else storage.data_ptr()
+            kept[own] = tensor.nbytes if copies else storage.nbytes()
             held.append(tensor)  # an address that is freed would be another tensor's
         return tensor
 
