@@ -1,4 +1,4 @@
-"""Frozen layers in four bits: the same numbers as plain layers that hold what the bits stand for."""
+"""Frozen layers in four bits: the numbers of plain layers that hold what the bits stand for."""
 
 from __future__ import annotations
 
