@@ -81,12 +81,14 @@ OTHER: dict[str, Any] = {
     "lora.alpha": 8.0,
     "lora.dropout": 0.1,
     "lora.targets": ["q_proj"],
+    "lora.quantize": "nf4",
     "compute.dtype": "float32",
     "compute.device": "cpu",
     "compute.attention": "dense",
     "compute.sharing": False,
     "compute.threads": 2,
     "compute.checkpointing": True,
+    "compute.offload": True,
     "compute.trust_remote_code": True,
     "rollout.reward": "vader",
     "rollout.prompts_per_round": 4,
@@ -605,8 +607,8 @@ WRONG = {
         "loss must be a section with the keys beta, label_smoothing, margin, centering; found 0.1."
     ),
     "lora=yes": (
-        "lora must be true, false or a section with the keys rank, alpha, dropout, targets; "
-        'found "yes".'
+        "lora must be true, false or a section with the keys rank, alpha, dropout, targets, "
+        'quantize; found "yes".'
     ),
     "beta": '"beta" is no override; write key=value, as in beta=0.2.',
     "=3": '"=3" is no override; write key=value, as in beta=0.2.',

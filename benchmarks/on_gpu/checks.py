@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -26,11 +27,12 @@ from on_gpu.models import (
 from results import markdown_table
 from upweight.config.sections import Compute
 from upweight.data.pack import collate
-from upweight.models import attention, proof
+from upweight.models import attention, nf4, proof
 from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype
 from upweight.models.head import at_least_fp32, head_logps
 from upweight.models.load import ForwardPlan, LanguageModel, checkpoint_layers
 from upweight.models.logprobs import token_logps
+from upweight.models.offload import offloaded
 from upweight.types import Tree
 
 ALLOWED = {"fp32": (1e-4, 1e-3), "bf16": (0.15, 0.15)}
@@ -171,7 +173,9 @@ class Subject:
         """One way through the engine. One that raises does not hold, and the next is tried."""
         with patch.object(attention, "dense_attention", wraps=attention.dense_attention) as dense:
             try:
-                got = values(lm, token_logps(lm, collate(self.trees), **options))
+                with offloaded(lm):
+                    logps = token_logps(lm, collate(self.trees), **options)
+                got = values(lm, logps)
             except Exception as error:
                 return broken(self.model, self.precision, f"{way}, {lm.plan.attention}", error)
         # A path that cannot do what a family asks for hands over to another.
@@ -219,6 +223,8 @@ def check_tuning(precision: str, device: str) -> Iterator[Check]:
     yield check("frozen head in chunks", frozen, oracle(frozen, trees), **chunks)
     checkpoint_layers(recomputed)
     yield check("checkpointing", recomputed, oracle(whole, trees))
+    for way, kept in (("offload", whole), ("offload, checkpointing", recomputed)):
+        yield check(way, replace(kept, offload=True), oracle(whole, trees))
     lm = adapted(whole)
     yield check("LoRA", lm, oracle(lm, trees))
     if precision == "bf16":
@@ -227,6 +233,29 @@ def check_tuning(precision: str, device: str) -> Iterator[Check]:
         keep_frozen_in_compute_dtype(lm)
         narrow = sum(p.dtype == lm.compute_dtype for p in lm.model.parameters())
         yield check(f"LoRA, {narrow} frozen matrices in bf16", lm, truth)
+    yield from check_nf4(whole, check)
+
+
+def check_nf4(whole: LanguageModel, check: Callable[..., Check]) -> Iterator[Check]:
+    """LoRA on layers in four bits, against plain layers that hold what the bits stand for."""
+    precision = "bf16" if whole.compute_dtype == torch.bfloat16 else "fp32"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        way = "LoRA on nf4: not checked, bitsandbytes is not installed"
+        yield Check("llama", precision, way, (0.0, None), (None, None))
+        return
+    lm = deepcopy(whole)
+    nf4.quantize_layers(lm.causal, lm.device)
+    lm = adapted(lm)
+    plain = deepcopy(lm)
+    nf4.in_full(plain.model)
+    trees = tuple(random_trees(CHECKED_SHAPES, lm.vocab_size))
+    truth = oracle(plain, trees)
+    num = len(nf4.quantized_layers(lm.model))
+    yield check(f"LoRA on {num} matrices in nf4", lm, truth)
+    for layer in nf4.quantized_layers(lm.model):
+        layer.scales.data = layer.scales.data.roll(1)
+    found = check("planted: nf4 with the next block's scales", lm, truth)
+    yield replace(found, planted=math.isfinite(found.found[0]))
 
 
 def adapted(lm: LanguageModel) -> LanguageModel:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from results import markdown_table, save
 DATA_SHEET = {"H100 80GB HBM3": 989.4, "H100 PCIe": 756, "H200": 989.4}
 DATA_SHEET |= {"H100 NVL": 835, "A100": 312, "L40S": 362, "B200": 2250}
 """Dense bf16 TFLOP/s that the vendor gives, by a part of the device's name."""
+
+VERSIONS = ("torch", "transformers", "peft", "upweight", "bitsandbytes")
 
 
 def matmul_peak(device: str, size: int) -> float:
@@ -60,8 +63,10 @@ def speed_table(cells: Sequence[Cell], peak: float, sheet: float | None) -> str:
 
 def hardware(device: str, tiny: bool) -> dict[str, Any]:
     """Device, versions, and how fast it multiplies matrices."""
-    names = ("torch", "transformers", "peft", "upweight")
-    found: dict[str, Any] = {name: version(name) for name in names}
+    found: dict[str, Any] = {}
+    for name in VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):  # bitsandbytes is an extra
+            found[name] = version(name)
     found |= {"device": "cpu", "matmul_peak": matmul_peak(device, 256 if tiny else 8192)}
     if device == "cuda":
         about = torch.cuda.get_device_properties(0)
@@ -76,7 +81,7 @@ def describe(about: Mapping[str, Any]) -> str:
     parts = [about["device"]] + ([f"{memory / 2**30:.0f} GiB"] if memory else [])
     parts.append(f"bf16 products at {about['matmul_peak'] / 1e12:.3g} TFLOP/s")
     parts += [f"data sheet {sheet / 1e12:.0f}"] if sheet else []
-    names = ("upweight", "torch", "cuda", "transformers", "peft")
+    names = ("upweight", "torch", "cuda", "transformers", "peft", "bitsandbytes")
     versions = [f"{name} {about[name]}" for name in names if name in about]
     return f"{', '.join(parts)}\n\n{', '.join(versions)}"
 

@@ -139,6 +139,12 @@ class Lora(Section):
     targets: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
         default="all-linear", description="Names of the modules that get an adapter."
     )
+    quantize: Literal["nf4"] | None = Field(
+        default=None,
+        description="What the frozen layers are kept in; nf4 (QLoRA) takes an eighth of fp32's "
+        "memory, rounds them, and needs bitsandbytes. The reference is rounded too. null: as they "
+        "are.",
+    )
 
 
 class Compute(Section):
@@ -162,6 +168,11 @@ class Compute(Section):
     )
     checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass to save memory."
+    )
+    offload: bool = Field(
+        default=False,
+        description="Keep activations in host memory until the backward pass (CUDA): saves the "
+        "device's memory, and copies take time.",
     )
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with the model."

@@ -31,7 +31,9 @@ _MOST_LEVELS = 100
 _MOST_MARGIN = 1e6
 _TEMPLATE = ("tools", "template_options", "chat_template_kwargs")
 COLUMNS: dict[str, Columns] = {
-    "pair": Columns(("chosen", "rejected"), ("prompt", "weight", "margin", "probability", *_TEMPLATE)),
+    "pair": Columns(
+        ("chosen", "rejected"), ("prompt", "weight", "margin", "probability", *_TEMPLATE)
+    ),
     "responses": Columns(("prompt", "responses"), ("scores", "preferences", *_TEMPLATE)),
     "messages": Columns(("messages",), _TEMPLATE),
     "completion": Columns(("prompt", "completion"), _TEMPLATE),

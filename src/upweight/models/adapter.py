@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from upweight.errors import ModelError
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
+from upweight.models.nf4 import Nf4Linear
 from upweight.models.proof import probe_forest
 from upweight.models.weights import first_lines, quiet_peft, require_untied, tied_modules
 
@@ -95,7 +96,8 @@ def keep_frozen_in_compute_dtype(lm: LanguageModel) -> None:
 
 
 def _frozen_matrices(lm: LanguageModel) -> list[Any]:
-    """Without embedding and head: their numbers are read outside of autocast too."""
+    """Without embedding and head, whose numbers are read outside of autocast too, and without what
+    is in four bits, which is read in the dtype that is asked for."""
     from transformers.pytorch_utils import Conv1D
 
     ends = (lm.causal.get_input_embeddings(), lm.causal.get_output_embeddings())
@@ -104,6 +106,7 @@ def _frozen_matrices(lm: LanguageModel) -> list[Any]:
         module
         for module in lm.causal.modules()
         if isinstance(module, nn.Linear | Conv1D)
+        and not isinstance(module, Nf4Linear)
         and not module.weight.requires_grad
         and id(module.weight) not in apart
     ]

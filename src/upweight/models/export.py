@@ -18,17 +18,18 @@ from transformers import PreTrainedTokenizerBase
 from upweight.data.pack import collate
 from upweight.data.render import Renderer
 from upweight.errors import ModelError, OutputError, Refusal
-from upweight.models import attention, probes
+from upweight.models import attention, nf4, probes
 from upweight.models.adapter import widened
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.proof import TOLERANCE_NATS, one_at_a_time, probe_forest
+from upweight.models.reading import free_cached, is_out_of_memory
 from upweight.models.scalar import (
     in_one_batch,
     one_response_at_a_time,
     padding_tokenizer,
     tree_scores,
 )
-from upweight.models.weights import load_tokenizer, load_weights, quiet_peft
+from upweight.models.weights import load_as_served, load_tokenizer, load_weights, quiet_peft
 from upweight.types import Example, Forest, Tree
 
 KEPT = "Nothing was exported; the run's last checkpoint has the trained weights."
@@ -47,7 +48,8 @@ def export(
     Full fine-tuning: weights, config, tokenizer, template. LoRA: the adapter, and with `merge` the
     merged model in `folder` and the adapter beside it in `adapter/`. An adapter needs its base: a
     start that no other program finds by name (an adapter that was merged, a converted GGUF file)
-    is written beside it in `base/`.
+    is written beside it in `base/`. Of a base in four bits the adapter says so (nf4.FILE), and is
+    merged into the rounded weights, in fp32: with others it would be another model.
 
     Each folder appears whole or not at all, and only if it is the trained model when it is read
     back, and with `renderer` writes `rows` and the probes as training did. The probes travel with
@@ -94,8 +96,13 @@ def export_reward_model(lm: LanguageModel, folder: Path, probes: Sequence[Tree])
     """
     with evaluation_mode(lm):
         trained = [score for scores in tree_scores(lm, probes) for score in scores]
-    # Frozen matrices may be kept in half precision, where a product of LoRA factors would be lost.
+    # Frozen matrices may be kept in half precision, where a product of LoRA factors would be lost,
+    # or in four bits.
     model = lm.causal.float()
+    if nf4.quantized_layers(model):
+        # Eight times as large, which the device may have no room for.
+        nf4.in_full(model)
+        model.to("cpu")  # pyright: ignore[reportArgumentType]
     merge_adapters(model)
 
     def same(written: Path) -> None:
@@ -157,6 +164,8 @@ def _write(
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         with attention.native_attention(lm.causal), quiet_peft():
             model.save_pretrained(scratch)
+        if lm.has_adapter and model is lm.model and nf4.quantized_layers(model):
+            nf4.write_quantization(scratch)
         (tokenizer or lm.tokenizer).save_pretrained(scratch)
         scratch.chmod(0o755)
         check(scratch)
@@ -182,7 +191,7 @@ def rescore(
     Raises Refusal UW401 when it cannot be read, or is further than rounding from `trained`.
     """
     try:
-        model = load_weights(str(written), str(written), lm.trust_remote_code)
+        model = _read_back(lm, written)
     except ModelError as error:
         raise Refusal("UW401", f"the export cannot be read back: {error} {KEPT}") from error
     # On the CPU, where a second copy of the model has room.
@@ -195,3 +204,17 @@ def rescore(
             f"the export is not the trained model: read back, it gives a token's log-prob "
             f"{worst:.3g} nats off (rounding: {tolerance}). {KEPT}",
         )
+
+
+def _read_back(lm: LanguageModel, written: Path) -> nn.Module:
+    if not nf4.is_for_quantized(written):
+        return load_weights(str(written), str(written), lm.trust_remote_code)
+
+    try:
+        return load_as_served(written, lm.device, lm.trust_remote_code)
+    except ModelError as error:
+        if error.__cause__ is None or not is_out_of_memory(error.__cause__):
+            raise
+    free_cached()
+    # Beside the run's own model the device had no room; kernels differ in the last bit, no more.
+    return load_as_served(written, torch.device("cpu"), lm.trust_remote_code)

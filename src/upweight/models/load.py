@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from upweight.errors import ModelError
-from upweight.models import attention
+from upweight.models import attention, nf4
 from upweight.models.reading import attempt
 from upweight.models.weights import first_lines, load_tokenizer, load_weights, resolve
 
@@ -48,7 +48,8 @@ class ForwardPlan:
 
 @dataclass
 class LanguageModel:
-    """A causal language model, its tokenizer, and how forests run through it."""
+    """A causal language model, its tokenizer, and how forests run through it. `offload` says that
+    what a step keeps for its backward pass waits in host memory."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ class LanguageModel:
     compute_dtype: torch.dtype
     plan: ForwardPlan
     trust_remote_code: bool = False
+    offload: bool = False
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -115,6 +117,7 @@ def load(
     trust_remote_code: bool = False,
     plan: ForwardPlan | None = None,
     weights: PreTrainedModel | None = None,
+    quantize: str | None = None,
 ) -> LanguageModel:
     """The model called `name` (hub id, folder, adapter folder or .gguf file), ready for forests.
 
@@ -122,7 +125,8 @@ def load(
     a probe finds it fast on this device and float32 otherwise. An adapter folder is loaded with
     its base and merged: what it stands for is the start and the reference. Dropout is off. A
     `plan` that was proved on these weights before is not proved again; `weights` that were read
-    before are not read again.
+    before are not read again. With `quantize` the layers between embedding and head are put into
+    four bits (nf4.py), before anything is proved or hashed: that is the model then.
     Raises ModelError saying what is missing.
     """
     from upweight.models import proof
@@ -141,7 +145,7 @@ def load(
     tokenizer = load_tokenizer(name, folder, trust_remote_code)
     # Evaluation mode for good: dropout is noise on a log-ratio, and a policy that is noisy where
     # its reference is not starts away from ln 2.
-    _move(model, name, chosen)
+    _move(model, name, chosen, quantize)
     model.eval()
     compute_dtype = (
         (torch.bfloat16 if bfloat16_is_fast(chosen) else torch.float32)
@@ -157,8 +161,15 @@ def load(
     return lm
 
 
-def _move(model: PreTrainedModel, name: str, device: torch.device) -> None:
-    moved = attempt(lambda: model.to(device))  # pyright: ignore[reportArgumentType]
+def _move(
+    model: PreTrainedModel, name: str, device: torch.device, quantize: str | None = None
+) -> None:
+    def move() -> None:
+        if quantize is not None:
+            nf4.quantize_layers(model, device)
+        model.to(device)  # pyright: ignore[reportArgumentType]
+
+    moved = attempt(move)
     if isinstance(moved, Exception):
         needed = sum(p.numel() * p.element_size() for p in model.parameters())
         raise ModelError(

@@ -25,17 +25,20 @@ import transformers
 import transformers.modeling_gguf_pytorch_utils
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from upweight.errors import ModelError, OutputError
+from upweight.models import nf4
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -294,6 +297,9 @@ def _load_merged(
         )
     except ModelError as error:
         raise ModelError(f"{error} It is the base of the adapter {name}.") from error
+    if nf4.is_for_quantized(folder):
+        # Merged into weights that are not rounded it would be another model.
+        nf4.round_layers(base, nf4.computing_device())
     with _model_errors(name), quiet_peft():
         tied = tied_modules(base)
         wrapped = PeftModel.from_pretrained(base, folder)
@@ -315,6 +321,31 @@ def _load_merged(
     # peft froze the base, and leaves it so: merged, it may be trained as any other model.
     merged.requires_grad_(True)  # pyright: ignore[reportUnknownMemberType]
     return merged
+
+
+def load_as_served(folder: Path, device: torch.device, trust_remote_code: bool) -> nn.Module:
+    """An adapter for a base in four bits as any program reads it, by transformers and peft alone:
+    the base quantized on `device` by transformers, then in full on the CPU.
+
+    What bitsandbytes multiplies with is left out: on some processors its products round to bf16.
+    Raises ModelError when it cannot be read.
+    """
+    from peft import PeftModel
+
+    with _model_errors(str(folder)), quiet_peft():
+        settings = json.loads((folder / nf4.FILE).read_text(encoding="utf-8"))
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base: Any = AutoModelForCausalLM.from_pretrained(
+            adapter["base_model_name_or_path"],
+            dtype=torch.float32,
+            quantization_config=BitsAndBytesConfig(**settings),
+            device_map={"": str(device)},
+            trust_remote_code=trust_remote_code,
+        )
+        nf4.in_full(base)
+        # transformers' own to() refuses models that were quantized once.
+        nn.Module.to(base, torch.device("cpu"))
+        return PeftModel.from_pretrained(base, str(folder))
 
 
 def tied_modules(model: PreTrainedModel) -> set[str]:
@@ -345,6 +376,7 @@ def quiet_peft() -> Generator[None]:
         warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         yield
 
 

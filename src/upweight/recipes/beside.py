@@ -11,6 +11,7 @@ from torch import nn
 
 from upweight.config import Run
 from upweight.models.load import LanguageModel
+from upweight.models.nf4 import num_weights
 from upweight.models.scalar import is_reward_model
 from upweight.recipes.kinds import KINDS
 from upweight.training.optimizer import MOMENT_BYTES
@@ -45,9 +46,14 @@ def held_beside(run: Run, lm: LanguageModel) -> dict[str, int]:
 def require_room(run: Run, lm: LanguageModel, out: Path) -> None:
     """Raises OutputError where the disk has no room for the result and the checkpoints: the trained
     weights and AdamW's two moments, in each that is kept and the one that is being written."""
-    weights, trained = (_bytes(p) for p in (lm.model.parameters(), _trained(lm.model)))
+    trained = _bytes(_trained(lm.model))
     models = 2 if has_own_critic(run) else 1
-    require_space(out, weights + 3 * models * trained * (run.checkpoint.keep + 1))
+    require_space(out, written_bytes(lm) + 3 * models * trained * (run.checkpoint.keep + 1))
+
+
+def written_bytes(lm: LanguageModel) -> int:
+    """What a model takes on the disk, where it is written whole: in fp32, however it is kept."""
+    return 4 * num_weights(lm.model)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

@@ -21,6 +21,7 @@ from upweight.models.frozen import Frozen
 from upweight.models.head import head_logps
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import scored_hidden, token_logps
+from upweight.models.offload import offloaded
 from upweight.models.reference import TOLERANCE_NATS
 from upweight.models.scalar import (
     is_reward_model,
@@ -73,7 +74,8 @@ def values_of(run: Run, lm: LanguageModel, stop_ids: Sequence[int]) -> Values | 
     spec = run.rollout.reward
     as_trained = functools.partial(trained, run, stop_ids=stop_ids)
     if spec is not None and is_reward_model(spec):
-        critic = reward_model_beside(lm, spec, run, as_trained)
+        quantize = None if run.lora is None else run.lora.quantize
+        critic = reward_model_beside(lm, spec, run, as_trained, quantize)
     else:
         critic = with_scalar_head(as_trained(load_policy(run)), stop_ids, run.seed)
     nn.init.zeros_(score_head(critic.model).weight)
@@ -166,7 +168,9 @@ def _read(state: State, lm: LanguageModel, forest: Forest) -> tuple[Tensor, Tens
     if values is None:
         return token_logps(lm, forest), None
     if values.critic is not None:
-        return token_logps(lm, forest), state_values(values.critic, forest)
+        logps = token_logps(lm, forest)
+        with offloaded(values.critic):  # which leaves this model's weights where they are
+            return logps, state_values(values.critic, forest)
     hidden = scored_hidden(lm, forest)
     logps = (
         token_logps(lm, forest)

@@ -26,6 +26,7 @@ from upweight.data.supervised import each_turn, opening_key, plant, preferred
 from upweight.data.variables import template_variables
 from upweight.errors import ConfigError, Refusal, nearest
 from upweight.models.load import LanguageModel, fingerprint, load
+from upweight.models.nf4 import num_weights, quantized_layers
 from upweight.models.reference import Reference, fill, open_reference, verify
 from upweight.models.scalar import load_reward_model
 from upweight.recipes.kinds import KINDS, PROMPTS
@@ -90,6 +91,7 @@ def _loaded(read: Callable[..., LanguageModel], run: Run) -> LanguageModel:
         path=run.compute.attention,
         sharing=run.compute.sharing,
         trust_remote_code=run.compute.trust_remote_code,
+        quantize=None if run.lora is None else run.lora.quantize,
     )
 
 
@@ -387,9 +389,11 @@ def tokens_read_at_once(run: Run, lm: LanguageModel) -> int:
 
 
 def describe(lm: LanguageModel) -> str:
-    total = sum(p.numel() for p in lm.model.parameters())
+    total = num_weights(lm.model)
     trained = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
     share = "all trained" if trained == total else f"{trained:,} trained"
+    if packed := sum(x.in_features * x.out_features for x in quantized_layers(lm.model)):
+        share += f", {packed:,} in nf4"
     dtype = str(lm.compute_dtype).removeprefix("torch.")
     return (
         f"{total:,} parameters ({share}), products in {dtype} on {lm.device}; {lm.plan.describe()}"

@@ -77,7 +77,9 @@ def data_digests(prepared: Prepared) -> dict[str, str]:
 def _digest(trees: Sequence[Tree]) -> str:
     digest = hashlib.sha256()
     for tree in trees:
-        preferences = [(p.chosen, p.rejected, p.weight, p.margin, p.probability) for p in tree.preferences]
+        preferences = [
+            (p.chosen, p.rejected, p.weight, p.margin, p.probability) for p in tree.preferences
+        ]
         digest.update(json.dumps([tree.prompt, tree.responses, preferences]).encode())
     return digest.hexdigest()
 

@@ -100,6 +100,7 @@ def reward_model_beside(
     spec: str,
     run: Run,
     adapt: Callable[[LanguageModel], LanguageModel] = lambda lm: lm,
+    quantize: str | None = None,
 ) -> LanguageModel:
     """The reward model `spec` where and as `lm` runs, by the run's settings."""
     return load_reward_model(
@@ -110,6 +111,7 @@ def reward_model_beside(
         path=run.compute.attention,
         sharing=run.compute.sharing,
         trust_remote_code=run.compute.trust_remote_code,
+        quantize=quantize,
     )
 
 

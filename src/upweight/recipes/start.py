@@ -24,6 +24,7 @@ from upweight.errors import Refusal
 from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.logprobs import token_logps
+from upweight.models.nf4 import require_quantizer
 from upweight.models.reference import Reference
 from upweight.models.scalar import response_scores, with_scalar_head
 from upweight.models.weights import load_tokenizer
@@ -91,6 +92,9 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     resolved = _with_rates(resolved)
     best = best_metric(resolved.run)
     require_moments(resolved.run.optimizer.moments)
+    if resolved.run.lora is not None:
+        require_quantizer(resolved.run.lora.quantize)
+    _require_offload_has_effect(resolved.run)
     screen.stage("model")
     lm = load_policy(resolved.run)
     resolved = _with_model(resolved, lm)
@@ -160,6 +164,19 @@ def _still(run: Run, plan: Plan) -> list[Finding]:
     factors = summed_factors(plan.total_steps, plan.warmup, plan.schedule)
     reach, limit = factors * plan.learning_rate, run.preflight.reach
     return hardly_moves(plan.total_steps, plan.learning_rate, reach, limit)
+
+
+def _require_offload_has_effect(run: Run) -> None:
+    """Raises Refusal UW109 where activations are in host memory anyway."""
+    device = run.compute.device
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if run.compute.offload and on_cpu:
+        where = "" if device == "cpu" else ", since torch sees no CUDA device"
+        raise Refusal(
+            "UW109",
+            f"compute.offload is true, and the model runs on the CPU{where}: activations are in "
+            "host memory anyway. Leave it out; compute.checkpointing=true needs less memory.",
+        )
 
 
 def _with_rates(resolved: Resolved) -> Resolved:
@@ -304,7 +321,7 @@ def trained(run: Run, lm: LanguageModel, stop_ids: Collection[int]) -> LanguageM
         lm = with_scalar_head(lm, stop_ids, run.seed)
     if run.compute.checkpointing:
         checkpoint_layers(lm)
-    return lm
+    return replace(lm, offload=run.compute.offload)
 
 
 def rollout_sizes(run: Run) -> Sizes:

@@ -22,7 +22,9 @@ from upweight.evidence.report import write_report
 from upweight.evidence.track import Target, Tracking, clients, tracking
 from upweight.losses import PAIR_LOSSES
 from upweight.models.export import export, export_reward_model
+from upweight.models.nf4 import FILE as QUANTIZATION
 from upweight.models.probes import served_otherwise
+from upweight.recipes.beside import written_bytes
 from upweight.recipes.environment import write_environment
 from upweight.recipes.evaluation import evaluate_sets, score_loss
 from upweight.recipes.kinds import KINDS
@@ -325,8 +327,7 @@ def _try_largest(state: State, work: Work, step: int) -> None:
 
 def _finish(state: State, progress: Progress) -> Result:
     state.screen.stage("export")
-    weights = sum(p.numel() * p.element_size() for p in state.lm.model.parameters())
-    require_space(state.rundir.path, weights)
+    require_space(state.rundir.path, written_bytes(state.lm))
     prepared = state.begun.prepared
     if KINDS[state.run.objective].answers:
         # A server stops by the generation config: at every token that a trained response ends with.
@@ -347,6 +348,10 @@ def _finish(state: State, progress: Progress) -> Result:
         write_suspects(state)
     report = write_report(state.rundir.path)
     state.screen.note(f"model:  {written[0]}")
+    if (written[0] / QUANTIZATION).is_file():
+        state.screen.note(
+            f"to load it: its base in nf4, by BitsAndBytesConfig with what {QUANTIZATION} says"
+        )
     if advice := served_otherwise(prepared.renderer):
         state.screen.note(f"to serve it: {advice}")
     state.screen.note(f"report: {report}")

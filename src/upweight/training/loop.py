@@ -13,6 +13,7 @@ import torch
 from upweight.data.pack import collate
 from upweight.errors import ModelError, Refusal
 from upweight.models.load import LanguageModel
+from upweight.models.offload import offloaded
 from upweight.models.reading import attempt, is_out_of_memory
 from upweight.models.weights import first_lines
 from upweight.training.objectives import Objective
@@ -239,7 +240,8 @@ def _accumulate(
     window = Window()
     for forest in batch:
         try:
-            step = objective.step(lm, forest.to(lm.device))
+            with offloaded(lm):
+                step = objective.step(lm, forest.to(lm.device))
             (step.loss_sum / total).backward()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -33,7 +33,8 @@ class MemoryPlan:
     there, None where it cannot be asked; `longest` is the tokens of the longest tree, which may be
     more than `tokens_per_bin`, and `tokens_per_step` the most that a step has. `per_scored` is
     kept for each scored token, up to `most_scored` of all. `beside` is what else is held, by what
-    it is: other models of the run, with what their training needs."""
+    it is: other models of the run, with what their training needs. `host_per_token` is what waits
+    in host memory instead, of which `host_free` is left."""
 
     tokens_per_bin: int
     longest: int
@@ -48,6 +49,8 @@ class MemoryPlan:
     free: int | None
     most_scored: int | None = None
     beside: Mapping[str, int] = field(default_factory=dict[str, int])
+    host_per_token: int = 0
+    host_free: int | None = None
 
     def activations(self, num_tokens: int) -> int:
         """What the backward pass of a bin of so many tokens finds kept."""
@@ -89,6 +92,9 @@ class MemoryPlan:
         ]
         total = size(self.weights + self.needed)
         said = f"memory: about {total}"
+        if self.host_per_token:
+            waiting = size(self.largest_bin * self.host_per_token)
+            said += f", and {waiting} of activations in host memory"
         if self.free is not None:
             said += f"; {size(self.free)} are free beside the weights"
             if self.needed > self.free:
@@ -129,6 +135,8 @@ def plan_memory(
     small, large = (_kept(lm, times, forward) for times in (1, 3))
     num_tokens = _probe().num_tokens
     per_token = max(0, large - small) // (2 * num_tokens)
+    # Of what is kept in host memory, one layer's is on the device at a time.
+    layers = _num_layers(lm) if lm.offload else 1
     parameters = list(lm.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     all_tokens = sum(tree.num_tokens for tree in trees)
@@ -141,17 +149,22 @@ def plan_memory(
         gradients=_bytes(trained),
         moments=2 * moment_bytes * sum(p.numel() for p in trained),
         fixed=passes * max(0, small - per_token * num_tokens),
-        per_token=passes * per_token,
+        per_token=passes * (per_token // layers),
         per_scored=per_scored,
         scored_share=scored / max(1, all_tokens),
         free=free_bytes(lm.device),
         most_scored=most_scored,
         beside=beside or {},
+        host_per_token=passes * _moved_per_token(lm, forward) if lm.offload else 0,
+        host_free=free_bytes(torch.device("cpu")) if lm.offload else None,
     )
     if tokens_per_bin is not None or plan.free is None:
         return plan
     others = sum(plan.beside.values())
     fits = plan.fits(int(plan.free * SHARE) - plan.gradients - plan.moments - others)
+    if plan.host_free is not None and plan.host_per_token:
+        waiting = int(plan.host_free * SHARE) // plan.host_per_token
+        fits = waiting if fits is None else min(fits, waiting)
     if fits is None:
         return plan
     # In whole steps, so that a few bytes more or less do not change a run.
@@ -164,6 +177,11 @@ def enough_tokens(lm: LanguageModel) -> int:
     enough = TOKENS_PER_BIN.get(lm.device.type, 2048)
     dense = lm.plan.shared and lm.plan.attention == "dense"
     return min(enough, TOKENS_PER_MASK) if dense else enough
+
+
+def _num_layers(lm: LanguageModel) -> int:
+    num = getattr(lm.causal.config, "num_hidden_layers", 1)
+    return max(1, num if isinstance(num, int) else 1)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -244,8 +262,21 @@ def _probe() -> Tree:
     )
 
 
-def _kept(lm: LanguageModel, times: int, forward: Callable[[LanguageModel, Forest], Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, weights aside, each storage once."""
+def _moved_per_token(lm: LanguageModel, forward: Callable[[LanguageModel, Forest], Tensor]) -> int:
+    """Bytes of a token that wait in host memory, where each product keeps a copy of its own."""
+    small, large = (_kept(lm, times, forward, copies=True) for times in (1, 3))
+    return max(0, large - small) // (2 * _probe().num_tokens)
+
+
+def _kept(
+    lm: LanguageModel,
+    times: int,
+    forward: Callable[[LanguageModel, Forest], Tensor],
+    *,
+    copies: bool = False,
+) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights aside: each storage once, or
+    as often as it is kept."""
     weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
     kept: dict[int, int] = {}
     held: list[Tensor] = []
@@ -253,7 +284,8 @@ def _kept(lm: LanguageModel, times: int, forward: Callable[[LanguageModel, Fores
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            own = len(held) if copies else storage.data_ptr()
+            kept[own] = tensor.nbytes if copies else storage.nbytes()
             held.append(tensor)  # an address that is freed would be another tensor's
         return tensor
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight.errors import ModelError
-from upweight.models.weights import first_lines
+from upweight.models import nf4
 
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 """Where AdamW has a fused kernel: one pass over memory in place of about ten."""
@@ -27,13 +26,7 @@ def require_moments(moments: str) -> None:
 
 
 def _eight_bit() -> Any:
-    try:
-        return importlib.import_module("bitsandbytes.optim").AdamW8bit
-    except ImportError as error:
-        raise ModelError(
-            "optimizer.moments=8bit needs the package bitsandbytes, which cannot be imported "
-            f"({first_lines(error, 1)}). Run: pip install 'upweight[eightbit]'"
-        ) from error
+    return nf4.package("optim", "optimizer.moments=8bit", "eightbit").AdamW8bit
 
 
 def make_optimizer(
