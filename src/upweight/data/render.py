@@ -48,8 +48,9 @@ class Renderer:
     (None: it refuses every conversation that was tried).
     `stops` matches the stop tokens' text, `specials` that of every special token, `splits` those
     at which text can be cut and tokenized apart. `added_stop` is appended where no stop is
-    rendered, and `end` is the stop that a rendered answer has, that one or the template's. `lead` are the ids that the tokenizer itself puts before a text (beginning-of-text,
-    if it adds it), used where no chat template is.
+    rendered, and `end` is the stop that a rendered answer has: that one, or the template's. `lead`
+    are the ids that the tokenizer itself puts before a text (beginning-of-text, if it adds it),
+    used where no chat template is.
     """
 
     tokenizer: Tokenizer

@@ -22,10 +22,10 @@ def bradley_terry(
 
     Ouyang et al. 2022, eq. 1 (arXiv:2203.02155), on the scores of a reward model. margin > 0 asks
     for a distance, per pair where preferences have a strength (Touvron et al. 2023, eq. 2,
-    arXiv:2307.09288). e = label_smoothing is the probability that the label is flipped; per pair
-    (`flipped`, pair.probably_flipped), 1 - e is a soft label. Preferences fix scores only up to a constant of the prompt:
-    c = centering > 0 holds it near 0 (Eisenstein et al. 2023, arXiv:2312.09244; 0.01 is
-    usual).
+    arXiv:2307.09288). e = label_smoothing is the probability that the label is flipped; per
+    pair (`flipped`, pair.probably_flipped), 1 - e is a soft label. Preferences fix scores only up
+    to a constant of the prompt: c = centering > 0 holds it near 0 (Eisenstein et al. 2023,
+    arXiv:2312.09244; 0.01 is usual).
     """
     z = chosen - rejected - margin
     e = probably_flipped(label_smoothing, flipped)

@@ -244,7 +244,8 @@ def _reads_margins(run: Run) -> bool:
 
 
 def _unread_columns(run: Run) -> list[str]:
-    """Weights and probabilities are those of preferences, of which supervised fine-tuning makes plain responses."""
+    """Weights and probabilities are those of preferences, of which supervised fine-tuning makes
+    plain responses."""
     labels = KINDS[run.objective].rows == "preferences"
     read = {"margin": _reads_margins(run), "weight": labels, "probability": labels}
     return [name for name, is_read in read.items() if not is_read]
