@@ -111,10 +111,11 @@ def _pairs(study: Study) -> str:
         (
             f"<bdi>{esc(pair.dpo)}</bdi> against <bdi>{esc(pair.ppo)}</bdi>",
             f'<span class="chip {tone}"><span aria-hidden="true">{sign}</span> {label}</span>',
-            esc(pair.said),
+            esc(said[:1].upper() + said[1:]),
         )
         for pair in study.claim.pairs
         for tone, sign, label in [_PAIR[pair.holds] if pair.compared else _NOT_COMPARED]
+        for _, _, said in [pair.said.partition(": ")]
     ]
     return table(("Runs", "DPO's frontier is", "What was seen"), lines, "pairs")
 
@@ -128,8 +129,9 @@ _NOT_COMPARED = ("unknown", "○", "not compared")
 
 
 def _frontier(study: Study) -> str:
-    trails = [_trail(method, study, i) for i, method in enumerate(study.methods)]
-    if not any(_measured_points(m) for m in study.methods):
+    drawn = [method for method in study.methods if _measured_points(method)]
+    trails = [_trail(method, study, i) for i, method in enumerate(drawn)]
+    if not drawn:
         return '<p class="empty">No method was evaluated.</p>'
     origin = Trail("Start", "t-reference", [_origin(study)], ["start"], "star")
     return frontier(

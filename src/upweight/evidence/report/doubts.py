@@ -13,6 +13,9 @@ from upweight.evidence.report.findings import latest, rows_with, subject
 from upweight.evidence.report.judgements import Judgement
 from upweight.evidence.report.markup import count, number, percent
 
+DISPLACED, DEGENERATE, FAR = "UW304", "UW305", "UW308"
+"""What the watch reports that a headline has to say."""
+
 _SLIGHT_FALL_NATS = 0.5
 
 
@@ -62,9 +65,9 @@ class _Measured:
 
 
 def _degenerate(records: Records) -> Iterator[str]:
-    """What UW305 saw of the answers, as far as the last evaluation, or the last round where none
+    """What the watch saw of answers, as far as the last evaluation, or the last round where none
     measures it, still has it."""
-    metrics = [f.metric for f in records.warnings if f.code == "UW305" and f.step is not None]
+    metrics = [f.metric for f in records.warnings if f.code == DEGENERATE and f.step is not None]
     for metric in dict.fromkeys(metrics):
         found = _measured(records, metric)
         if found is None:
@@ -118,18 +121,18 @@ def _limit(records: Records, metric: str) -> float:
 def _besides(records: Records, set_name: str | None) -> Iterator[tuple[str, str]]:
     codes = {found.code for found in records.warnings if found.step is not None}
     kl = latest(rows_with(records, "kl") or records.train, "kl")
-    if "UW308" in codes and kl is not None and kl.value > _limit(records, "kl"):
+    if FAR in codes and kl is not None and kl.value > _limit(records, "kl"):
         yield (
             "Far from the reference",
-            f"But its answers are {number(kl.value)} nats from the reference (UW308).",
+            f"But its answers are {number(kl.value)} nats from the reference ({FAR}).",
         )
     rows: Sequence[Measurement] = records.evals.get(set_name or "", ()) or records.train
     chosen = latest(rows, "logratios/chosen")
     fell = chosen is not None and chosen.value < -_SLIGHT_FALL_NATS
-    if "UW304" in codes and fell and subject(records) != "ranking":
+    if DISPLACED in codes and fell and subject(records) != "ranking":
         assert chosen is not None
         yield (
             "Chosen answers less likely",
             f"But the chosen answers lost {number(-chosen.value)} nats against the reference "
-            "(UW304).",
+            f"({DISPLACED}).",
         )

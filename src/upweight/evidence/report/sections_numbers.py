@@ -219,13 +219,13 @@ def _every_set(records: Records) -> str:
     columns = [(title, cells) for title, cells in columns if set(cells) != {_ABSENT}]
     names = [f"<bdi>{esc(name)}</bdi>" for name in records.evals]
     lines = [(name, *(cells[i] for _, cells in columns)) for i, name in enumerate(names)]
-    chance = "An accuracy whose interval includes 50 % is not told apart from chance; "
-    if not any(title == "Accuracy" for title, _ in columns):
-        chance = ""
+    chance = ""
+    if any(title == "Accuracy" for title, _ in columns):
+        chance = " An accuracy whose interval includes 50 % is not told apart from chance."
     return (
         "<h3>Every evaluation set</h3>"
         + table(("Set", *(title for title, _ in columns)), lines, "numbers")
-        + reading(f"Each set's last evaluation. {chance}a dash was not measured.")
+        + reading(f"Each set's last evaluation; a dash was not measured.{chance}")
     )
 
 
