@@ -13,6 +13,7 @@ models.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import json
 import logging
@@ -97,7 +98,6 @@ class Nf4Linear(nn.Linear):
     def dequantized(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight that the four bits stand for."""
         found = _functional()
-        read = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
         ranges = found.QuantState(
             absmax=self.ranges.data, code=self.code.data, blocksize=RANGE_BLOCK, dtype=torch.float32
         )
@@ -106,11 +106,11 @@ class Nf4Linear(nn.Linear):
             shape=torch.Size((self.out_features, self.in_features)),
             blocksize=BLOCK,
             quant_type="nf4",
-            dtype=read,
+            dtype=dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32,
             offset=self.mean.data,
             state2=ranges,
         )
-        return found.dequantize_4bit(self.weight.data, state).to(dtype)
+        return _read(self.weight.data, state).to(dtype)
 
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         kind = input.device.type
@@ -128,6 +128,19 @@ class Nf4Linear(nn.Linear):
             made = Conv1D(self.out_features, self.in_features)
         made.weight, made.bias = _frozen(weight.T.contiguous()), self.bias
         return made
+
+
+def _read(packed: Tensor, state: Any) -> Float[Tensor, "out in"]:
+    """What bitsandbytes reads back, in the dtype of its state.
+
+    Where a block spans two rows, its kernel for processors with AVX512 takes another block's scale
+    (0.50.2): such a matrix is given as one row.
+    """
+    whole = state.shape
+    if whole[-1] % BLOCK:
+        state = copy.copy(state)
+        state.shape = torch.Size((1, whole.numel()))
+    return _functional().dequantize_4bit(packed, state).view(whole)
 
 
 def _linear(weight: Float[Tensor, "out in"], bias: nn.Parameter | None) -> nn.Linear:
@@ -224,9 +237,9 @@ def in_full(model: nn.Module) -> None:
             elif (
                 state := getattr(getattr(layer, "weight", None), "quant_state", None)
             ) is not None:
-                read: Tensor = _functional().dequantize_4bit(layer.weight.data, state)
                 bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
-                setattr(parent, name, _linear(read.float(), bias).to("cpu"))
+                weight = _read(layer.weight.data, state).float()
+                setattr(parent, name, _linear(weight, bias).to("cpu"))
 
 
 def _plain_layers(model: nn.Module) -> list[nn.Linear | Conv1D]:
