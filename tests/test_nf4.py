@@ -111,8 +111,10 @@ def test_an_error_in_one_scale_is_found_by_this_comparison():
 
 def by_definition(packed, state):
     """Of each weight its code's multiple of its block's scale."""
-    scales = state.offset + state.state2.absmax.repeat_interleave(256)[: state.absmax.numel()] * (
-        state.state2.code[state.absmax.long()]
+    scales = (
+        state.offset
+        + state.state2.absmax.repeat_interleave(256)[: state.absmax.numel()]
+        * (state.state2.code[state.absmax.long()])
     )
     codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().long()
     scale = scales.repeat_interleave(64)[: codes.numel()]
@@ -254,11 +256,10 @@ def test_an_export_is_the_trained_model_to_everyone_who_reads_it(tmp_path, famil
     assert adapter in written and nf4.is_for_quantized(adapter)
     names = [p.name for p in adapter.parent.rglob(nf4.FILE)]
     assert names == [nf4.FILE]
-    for model in (
-        load_as_served(adapter, CPU, False),
-        load_weights("given", str(adapter)),
-        *([AutoModelForCausalLM.from_pretrained(written[0], dtype=torch.float32)] * merge),
-    ):
+    read = [load_as_served(adapter, CPU, False), load_weights("given", str(adapter))]
+    if merge:
+        read.append(AutoModelForCausalLM.from_pretrained(written[0], dtype=torch.float32))
+    for model in read:
         torch.testing.assert_close(whole_scores(model), wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -321,7 +322,10 @@ def test_a_run_starts_at_its_rounded_reference_samples_exports_and_is_scored(cap
     first, *_, last = [r for r in records if r["kind"] == "eval"]
     assert first["rewards/margins"] == 0 and first["loss"] == pytest.approx(0.693147, abs=1e-6)
     assert last["rewards/margins"] > 0
-    assert next(r for r in records if r["kind"] == "train")["loss"] == first["loss"]
+    # To fp32's last digit: every log-ratio is 0 exactly.
+    step = next(r for r in records if r["kind"] == "train")
+    assert step["loss"] == pytest.approx(first["loss"], abs=1e-8)
+    assert step["rewards/margins"] == step["rewards/chosen"] == 0
     assert len(rows_of("run/samples.jsonl")) > 0
     assert train("whole", "--lora", "true") == 0
     prints = [

@@ -89,7 +89,7 @@ class Nf4Linear(nn.Linear):
         self.ranges = _frozen(state.state2.absmax)
         self.code = _frozen(state.state2.code)
         self.mean = _frozen(state.offset)
-        bias = source.bias
+        bias = _bias_of(source)
         self.register_parameter("bias", None if bias is None else _frozen(bias.detach().to(device)))
         for dtype in (torch.float32, torch.bfloat16):
             _require_rounded(weight, self.dequantized(dtype))
@@ -123,7 +123,7 @@ class Nf4Linear(nn.Linear):
         """The layer that it was made from, with the rounded weight in fp32, learning nothing."""
         weight = self.dequantized(torch.float32)
         if not self.transposed:
-            return _linear(weight, self.bias)
+            return _linear(weight, _bias_of(self))
         with torch.device("meta"):
             made = Conv1D(self.out_features, self.in_features)
         made.weight, made.bias = _frozen(weight.T.contiguous()), self.bias
@@ -152,6 +152,10 @@ def _linear(weight: Float[Tensor, "out in"], bias: nn.Parameter | None) -> nn.Li
     return made
 
 
+def _bias_of(layer: nn.Module) -> nn.Parameter | None:
+    return layer.bias if isinstance(layer.bias, nn.Parameter) else None
+
+
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
@@ -163,7 +167,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Nf4Linear) -> Tensor:
         ctx.layer = layer
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        bias = _bias_of(layer)
+        bias = None if bias is None else bias.to(x.dtype)
         return F.linear(x, layer.dequantized(x.dtype), bias)
 
     @staticmethod
@@ -233,13 +238,13 @@ def in_full(model: nn.Module) -> None:
             if isinstance(layer, Nf4Linear):
                 setattr(parent, name, layer.plain().to("cpu"))
                 if layer.transposed and hasattr(parent, "fan_in_fan_out"):
-                    parent.fan_in_fan_out = True  # an adapter that will be merged into it
-            elif (
-                state := getattr(getattr(layer, "weight", None), "quant_state", None)
-            ) is not None:
-                bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
-                weight = _read(layer.weight.data, state).float()
-                setattr(parent, name, _linear(weight, bias).to("cpu"))
+                    # An adapter that will be merged into it.
+                    setattr(parent, "fan_in_fan_out", True)  # noqa: B010
+                continue
+            theirs: Any = getattr(layer, "weight", None)
+            if (state := getattr(theirs, "quant_state", None)) is not None:
+                weight = _read(theirs.data, state).float()
+                setattr(parent, name, _linear(weight, _bias_of(layer)).to("cpu"))
 
 
 def _plain_layers(model: nn.Module) -> list[nn.Linear | Conv1D]:
