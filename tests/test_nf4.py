@@ -109,6 +109,30 @@ def test_an_error_in_one_scale_is_found_by_this_comparison():
     assert logps > 100 * SUMS and slope > 10 * SUMS
 
 
+def by_definition(packed, state):
+    """Of each weight its code's multiple of its block's scale."""
+    scales = (
+        state.offset
+        + state.state2.absmax.repeat_interleave(256)[: state.absmax.numel()]
+        * (state.state2.code[state.absmax.long()])
+    )
+    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().long()
+    scale = scales.repeat_interleave(64)[: codes.numel()]
+    return (state.code[codes] * scale).view(state.shape)
+
+
+@pytest.mark.parametrize("width", [32, 64, 96, 100, 576])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_read_back_as_defined_whatever_the_width(width, dtype):
+    # bitsandbytes 0.50.2 alone misreads widths of 32 and 96, where a block spans two rows.
+    source = nn.Linear(width, 40, bias=False)
+    packed, state = functional.quantize_4bit(
+        source.weight.data, blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    got = nf4.Nf4Linear(source, CPU).dequantized(dtype)
+    assert torch.equal(got, by_definition(packed, state).to(dtype))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layers_and_weights_are_those_that_transformers_quantizes(tmp_path, family):
     folder = save_tiny(str(tmp_path), family)
@@ -124,10 +148,9 @@ def test_the_layers_and_weights_are_those_that_transformers_quantizes(tmp_path, 
     got = {n: m for n, m in ours.named_modules() if isinstance(m, nf4.Nf4Linear)}
     assert got.keys() == wanted.keys()
     for name, layer in got.items():
-        other = wanted[name].weight
-        assert torch.equal(layer.weight.data, other.data)
-        read = functional.dequantize_4bit(other.data, other.quant_state)
-        assert torch.equal(layer.dequantized(torch.float32), read)
+        packed, state = wanted[name].weight.data, wanted[name].weight.quant_state
+        assert torch.equal(layer.weight.data, packed)
+        assert torch.equal(layer.dequantized(torch.float32), by_definition(packed, state))
 
 
 def test_a_pass_without_gradient_leaves_the_layers_as_they_are():
@@ -233,11 +256,10 @@ def test_an_export_is_the_trained_model_to_everyone_who_reads_it(tmp_path, famil
     assert adapter in written and nf4.is_for_quantized(adapter)
     names = [p.name for p in adapter.parent.rglob(nf4.FILE)]
     assert names == [nf4.FILE]
-    for model in (
-        load_as_served(adapter, CPU, False),
-        load_weights("given", str(adapter)),
-        *([AutoModelForCausalLM.from_pretrained(written[0], dtype=torch.float32)] * merge),
-    ):
+    read = [load_as_served(adapter, CPU, False), load_weights("given", str(adapter))]
+    if merge:
+        read.append(AutoModelForCausalLM.from_pretrained(written[0], dtype=torch.float32))
+    for model in read:
         torch.testing.assert_close(whole_scores(model), wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -300,7 +322,10 @@ def test_a_run_starts_at_its_rounded_reference_samples_exports_and_is_scored(cap
     first, *_, last = [r for r in records if r["kind"] == "eval"]
     assert first["rewards/margins"] == 0 and first["loss"] == pytest.approx(0.693147, abs=1e-6)
     assert last["rewards/margins"] > 0
-    assert next(r for r in records if r["kind"] == "train")["loss"] == first["loss"]
+    # To fp32's last digit: every log-ratio is 0 exactly.
+    step = next(r for r in records if r["kind"] == "train")
+    assert step["loss"] == pytest.approx(first["loss"], abs=1e-8)
+    assert step["rewards/margins"] == step["rewards/chosen"] == 0
     assert len(rows_of("run/samples.jsonl")) > 0
     assert train("whole", "--lora", "true") == 0
     prints = [

@@ -13,6 +13,7 @@ models.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import json
 import logging
@@ -88,7 +89,7 @@ class Nf4Linear(nn.Linear):
         self.ranges = _frozen(state.state2.absmax)
         self.code = _frozen(state.state2.code)
         self.mean = _frozen(state.offset)
-        bias = source.bias
+        bias = _bias_of(source)
         self.register_parameter("bias", None if bias is None else _frozen(bias.detach().to(device)))
         for dtype in (torch.float32, torch.bfloat16):
             _require_rounded(weight, self.dequantized(dtype))
@@ -97,7 +98,6 @@ class Nf4Linear(nn.Linear):
     def dequantized(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight that the four bits stand for."""
         found = _functional()
-        read = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
         ranges = found.QuantState(
             absmax=self.ranges.data, code=self.code.data, blocksize=RANGE_BLOCK, dtype=torch.float32
         )
@@ -106,11 +106,11 @@ class Nf4Linear(nn.Linear):
             shape=torch.Size((self.out_features, self.in_features)),
             blocksize=BLOCK,
             quant_type="nf4",
-            dtype=read,
+            dtype=dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32,
             offset=self.mean.data,
             state2=ranges,
         )
-        return found.dequantize_4bit(self.weight.data, state).to(dtype)
+        return _read(self.weight.data, state).to(dtype)
 
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         kind = input.device.type
@@ -123,11 +123,24 @@ class Nf4Linear(nn.Linear):
         """The layer that it was made from, with the rounded weight in fp32, learning nothing."""
         weight = self.dequantized(torch.float32)
         if not self.transposed:
-            return _linear(weight, self.bias)
+            return _linear(weight, _bias_of(self))
         with torch.device("meta"):
             made = Conv1D(self.out_features, self.in_features)
         made.weight, made.bias = _frozen(weight.T.contiguous()), self.bias
         return made
+
+
+def _read(packed: Tensor, state: Any) -> Float[Tensor, "out in"]:
+    """What bitsandbytes reads back, in the dtype of its state.
+
+    Where a block spans two rows, its kernel for processors with AVX512 takes another block's scale
+    (0.50.2): such a matrix is given as one row.
+    """
+    whole = state.shape
+    if whole[-1] % BLOCK:
+        state = copy.copy(state)
+        state.shape = torch.Size((1, whole.numel()))
+    return _functional().dequantize_4bit(packed, state).view(whole)
 
 
 def _linear(weight: Float[Tensor, "out in"], bias: nn.Parameter | None) -> nn.Linear:
@@ -137,6 +150,10 @@ def _linear(weight: Float[Tensor, "out in"], bias: nn.Parameter | None) -> nn.Li
     if bias is not None:
         made.bias = bias
     return made
+
+
+def _bias_of(layer: nn.Module) -> nn.Parameter | None:
+    return layer.bias if isinstance(layer.bias, nn.Parameter) else None
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -150,7 +167,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Nf4Linear) -> Tensor:
         ctx.layer = layer
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        bias = _bias_of(layer)
+        bias = None if bias is None else bias.to(x.dtype)
         return F.linear(x, layer.dequantized(x.dtype), bias)
 
     @staticmethod
@@ -220,13 +238,13 @@ def in_full(model: nn.Module) -> None:
             if isinstance(layer, Nf4Linear):
                 setattr(parent, name, layer.plain().to("cpu"))
                 if layer.transposed and hasattr(parent, "fan_in_fan_out"):
-                    parent.fan_in_fan_out = True  # an adapter that will be merged into it
-            elif (
-                state := getattr(getattr(layer, "weight", None), "quant_state", None)
-            ) is not None:
-                read: Tensor = _functional().dequantize_4bit(layer.weight.data, state)
-                bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
-                setattr(parent, name, _linear(read.float(), bias).to("cpu"))
+                    # An adapter that will be merged into it.
+                    setattr(parent, "fan_in_fan_out", True)  # noqa: B010
+                continue
+            theirs: Any = getattr(layer, "weight", None)
+            if (state := getattr(theirs, "quant_state", None)) is not None:
+                weight = _read(theirs.data, state).float()
+                setattr(parent, name, _linear(weight, _bias_of(layer)).to("cpu"))
 
 
 def _plain_layers(model: nn.Module) -> list[nn.Linear | Conv1D]:
