@@ -39,9 +39,7 @@ def some(num: int, change: Change) -> list[dict[str, Any]]:
 def findings(rows: list[dict[str, Any]], **values: object) -> dict[str, str]:
     """Code and sentence of what `check` finds in these rows."""
     write_rows("rows.jsonl", rows)
-    found = uw.check(
-        **{"model": "model", "data": "rows.jsonl", "learning_rate": 1e-3, **values}
-    )
+    found = uw.check(**{"model": "model", "data": "rows.jsonl", "learning_rate": 1e-3, **values})
     return {f.code: f.sentence for f in found.findings}
 
 
