@@ -133,6 +133,7 @@ OTHER: dict[str, Any] = {
     "preflight.similar": 0.2,
     "preflight.edits": 0.1,
     "preflight.improbable": 5.0,
+    "preflight.reach": 1e-5,
     "preflight.shortcut": 0.9,
     "watch.moved": 0.2,
     "watch.displaced": 2.0,

@@ -129,10 +129,10 @@ def test_a_parquet_column_that_no_layout_reads_is_counted_whatever_it_holds(tmp_
     assert {row["tags"] for _, row in rows_of(path)} == {None}
     with pytest.raises(DataError, match="has a value among rows 1 to 2"):
         list(read_rows([path], whole=True))
-    named = pa.table({"prompt": ["a", "b"], "answer": [1, 2]})
-    pq.write_table(named, path)
-    assert [row["answer"] for _, row in rows_of(path)] == [None, None]
-    assert [row["answer"] for _, row in read_rows([path], whole=True)] == [1, 2]
+    other = str(tmp_path / "b.parquet")
+    pq.write_table(pa.table({"prompt": ["a", "b"], "answer": [1, 2]}), other)
+    assert [row["answer"] for _, row in rows_of(other)] == [None, None]
+    assert [row["answer"] for _, row in read_rows([other], whole=True)] == [1, 2]
     examples, account = load_examples([path])
     assert [e.responses[0].content for e in examples] == ["a", "b"]
     assert account.unused_columns == {"at": 2, "day": 2, "tags": 2}
@@ -273,7 +273,8 @@ def test_the_layout_is_each_files_first_rows(tmp_path):
     with pytest.raises(ConfigError) as error:
         load_examples([a], layout="pairs")
     assert str(error.value) == (
-        "data.format is pairs; allowed: auto, pair, responses, messages. Did you mean pair?"
+        "data.format is pairs; allowed: auto, pair, responses, messages, completion. Did you mean "
+            "pair?"
     )
 
 
