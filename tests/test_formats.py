@@ -453,6 +453,26 @@ def test_a_gap_means_what_it_says_in_decimals():
     assert (found.chosen, found.rejected, found.margin) == (0, 1, pytest.approx(0.21))
 
 
+def test_a_pairing_that_is_asked_for_is_one_of_the_scores_whatever_is_stated():
+    items = [{"text": "a", "score": 1}, {"text": "b", "score": 3}, {"text": "c", "score": 2}]
+    row = {"prompt": "p", "responses": items}
+
+    def made(row, pairing):
+        return [
+            (p.chosen, p.rejected)
+            for p in example_of(row, ROW, "responses", pairing=pairing).preferences
+        ]
+
+    for stated in ([[0, 1]], []):
+        said = row | {"preferences": stated}
+        assert made(said, "auto") == [tuple(p) for p in stated]
+        assert made(said, "extremes") == [(1, 0)]
+    assert sorted(made(row, "auto")) == sorted(made(row, "all")) == [(1, 0), (1, 2), (2, 0)]
+    # Where there are no scores, what is stated is all there is.
+    unscored = {"prompt": "p", "responses": ["a", "b"], "preferences": [[1, 0]]}
+    assert made(unscored, "extremes") == [(1, 0)]
+
+
 @pytest.mark.parametrize("pairing", ["all", "adjacent", "extremes"])
 def test_the_gap_of_the_scores_is_the_margin(pairing):
     for p in preferences_from_scores(SCORES, pairing):

@@ -274,7 +274,7 @@ def test_the_layout_is_each_files_first_rows(tmp_path):
         load_examples([a], layout="pairs")
     assert str(error.value) == (
         "data.format is pairs; allowed: auto, pair, responses, messages, completion. Did you mean "
-            "pair?"
+        "pair?"
     )
 
 

@@ -47,8 +47,10 @@ class Data(Section):
     truncation: Literal["drop", "prompt", "response"] = Field(
         default="drop", description="What gives way when a row is longer than max_length."
     )
-    pairing: Literal["adjacent", "all", "extremes"] = Field(
-        default="all", description="Which preferences are made among K scored responses."
+    pairing: Literal["auto", "adjacent", "all", "extremes"] = Field(
+        default="auto",
+        description="Which preferences are made among K scored responses; auto: those that a row "
+        "states, or else all that its scores make. Any other passes over what is stated.",
     )
     min_score_gap: NotNegative = Field(
         default=0.0, description="Scores that differ by this much or less make no preference."

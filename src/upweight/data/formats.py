@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from upweight.data.columns import (
     BESIDE_TEXT,
@@ -153,17 +153,29 @@ FORMATS: dict[str, Callable[[Row, RowId], Example | Dropped]] = {
 
 
 def example_of(
-    row: Row, row_id: RowId, layout: str, *, pairing: Pairing = "all", min_gap: float | int = 0.0
+    row: Row,
+    row_id: RowId,
+    layout: str,
+    *,
+    pairing: Pairing | Literal["auto"] = "auto",
+    min_gap: float | int = 0.0,
 ) -> Example | Dropped:
     """One row as an example with its preferences, or why it cannot be one.
 
-    `layout` is a key of FORMATS. Raises DataError where the row is not of that layout.
+    `layout` is a key of FORMATS. With `pairing` auto, preferences are those that the row states, or
+    else all that its scores make; any other pairing is one of the scores, whatever is stated
+    beside them. Raises DataError where the row is not of that layout.
     """
     require_shallow((row[name] for name in READ.intersection(row)), row_id)
     example = FORMATS[layout](row, row_id)
+    if isinstance(example, Example) and pairing != "auto" and row.get("preferences") is not None:
+        scored = FORMATS[layout]({**row, "preferences": None}, row_id)
+        if isinstance(scored, Example) and any(a.score is not None for a in scored.responses):
+            example = scored
     if isinstance(example, Dropped):
         return example
-    return _bad_unicode(example) or _weighed(with_preferences(example, pairing, min_gap))
+    by = "all" if pairing == "auto" else pairing
+    return _bad_unicode(example) or _weighed(with_preferences(example, by, min_gap))
 
 
 def _weighed(example: Example) -> Example:

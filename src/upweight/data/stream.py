@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
-from typing import Any
+from typing import Any, Literal
 
 from upweight.data.account import Account
 from upweight.data.columns import detect, printable, unread
@@ -30,7 +30,7 @@ def load_examples(
     paths: Sequence[str],
     *,
     layout: str = "auto",
-    pairing: Pairing = "all",
+    pairing: Pairing | Literal["auto"] = "auto",
     min_gap: float | int = 0.0,
     limit: int | None = None,
     require_preferences: bool = True,

@@ -213,7 +213,7 @@ def _require_apart(name: str, train: Sequence[Example], rows: Sequence[Example])
 def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]]) -> None:
     """Raises Refusal UW109 for a key about scores where no row has any."""
     asked = {"data.pairing": run.data.pairing, "data.min_score_gap": run.data.min_score_gap}
-    asked = {key: value for key, value in asked.items() if value not in ("all", 0)}
+    asked = {key: value for key, value in asked.items() if value not in ("auto", 0)}
     if not asked or any(
         # A row whose scores were too close is not among the examples any more.
         "no_preference" in account.dropped
