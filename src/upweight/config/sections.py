@@ -144,8 +144,7 @@ class Lora(Section):
     quantize: Literal["nf4"] | None = Field(
         default=None,
         description="What the frozen layers are kept in; nf4 (QLoRA) takes an eighth of fp32's "
-        "memory, rounds them, and needs bitsandbytes. The reference is rounded too. null: as they "
-        "are.",
+        "memory, rounds policy and reference alike, and needs bitsandbytes; null: as they are.",
     )
 
 
