@@ -1,3 +1,5 @@
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
@@ -267,3 +269,94 @@ def test_any_other_head_takes_the_general_way():
     assert kept_bytes(lm) == (0, None)
     wanted = other(hidden).log_softmax(-1)[torch.arange(8), TARGETS]
     torch.testing.assert_close(head_logps(lm, hidden, TARGETS, 3 * 260), wanted)
+
+
+def in_fp32(a, b, out_dtype):
+    """torch.mm as CUDA has it: half-precision products, written in another dtype."""
+    assert a.dtype == b.dtype == torch.bfloat16
+    return plain_mm(a.to(out_dtype), b.to(out_dtype))
+
+
+def rounded_first(a, b, out_dtype):
+    return plain_mm(a, b).to(out_dtype)
+
+
+def of_its_own(a, b, out_dtype):
+    return plain_mm(a, b)
+
+
+def not_taken(a, b, out_dtype):
+    raise RuntimeError("mm is not implemented for this dtype")
+
+
+def unknown(a, b):
+    return plain_mm(a, b)
+
+
+plain_mm = torch.mm
+
+
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch, mm) -> None:
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(head, "FP32_DEVICES", {"cpu"})
+    monkeypatch.setattr(head, "_writes_fp32", cache(head._writes_fp32.__wrapped__))
+
+
+@pytest.mark.parametrize(
+    ("mm", "wide"),
+    [
+        (in_fp32, True),
+        (rounded_first, False),
+        (of_its_own, False),
+        (not_taken, False),
+        (unknown, False),
+    ],
+)
+def test_fp32_products_are_used_where_a_trial_gives_them(monkeypatch, mm, wide: bool):
+    # As above: the log-probs are then those of the rounded numbers, in fp32.
+    lm, weight, hidden, slope = case(torch.float32)
+    lm.compute_dtype = torch.bfloat16
+    before = head_logps(lm, hidden, TARGETS, 3 * 260)
+    as_on_cuda(monkeypatch, mm)
+    assert head._writes_fp32("cpu", torch.bfloat16) == wide
+    got = head_logps(lm, hidden, TARGETS, 3 * 260)
+    w, h = (x.bfloat16().double().detach().requires_grad_() for x in (weight, hidden))
+    exact = dense(w, h)
+    if not wide:
+        assert torch.equal(got, before)
+        return
+    assert (before - exact).abs().max() > 1e-4
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad((slope.float() * got).sum(), (hidden, weight))
+    theirs = torch.autograd.grad((slope * exact).sum(), (h, w))
+    for mine, his in zip(ours, theirs, strict=True):
+        assert relative({"": mine}, {"": his}) < 1e-2
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_fp32_products_go_through_every_change_of_logits(monkeypatch, change: dict, frozen: bool):
+    as_on_cuda(monkeypatch, in_fp32)
+    lm, given, slope, logps = changed(change, torch.float32)
+    lm.compute_dtype = torch.bfloat16
+    for parameter in given[1:]:
+        parameter.requires_grad_(not frozen)
+    got = head_logps(lm, given[0], TARGETS, 12 * 260)
+    factor = change.get("logit_scale", 1) / change.get("logits_scaling", 1)
+    # A factor goes along with the hidden states, before they are rounded.
+    states = (given[0] * factor).bfloat16().double() / factor
+    exact = [x.detach().double() for x in (states, given[1].bfloat16(), *given[2:])]
+    wanted = logps(*[x.requires_grad_() for x in exact])
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    leaves = given[:1] if frozen else given
+    ours = torch.autograd.grad((slope.float() * got).sum(), leaves)
+    theirs = torch.autograd.grad((slope * wanted).sum(), exact[: len(leaves)])
+    for mine, his in zip(ours, theirs, strict=True):
+        assert relative({"": mine}, {"": his}) < 1e-2
+
+
+def test_products_in_full_precision_are_what_they_were(monkeypatch):
+    as_on_cuda(monkeypatch, not_taken)
+    for dtype in (torch.float32, torch.float64):
+        assert not head._writes_fp32("cpu", dtype)
+    assert not head._writes_fp32("mps", torch.bfloat16)

@@ -16,6 +16,7 @@ slope 1 - tanh^2(x / c), and e times that is what is kept.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ CHUNK_ELEMENTS = 1 << 26
 
 KEPT_ELEMENTS = 1 << 29
 """Exponentials kept from forward to backward: 1 GiB in bf16. Beyond that they are made again."""
+
+FP32_DEVICES = {"cuda"}
+"""Where torch.mm may write the product of half-precision matrices in fp32 (torch 2.8 and later)."""
 
 
 def head_logps(
@@ -121,7 +125,7 @@ class _LinearHead(torch.autograd.Function):
             e, total, pull, logps = _exponentials(h[first : first + rows], w, y, bias, cap)
             done.append((total, pull, logps))
             if learn and frozen:
-                kept.append((pull[:, None] * w[y] - e @ w) / total[:, None])
+                kept.append((pull[:, None] * w[y] - _product(e, w)) / total[:, None])
             else:
                 kept.append(e if learn and first + len(y) <= keep else None)
         if not done:
@@ -155,11 +159,12 @@ class _LinearHead(torch.autograd.Function):
             kept[n] = None
             if e is None:
                 e = _exponentials(states, w, y, bias, ctx.cap)[0]
-            dh[at] = own[at] * w[y] - share[at] * (e @ w)
+            dh[at] = own[at] * w[y] - share[at] * _product(e, w)
+            # Not by _product: as large as the weight in fp32, for what is summed in fp32 below.
             dw -= e.T @ (share[at] * states).to(h.dtype)
             dw.index_add_(0, y, (own[at] * states).to(dw.dtype))
             if db is not None:
-                db -= (share[at].T.to(h.dtype) @ e)[0]
+                db -= _product(share[at].T.to(h.dtype), e)[0]
                 db.index_add_(0, y, own[at, 0])
         return dh, dw, db if db is None or bias is None else db.to(bias.dtype), *[None] * 6
 
@@ -175,15 +180,19 @@ def _exponentials(
     rest in at least fp32. S is R and the target's exponential: 1 + R but for rounding and the
     factor. With a cap, e and R (but not the one in S) are multiplied by the cap's slopes.
 
-    A product's output is rounded to `h`'s dtype, and a bf16 logit of 20 would be 0.06 nats off. So
-    the target's own logit is taken in fp32 and subtracted inside the product, before rounding:
+    Where a product's output is rounded to `h`'s dtype, a bf16 logit of 20 would be 0.06 nats off.
+    So the target's own logit is taken in fp32 and subtracted inside the product, before rounding:
     what is rounded is z - z_y, and log p is accurate relative to itself, near 0 too.
     """
     exact = torch.float64 if h.dtype == torch.float64 else torch.float32
     at_target = (h.to(exact) * w[y].to(exact)).sum(-1)
-    rounded = at_target.to(h.dtype)
-    taken = rounded.to(exact)
-    z = torch.addmm(-rounded[:, None], h, w.T)
+    if _writes_fp32(h.device.type, h.dtype):
+        taken = at_target
+        z = _product(h, w.T).sub_(taken[:, None])
+    else:
+        rounded = at_target.to(h.dtype)
+        taken = rounded.to(exact)
+        z = torch.addmm(-rounded[:, None], h, w.T)
     left, slopes, own_slope = at_target - taken, None, None
     if bias is not None or cap is not None:
         z = z.to(exact).add_(taken[:, None])
@@ -224,6 +233,31 @@ def _changed(
     own = torch.tanh(at_target / cap)
     slopes = z.div_(cap).tanh_().square().neg_().add_(1)
     return z.sub_(own[:, None]).mul_(cap), slopes, 1 - own.square()
+
+
+def _product(
+    a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner columns"]
+) -> Float[Tensor, "rows columns"]:
+    """a b, in fp32 where the device writes that, and otherwise rounded to their dtype."""
+    if _writes_fp32(a.device.type, a.dtype):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
+@cache
+def _writes_fp32(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch.mm gives half-precision products in fp32: tried once on a sum that the dtype
+    itself cannot hold."""
+    if device not in FP32_DEVICES or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    small = ones.clone()
+    small[:, 0] = 2**-12
+    try:
+        found = torch.mm(ones, small.T, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):
+        return False
+    return found.dtype == torch.float32 and bool((found == 15 + 2**-12).all())
 
 
 def _row_sums(e: Float[Tensor, "rows vocab"], block: int = 512) -> Float[Tensor, " rows"]:
