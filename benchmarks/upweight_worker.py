@@ -106,7 +106,7 @@ def resolve(spec: Spec) -> Resolved:
 
 
 def two_passes() -> None:
-    """The head as for families that change their logits: dense chunks, recomputed backward."""
+    """The head as where it is not a plain matrix: dense chunks, recomputed backward."""
     head._is_plain = lambda *_: False
 
 

@@ -1,3 +1,5 @@
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
@@ -94,9 +96,9 @@ def test_in_bf16_a_log_prob_is_accurate_relative_to_itself(scale: float, common:
 def test_a_planted_error_in_the_gradient_shows(monkeypatch: pytest.MonkeyPatch):
     exponentials = head._exponentials
 
-    def with_the_target_counted_twice(h, w, y):
-        e, own, rest, logps = exponentials(h, w, y)
-        return e.index_put((torch.arange(len(y)), y), own), own, rest, logps
+    def with_the_target_counted_twice(h, w, y, bias, cap):
+        e, total, rest, logps = exponentials(h, w, y, bias, cap)
+        return e.index_put((torch.arange(len(y)), y), total - rest), total, rest, logps
 
     lm, weight, hidden, slope = case(torch.float64)
     wanted = gradients(lm.model, (slope * dense(weight, hidden)).sum())
@@ -117,9 +119,244 @@ def test_a_nearly_certain_token_keeps_its_log_prob_in_bf16():
     torch.testing.assert_close(got.double(), wanted, rtol=0.1, atol=0.0)
 
 
-def test_a_head_with_a_bias_takes_the_general_way():
-    lm, weight, hidden, _ = case(torch.float64)
-    with_bias = nn.Linear(32, 260, dtype=torch.float64)
-    lm.causal.set_output_embeddings(with_bias)
-    wanted = with_bias(hidden).log_softmax(-1)[torch.arange(8), TARGETS]
+CHANGES = {
+    "bias": dict(bias=True),
+    "cap": dict(final_logit_softcapping=2.0),
+    "cap and bias": dict(final_logit_softcapping=2.0, bias=True),
+    "factor": dict(logit_scale=0.3),
+    "divisor and bias": dict(logits_scaling=3.0, bias=True),
+}
+
+
+def changed(change: dict, dtype: torch.dtype = torch.float64, scale: float = 1.0):
+    """A model whose family changes its logits, hidden states, what enters a dense head for them,
+    and the logits that the family makes of it."""
+    lm, weight, hidden, slope = case(dtype, scale)
+    new = nn.Linear(32, 260, bias="bias" in change, dtype=dtype)
+    new.weight = weight
+    lm.causal.set_output_embeddings(new)
+    given = [hidden, weight]
+    if new.bias is not None:
+        with torch.no_grad():
+            new.bias.copy_(torch.linspace(-3, 2, 260)[torch.randperm(260)])
+        given.append(new.bias)
+    for key, value in change.items():
+        if key != "bias":
+            setattr(lm.causal.config, key, value)
+    cap = change.get("final_logit_softcapping")
+
+    def logps(h, w, b=None):
+        raw = h @ w.T + (0 if b is None else b)
+        raw = raw if cap is None else cap * torch.tanh(raw / cap)
+        raw = raw * change.get("logit_scale", 1) / change.get("logits_scaling", 1)
+        return raw.log_softmax(-1)[torch.arange(len(TARGETS)), TARGETS]
+
+    return lm, given, slope, logps
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(("rows", "kept"), [(1, 0), (3, 3), (100, 100)])
+def test_what_families_do_to_their_logits_goes_through_the_one_pass(
+    monkeypatch: pytest.MonkeyPatch, change: dict, rows: int, kept: int
+):
+    monkeypatch.delattr(head, "_adjusted_logps")
+    lm, given, slope, logps = changed(change)
+    got = head_logps(lm, given[0], TARGETS, 4 * rows * 260, kept * 260)
+    torch.testing.assert_close(got, logps(*given), rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad((slope * got).sum(), given)
+    theirs = torch.autograd.grad((slope * logps(*given)).sum(), given)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_frozen_head_of_such_a_family_gives_the_same_gradient(change: dict):
+    lm, given, slope, logps = changed(change)
+    hidden, *frozen = given
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    got = head_logps(lm, hidden, TARGETS, 12 * 260)
+    assert got.grad_fn.frozen
+    (ours,) = torch.autograd.grad((slope * got).sum(), hidden)
+    (theirs,) = torch.autograd.grad((slope * logps(*given)).sum(), hidden)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_a_bias_is_trained_above_a_frozen_matrix():
+    lm, given, slope, logps = changed(CHANGES["cap and bias"])
+    given[1].requires_grad_(False)
+    ours = torch.autograd.grad((slope * head_logps(lm, given[0], TARGETS)).sum(), given[2])
+    theirs = torch.autograd.grad((slope * logps(*given)).sum(), given[2])
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 400.0])
+@pytest.mark.parametrize("change", [CHANGES["bias"], dict(final_logit_softcapping=30.0, bias=True)])
+def test_in_bf16_a_cap_moves_only_what_it_lets_through(change: dict, scale: float):
+    # The product x_j - x_y is rounded by up to 2^-9 of itself, and the cap lets through what its
+    # slope is there; all after that is fp32. To first order log p moves by the mean of that over
+    # the tokens' probabilities: twice it is allowed.
+    lm, given, slope, logps = changed(change, torch.float32, scale)
+    lm.compute_dtype = torch.bfloat16
+    got = head_logps(lm, given[0], TARGETS)
+    h, w, b = (x.detach().double() for x in (given[0].bfloat16(), given[1].bfloat16(), given[2]))
+    wanted = logps(h, w, b)
+    raw = h @ w.T + b
+    cap = change.get("final_logit_softcapping")
+    steep = 1.0 if cap is None else 1 - torch.tanh(raw / cap) ** 2
+    z = raw if cap is None else cap * torch.tanh(raw / cap)
+    product = h @ w.T
+    rounded = (product - product[torch.arange(8), TARGETS][:, None]).abs()
+    moved = (z.softmax(-1) * steep * rounded).sum(-1)
+    assert got.dtype == torch.float32
+    assert ((got - wanted).abs() <= 2**-8 * moved + 1e-4).all()
+    if scale == 1.0:
+        ours = torch.autograd.grad((slope.float() * got).sum(), given)
+        exact = [x.requires_grad_() for x in (h, w, b)]
+        theirs = torch.autograd.grad((slope * logps(*exact)).sum(), exact)
+        for mine, his in zip(ours, theirs, strict=True):
+            assert relative({"": mine}, {"": his}) < 2e-2
+
+
+def slopes_of_one(z, at_target, y, bias, cap):
+    z, slopes, own = as_it_is(z, at_target, y, bias, cap)
+    return z, torch.ones_like(slopes), own
+
+
+def the_targets_slope_of_one(z, at_target, y, bias, cap):
+    z, slopes, own = as_it_is(z, at_target, y, bias, cap)
+    return z, slopes, torch.ones_like(own)
+
+
+def the_bias_of_the_next_token(z, at_target, y, bias, cap):
+    return as_it_is(z, at_target, y, bias.roll(1), cap)
+
+
+def the_target_without_its_bias(z, at_target, y, bias, cap):
+    return as_it_is(z, at_target - bias[y], y, bias, cap)
+
+
+as_it_is = head._changed
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        slopes_of_one,
+        the_targets_slope_of_one,
+        the_bias_of_the_next_token,
+        the_target_without_its_bias,
+    ],
+)
+def test_a_planted_error_in_a_cap_or_a_bias_shows(monkeypatch: pytest.MonkeyPatch, plant):
+    lm, given, slope, logps = changed(CHANGES["cap and bias"])
+    theirs = torch.autograd.grad((slope * logps(*given)).sum(), given)
+    for planted, off in ((as_it_is, False), (plant, True)):
+        monkeypatch.setattr(head, "_changed", planted)
+        ours = torch.autograd.grad((slope * head_logps(lm, given[0], TARGETS)).sum(), given)
+        worst = max(relative({"": mine}, {"": his}) for mine, his in zip(ours, theirs, strict=True))
+        assert (worst > 1e-3) == off
+
+
+class TimesTwo(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def test_any_other_head_takes_the_general_way():
+    lm, _, hidden, _ = case(torch.float64)
+    other = TimesTwo(32, 260, dtype=torch.float64)
+    lm.causal.set_output_embeddings(other)
+    assert kept_bytes(lm) == (0, None)
+    wanted = other(hidden).log_softmax(-1)[torch.arange(8), TARGETS]
     torch.testing.assert_close(head_logps(lm, hidden, TARGETS, 3 * 260), wanted)
+
+
+def in_fp32(a, b, out_dtype):
+    """torch.mm as CUDA has it: half-precision products, written in another dtype."""
+    assert a.dtype == b.dtype == torch.bfloat16
+    return plain_mm(a.to(out_dtype), b.to(out_dtype))
+
+
+def rounded_first(a, b, out_dtype):
+    return plain_mm(a, b).to(out_dtype)
+
+
+def of_its_own(a, b, out_dtype):
+    return plain_mm(a, b)
+
+
+def not_taken(a, b, out_dtype):
+    raise RuntimeError("mm is not implemented for this dtype")
+
+
+def unknown(a, b):
+    return plain_mm(a, b)
+
+
+plain_mm = torch.mm
+
+
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch, mm) -> None:
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(head, "FP32_DEVICES", {"cpu"})
+    monkeypatch.setattr(head, "_writes_fp32", cache(head._writes_fp32.__wrapped__))
+
+
+@pytest.mark.parametrize(
+    ("mm", "wide"),
+    [
+        (in_fp32, True),
+        (rounded_first, False),
+        (of_its_own, False),
+        (not_taken, False),
+        (unknown, False),
+    ],
+)
+def test_fp32_products_are_used_where_a_trial_gives_them(monkeypatch, mm, wide: bool):
+    # As above: the log-probs are then those of the rounded numbers, in fp32.
+    lm, weight, hidden, slope = case(torch.float32)
+    lm.compute_dtype = torch.bfloat16
+    before = head_logps(lm, hidden, TARGETS, 3 * 260)
+    as_on_cuda(monkeypatch, mm)
+    assert head._writes_fp32("cpu", torch.bfloat16) == wide
+    got = head_logps(lm, hidden, TARGETS, 3 * 260)
+    w, h = (x.bfloat16().double().detach().requires_grad_() for x in (weight, hidden))
+    exact = dense(w, h)
+    if not wide:
+        assert torch.equal(got, before)
+        return
+    assert (before - exact).abs().max() > 1e-4
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad((slope.float() * got).sum(), (hidden, weight))
+    theirs = torch.autograd.grad((slope * exact).sum(), (h, w))
+    for mine, his in zip(ours, theirs, strict=True):
+        assert relative({"": mine}, {"": his}) < 1e-2
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_fp32_products_go_through_every_change_of_logits(monkeypatch, change: dict, frozen: bool):
+    as_on_cuda(monkeypatch, in_fp32)
+    lm, given, slope, logps = changed(change, torch.float32)
+    lm.compute_dtype = torch.bfloat16
+    for parameter in given[1:]:
+        parameter.requires_grad_(not frozen)
+    got = head_logps(lm, given[0], TARGETS, 12 * 260)
+    factor = change.get("logit_scale", 1) / change.get("logits_scaling", 1)
+    # A factor goes along with the hidden states, before they are rounded.
+    states = (given[0] * factor).bfloat16().double() / factor
+    exact = [x.detach().double() for x in (states, given[1].bfloat16(), *given[2:])]
+    wanted = logps(*[x.requires_grad_() for x in exact])
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    leaves = given[:1] if frozen else given
+    ours = torch.autograd.grad((slope.float() * got).sum(), leaves)
+    theirs = torch.autograd.grad((slope * wanted).sum(), exact[: len(leaves)])
+    for mine, his in zip(ours, theirs, strict=True):
+        assert relative({"": mine}, {"": his}) < 1e-2
+
+
+def test_products_in_full_precision_are_what_they_were(monkeypatch):
+    as_on_cuda(monkeypatch, not_taken)
+    for dtype in (torch.float32, torch.float64):
+        assert not head._writes_fp32("cpu", dtype)
+    assert not head._writes_fp32("mps", torch.bfloat16)

@@ -39,12 +39,27 @@ class CannotShare(Exception):
     """Why a model family cannot share a prompt among responses. Never leaves models/."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a layer asks of its attention, but for the numbers; `sinks` is the dtype of its own."""
+
+    heads: Heads
+    dim: int
+    value_dim: int
+    dtype: torch.dtype
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.dtype | None
+
+
 @dataclass
 class Layout:
     """Where the trees of a forest lie, and the masks made from that, shared by all layers.
 
     `windows` records the sliding window that each layer asked for, by layer index, so that a
-    family which applies its window elsewhere than here is noticed (proof.py).
+    family which applies its window elsewhere than here is noticed (proof.py); `asked` all that any
+    layer asked for, so that it can be asked again of longer trees (blocks.py).
     """
 
     path: str
@@ -52,6 +67,7 @@ class Layout:
     parent: Int[Tensor, " tokens"]
     position: Int[Tensor, " tokens"]
     windows: dict[int, int | None] = field(default_factory=dict[int, int | None])
+    asked: set[Asked] = field(default_factory=set[Asked])
     _masks: dict[object, Tensor] = field(default_factory=dict[object, Tensor])
     _varlen: VarlenPlan | None = None
     _flex: dict[int | None, FlexPlan] = field(default_factory=dict[int | None, FlexPlan])
@@ -150,6 +166,9 @@ def forest_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    heads, dims = Heads(query.shape[1], key.shape[1]), (query.shape[-1], value.shape[-1])
+    sinks = None if s_aux is None else s_aux.dtype
+    layout.asked.add(Asked(heads, *dims, query.dtype, scale, sliding_window, softcap, sinks))
     window = _binding(layout, sliding_window)
     plain = softcap is None and s_aux is None
     varlen = layout.path == "varlen" and plain and value.shape[-1] == query.shape[-1]
@@ -162,7 +181,6 @@ def forest_attention(
         mask = layout.mask(window)
         out = dense_attention(query, key, value, mask, scale, softcap, s_aux)
     elif plain:
-        heads = Heads(query.shape[1], key.shape[1])
         tiles = layout.tiles(window, heads, query.dtype)
         out = tiled_attention(query, key, value, tiles, scale)
     else:

@@ -8,10 +8,15 @@ position, y its token, e = exp(z - z_y) without the token itself (e[y] = 0) and 
 so a chunk costs three products: z = h W^T, e W for the hidden states' gradient, e^T h for the
 weight's. e is kept from the forward pass to the backward, whatever loss comes between. Under LoRA
 the head is frozen and (R W[y] - e W) / (1 + R) is all that is kept: two products.
+
+What families do to their logits goes along. A factor is one of the hidden states; a bias is added
+to z, its gradient a sum over rows of dz; a cap c tanh(x / c) on the product x multiplies dz by its
+slope 1 - tanh^2(x / c), and e times that is what is kept.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,9 +32,8 @@ CHUNK_ELEMENTS = 1 << 26
 KEPT_ELEMENTS = 1 << 29
 """Exponentials kept from forward to backward: 1 GiB in bf16. Beyond that they are made again."""
 
-ADJUSTMENTS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config keys by which Gemma 2, Cohere and Granite change their logits. What other families do to
-them is found by the proof at start."""
+FP32_DEVICES = {"cuda"}
+"""Where torch.mm may write the product of half-precision matrices in fp32 (torch 2.8 and later)."""
 
 
 def head_logps(
@@ -48,10 +52,17 @@ def head_logps(
         return _adjusted_logps(head, config, hidden, targets, rows)
     weight = head.weight
     assert isinstance(weight, Tensor)
+    cap, factor = _cap(config), _factor(config)
+    bias: Tensor | None = dict(head.named_parameters()).get("bias")
+    if factor != 1.0:
+        hidden = at_least_fp32(hidden) * factor
+        bias = None if bias is None else at_least_fp32(bias) * factor
+    if cap is not None or bias is not None:
+        rows = max(1, rows // 4)  # whose logits stand there in fp32, once more or twice
     dtype = _product_dtype(lm, weight)
     keep = kept_elements // lm.vocab_size
     return _LinearHead.apply(  # pyright: ignore[reportReturnType]
-        hidden, weight, targets, dtype, rows, keep, torch.is_grad_enabled()
+        hidden, weight, bias, targets, dtype, cap, rows, keep, torch.is_grad_enabled()
     )
 
 
@@ -64,7 +75,8 @@ def kept_bytes(lm: LanguageModel, kept_elements: int = KEPT_ELEMENTS) -> tuple[i
         return 0, None
     weight = next(head.parameters())
     width = _product_dtype(lm, weight).itemsize
-    if not weight.requires_grad:  # the hidden state's gradient, whose sums are fp32
+    if not any(p.requires_grad for p in head.parameters()):
+        # the hidden state's gradient, whose sums are fp32
         return max(4, width) * weight.shape[1], None
     return width * lm.vocab_size, width * kept_elements
 
@@ -74,11 +86,20 @@ def _product_dtype(lm: LanguageModel, weight: Tensor) -> torch.dtype:
 
 
 def _is_plain(head: nn.Module, config: object) -> bool:
-    return (
-        type(head) is nn.Linear
-        and "bias" not in dict(head.named_parameters())
-        and all(getattr(config, key, None) is None for key in ADJUSTMENTS)
-    )
+    """A matrix, with what the one pass knows of what families do to its logits. What they do beside
+    that is found by the proof at start."""
+    return type(head) is nn.Linear and (_cap(config) is None or _factor(config) == 1.0)
+
+
+def _cap(config: object) -> float | None:
+    """Gemma 2's."""
+    return getattr(config, "final_logit_softcapping", None)
+
+
+def _factor(config: object) -> float:
+    """Cohere's factor, Granite's divisor."""
+    scale, divisor = (getattr(config, key, None) for key in ("logit_scale", "logits_scaling"))
+    return (1.0 if scale is None else scale) / (1.0 if divisor is None else divisor)
 
 
 class _LinearHead(torch.autograd.Function):
@@ -87,35 +108,37 @@ class _LinearHead(torch.autograd.Function):
         ctx: Any,
         hidden: Float[Tensor, "scored width"],
         weight: Float[Tensor, "vocab width"],
+        bias: Float[Tensor, " vocab"] | None,
         targets: Int[Tensor, " scored"],
         dtype: torch.dtype,
+        cap: float | None,
         rows: int,
         keep: int,
         learn: bool,
     ) -> Float[Tensor, " scored"]:
         h, w = hidden.to(dtype), weight.to(dtype)
-        frozen = not ctx.needs_input_grad[1]
+        frozen = not any(ctx.needs_input_grad[1:3])
         done: list[tuple[Tensor, Tensor, Tensor]] = []
         kept: list[Tensor | None] = []
         for first in range(0, len(h), rows):
             y = targets[first : first + rows]
-            e, own, rest, logps = _exponentials(h[first : first + rows], w, y)
-            done.append((own, rest, logps))
+            e, total, pull, logps = _exponentials(h[first : first + rows], w, y, bias, cap)
+            done.append((total, pull, logps))
             if learn and frozen:
-                kept.append((rest[:, None] * w[y] - e @ w) / (own + rest)[:, None])
+                kept.append((pull[:, None] * w[y] - _product(e, w)) / total[:, None])
             else:
                 kept.append(e if learn and first + len(y) <= keep else None)
         if not done:
             return hidden.new_zeros(0, dtype=torch.float32)
-        own, rest, logps = (torch.cat(pieces) for pieces in zip(*done, strict=True))
-        ctx.save_for_backward(h, w, targets, own, rest)
-        ctx.rows, ctx.frozen, ctx.kept = rows, frozen, kept
+        total, pull, logps = (torch.cat(pieces) for pieces in zip(*done, strict=True))
+        ctx.save_for_backward(h, w, bias, targets, total, pull)
+        ctx.cap, ctx.rows, ctx.frozen, ctx.kept = cap, rows, frozen, kept
         ctx.given = hidden.dtype, weight.dtype
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, w, targets, own, rest = ctx.saved_tensors
+        h, w, bias, targets, total, pull = ctx.saved_tensors
         kept: list[Tensor | None] = ctx.kept
         slope = grads[0]
         dh = torch.empty(h.shape, dtype=ctx.given[0], device=h.device)
@@ -125,47 +148,116 @@ class _LinearHead(torch.autograd.Function):
                 assert piece is not None, "the graph of a frozen head is gone back through once"
                 kept[n] = None
                 dh[at] = slope[at, None] * piece
-            return dh, *[None] * 6
+            return dh, *[None] * 8
         dw = torch.zeros_like(w, dtype=ctx.given[1])
-        share = (slope / (own + rest))[:, None]
+        db = None if bias is None else torch.zeros_like(bias, dtype=total.dtype)
+        share = (slope / total)[:, None]
+        own = share * pull[:, None]
         for n, e in enumerate(kept):
             at = slice(n * ctx.rows, n * ctx.rows + ctx.rows)
             y, states = targets[at], h[at]
             kept[n] = None
             if e is None:
-                e = _exponentials(states, w, y)[0]
-            dh[at] = share[at] * (rest[at, None] * w[y] - e @ w)
+                e = _exponentials(states, w, y, bias, ctx.cap)[0]
+            dh[at] = own[at] * w[y] - share[at] * _product(e, w)
+            # Not by _product: as large as the weight in fp32, for what is summed in fp32 below.
             dw -= e.T @ (share[at] * states).to(h.dtype)
-            dw.index_add_(0, y, (share[at] * rest[at, None] * states).to(dw.dtype))
-        return dh, dw, *[None] * 5
+            dw.index_add_(0, y, (own[at] * states).to(dw.dtype))
+            if db is not None:
+                db -= _product(share[at].T.to(h.dtype), e)[0]
+                db.index_add_(0, y, own[at, 0])
+        return dh, dw, db if db is None or bias is None else db.to(bias.dtype), *[None] * 6
 
 
 def _exponentials(
-    h: Float[Tensor, "rows width"], w: Float[Tensor, "vocab width"], y: Int[Tensor, " rows"]
+    h: Float[Tensor, "rows width"],
+    w: Float[Tensor, "vocab width"],
+    y: Int[Tensor, " rows"],
+    bias: Float[Tensor, " vocab"] | None,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(e, own, R, log p) of rows, all but log p scaled by one factor a row; e in `h`'s dtype, the
-    rest in at least fp32. `own` is the target's exponential: 1 but for rounding and the factor.
+    """(e, S, R, log p) of rows, all but log p scaled by one factor a row; e in `h`'s dtype, the
+    rest in at least fp32. S is R and the target's exponential: 1 + R but for rounding and the
+    factor. With a cap, e and R (but not the one in S) are multiplied by the cap's slopes.
 
-    A product's output is rounded to `h`'s dtype, and a bf16 logit of 20 would be 0.06 nats off. So
-    the target's own logit is taken in fp32 and subtracted inside the product, before rounding: what
-    is rounded is z - z_y, and log p is accurate relative to itself, near 0 too.
+    Where a product's output is rounded to `h`'s dtype, a bf16 logit of 20 would be 0.06 nats off.
+    So the target's own logit is taken in fp32 and subtracted inside the product, before rounding:
+    what is rounded is z - z_y, and log p is accurate relative to itself, near 0 too.
     """
     exact = torch.float64 if h.dtype == torch.float64 else torch.float32
     at_target = (h.to(exact) * w[y].to(exact)).sum(-1)
-    offset = at_target.to(h.dtype)
-    z = torch.addmm(-offset[:, None], h, w.T)
+    if _writes_fp32(h.device.type, h.dtype):
+        taken = at_target
+        z = _product(h, w.T).sub_(taken[:, None])
+    else:
+        rounded = at_target.to(h.dtype)
+        taken = rounded.to(exact)
+        z = torch.addmm(-rounded[:, None], h, w.T)
+    left, slopes, own_slope = at_target - taken, None, None
+    if bias is not None or cap is not None:
+        z = z.to(exact).add_(taken[:, None])
+        z, slopes, own_slope = _changed(z, at_target, y, bias, cap)
+        left = torch.zeros_like(at_target)
     top = z.amax(-1)
-    shift = torch.zeros_like(at_target)
     if z.is_cuda or bool((top > 60).any()):  # exp overflows at 88; on a GPU asking would wait
         top = top.clamp(min=0)
         z -= top[:, None]
         shift = top.to(exact)
+    else:
+        shift = torch.zeros_like(at_target)
     e = z.exp_().scatter_(1, y[:, None], 0.0)
     rest = _row_sums(e)
-    left = at_target - offset.to(exact) - shift
+    left = left - shift
     own = left.exp()
-    logps = torch.where(shift > 0, left - (own + rest).log(), -torch.log1p(rest / own))
-    return e, own, rest, logps
+    total = own + rest
+    logps = torch.where(shift > 0, left - total.log(), -torch.log1p(rest / own))
+    if slopes is not None and own_slope is not None:
+        e, rest = e.mul_(slopes), rest * own_slope
+    return e.to(h.dtype), total, rest, logps
+
+
+def _changed(
+    z: Float[Tensor, "rows vocab"],
+    at_target: Float[Tensor, " rows"],
+    y: Int[Tensor, " rows"],
+    bias: Float[Tensor, " vocab"] | None,
+    cap: float | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """z - z_y with a bias and a cap, written into the products `z`, which are `at_target` at the
+    targets; and the cap's slopes, all of them and the targets'."""
+    if bias is not None:
+        z += bias
+        at_target = at_target + bias[y]
+    if cap is None:
+        return z.sub_(at_target[:, None]), None, None
+    own = torch.tanh(at_target / cap)
+    slopes = z.div_(cap).tanh_().square().neg_().add_(1)
+    return z.sub_(own[:, None]).mul_(cap), slopes, 1 - own.square()
+
+
+def _product(
+    a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner columns"]
+) -> Float[Tensor, "rows columns"]:
+    """a b, in fp32 where the device writes that, and otherwise rounded to their dtype."""
+    if _writes_fp32(a.device.type, a.dtype):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
+@cache
+def _writes_fp32(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch.mm gives half-precision products in fp32: tried once on a sum that the dtype
+    itself cannot hold."""
+    if device not in FP32_DEVICES or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    small = ones.clone()
+    small[:, 0] = 2**-12
+    try:
+        found = torch.mm(ones, small.T, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):
+        return False
+    return found.dtype == torch.float32 and bool((found == 15 + 2**-12).all())
 
 
 def _row_sums(e: Float[Tensor, "rows vocab"], block: int = 512) -> Float[Tensor, " rows"]:
@@ -221,10 +313,6 @@ def logits(head: nn.Module, config: object, states: Float[Tensor, "n width"]) ->
         weight = next(head.parameters())
         out = head(states.to(weight.dtype))
     out = at_least_fp32(out)
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+    if (cap := _cap(config)) is not None:
         out = cap * torch.tanh(out / cap)
-    if (scale := getattr(config, "logit_scale", None)) is not None:
-        out = out * scale
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:
-        out = out / divisor
-    return out
+    return out * factor if (factor := _factor(config)) != 1.0 else out

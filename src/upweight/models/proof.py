@@ -1,14 +1,16 @@
 """Before anything is trusted: each way of running a forest is held against one sequence at a time.
 
 The first way that gives the model's own log-probs is used. A family that none of the shared ways
-fits runs unshared, one whose head none fits runs through its own logits; none is refused.
+fits runs unshared, one whose head none fits runs through its own logits; none is refused. The trees
+of the probe are small; that attention holds on long ones too is asked of it alone (blocks.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from upweight.data.pack import collate
 from upweight.errors import ModelError
 from upweight.models import attention, logprobs
+from upweight.models.blocks import fault_beyond_a_block
 from upweight.models.head import at_least_fp32, read
 from upweight.models.load import ForwardPlan, LanguageModel
 from upweight.models.weights import first_lines
@@ -142,7 +145,9 @@ def _exact_depth(lm: LanguageModel) -> int | None:
 def probe_forest(lm: LanguageModel) -> Forest:
     """Two trees of random tokens: three responses and two, of unequal lengths, one of them single.
 
-    Long enough to cross a small sliding window; a large one is checked by what the layers ask for.
+    Short, since a whole model reads them several times (blocks.py has long ones for attention
+    alone), but long enough to cross a small sliding window; a large one is checked by what the
+    layers ask for.
     """
     generator = torch.Generator().manual_seed(0)
     vocab = lm.vocab_size
@@ -211,11 +216,12 @@ def _truth(lm: LanguageModel, forest: Forest) -> Reading:
     return Reading(torch.cat(pieces), torch.cat([silent, own]))
 
 
-def _read(lm: LanguageModel, forest: Forest) -> Reading:
-    """What the plan at hand gives."""
-    with _frozen(lm), _leaves(lm) as given:
+def _read(lm: LanguageModel, forest: Forest) -> tuple[Reading, attention.Layout]:
+    """What the plan at hand gives, and the layout in which its layers have left their wishes."""
+    with _frozen(lm), _leaves(lm) as given, _layouts(lm) as layouts:
         logps = logprobs.token_logps(lm, forest)
-        return Reading(logps.detach(), _slope(logps, _weights(forest, lm.device), given))
+        reading = Reading(logps.detach(), _slope(logps, _weights(forest, lm.device), given))
+    return reading, layouts[0]
 
 
 def _weights(forest: Forest, device: torch.device) -> Float[Tensor, " scored"]:
@@ -265,6 +271,21 @@ def _leaves(lm: LanguageModel) -> Generator[list[Tensor]]:
         handle.remove()
 
 
+@contextlib.contextmanager
+def _layouts(lm: LanguageModel) -> Generator[list[attention.Layout]]:
+    """The layouts that the model is handed from here on."""
+    given: list[attention.Layout] = []
+
+    def look(_module: nn.Module, _args: object, options: dict[str, Any]) -> None:
+        given.append(options["forest_layout"])
+
+    handle = lm.causal.base_model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield given
+    finally:
+        handle.remove()
+
+
 def _failure(lm: LanguageModel, plan: ForwardPlan, probe: Forest, truth: Reading) -> str | None:
     """What is wrong with a plan, or None. Runs in the weights' own dtype, without autocast; the
     variable-length kernel, which knows half precision only, runs in the compute dtype.
@@ -280,12 +301,19 @@ def _failure(lm: LanguageModel, plan: ForwardPlan, probe: Forest, truth: Reading
     try:
         if plan.shared:
             lm.causal.set_attn_implementation(attention.NAME)
-            if misplaced := _misplaced_window(lm, probe, plan):
-                return misplaced
-            got = _read(lm, probe)
-        else:
-            with torch.no_grad():
-                got = Reading(logprobs.token_logps(lm, probe), None)
+            got, layout = _read(lm, probe)
+            # In the dtype that trains, too: alone, attention is held to more than a model's depth
+            # of roundings leaves.
+            narrow = {
+                replace(a, dtype=compute_dtype) for a in layout.asked if a.dtype == torch.float32
+            }
+            return (
+                _misplaced_window(lm, layout)
+                or _difference(got, truth, proved)
+                or fault_beyond_a_block(lm, plan.attention, layout.asked | narrow)
+            )
+        with torch.no_grad():
+            return _difference(Reading(logprobs.token_logps(lm, probe), None), truth, proved)
     except attention.CannotShare as error:
         return str(error)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ImportError) as error:
@@ -293,7 +321,6 @@ def _failure(lm: LanguageModel, plan: ForwardPlan, probe: Forest, truth: Reading
     finally:
         lm.plan, lm.compute_dtype = before, compute_dtype
         lm.causal.set_attn_implementation(implementation)
-    return _difference(got, truth, proved)
 
 
 def _difference(got: Reading, truth: Reading, dtype: torch.dtype) -> str | None:
@@ -316,22 +343,13 @@ def exact_dtype(lm: LanguageModel, plan: ForwardPlan) -> torch.dtype:
     return lm.compute_dtype if plan.attention == "varlen" and weights == torch.float32 else weights
 
 
-def _misplaced_window(lm: LanguageModel, probe: Forest, plan: ForwardPlan) -> str | None:
+def _misplaced_window(lm: LanguageModel, layout: attention.Layout) -> str | None:
     """A layer whose sliding window does not reach the attention function, in words, or None."""
     config = lm.causal.config
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if window is None or kinds is None or "sliding_attention" not in kinds:
         return None
-    forest = probe.to(lm.device)
-    layout = attention.layout_of(forest, plan.attention)
-    with torch.no_grad(), lm.compute():
-        lm.causal.base_model(
-            input_ids=forest.token_ids[None],
-            position_ids=forest.position[None],
-            use_cache=False,
-            forest_layout=layout,
-        )
     for layer, kind in enumerate(kinds):
         if kind == "sliding_attention" and layout.windows.get(layer) != window:
             return f"layer {layer} applies its sliding window outside of its attention function"
