@@ -82,7 +82,7 @@ def test_weights_that_sft_does_not_read_are_counted(capsys: pytest.CaptureFixtur
     ]
     wanted = [{"weight": 24}, {}, {"responses.weight": 1, "preferences.weight": 2}]
     assert unused == wanted  # of the file, before it is split
-    assert "column responses.weight is not read (1 rows)" in capsys.readouterr().err
+    assert "column responses.weight is not read (1 row)" in capsys.readouterr().err
 
 
 def test_sft_takes_every_turn_of_a_conversation_when_told_to():
