@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upweight.data.columns import COLUMNS, detect, shown
-from upweight.data.formats import FORMATS, answer_of, example_of, pair, prompt_of, responses
+from upweight.data.formats import (
+    FORMATS,
+    answer_of,
+    example_of,
+    messages,
+    pair,
+    prompt_of,
+    responses,
+)
 from upweight.data.preferences import left_out, preferences_from_scores, unusable
 from upweight.errors import DataError
 from upweight.types import Dropped, Example, Preference, RowId
@@ -314,10 +322,17 @@ def test_a_prompt_with_a_completion_is_one_response_without_a_preference():
     assert found.detail.endswith("objective sft learns from such rows")
 
 
+def test_a_conversation_that_is_labelled_good_or_bad_is_refused():
+    row = {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]}
+    assert not isinstance(messages(row | {"label": "history"}, ROW), Dropped)
+    with pytest.raises(DataError, match='has a "label" beside the answer'):
+        messages(row | {"label": False}, ROW)
+
+
 @pytest.mark.parametrize("label", [True, False, 1, "good"])
 def test_a_completion_with_a_label_is_answered_by_the_columns_that_are_read(label):
     row = {"prompt": "p", "completion": "c", "label": label}
-    with pytest.raises(DataError, match='train.jsonl:7 has a "label" beside prompt') as caught:
+    with pytest.raises(DataError, match='train.jsonl:7 has a "label" beside the answer') as caught:
         read(row)
     assert "prompt, chosen and rejected; for sft keep the good rows" in str(caught.value)
     assert isinstance(prompt_of(row, ROW), Example)

@@ -17,6 +17,7 @@ import upweight as uw
 from runs import PAIRS, furnish, rows_of, train, write_rows
 from upweight.cli import main
 from upweight.config import load_run
+from upweight.errors import DataError
 from upweight.models.load import load
 from upweight.models.scalar import load_reward_model, one_response_at_a_time, tree_scores
 from upweight.recipes.prepare import load_policy, prepare
@@ -326,7 +327,7 @@ def test_rows_of_a_prompt_and_a_completion_are_learned_from_by_sft_alone(
     for objective in ("sft", "dpo"):
         assert train("other", "--objective", objective) == 2
         said = capsys.readouterr().err
-        assert 'pairs.jsonl:1 has a "label" beside prompt and completion' in said
+        assert 'pairs.jsonl:1 has a "label" beside the answer' in said
 
 
 def test_a_reward_that_tells_nothing_apart_ends_online_dpo(capsys: pytest.CaptureFixture[str]):
@@ -448,6 +449,39 @@ def test_a_value_model_may_have_the_reward_models_trunk():
     assert judge("judge") == 0
     assert online("run", "ppo", "--reward", "judge/model") == 0
     assert records("run", "train")[-1]["value_loss"] >= 0
+
+
+def test_a_reward_model_says_the_same_of_a_cut_answer_wherever_it_is_asked():
+    rows = rows_of("pairs.jsonl")
+    for i, row in enumerate(rows):
+        best = {"text": row.pop("chosen"), "score": 1, "stopped": i % 2 == 0}
+        row["responses"] = [best, {"text": row.pop("rejected"), "score": 0}]
+    write_rows("pairs.jsonl", rows)
+    assert judge("judge", "--steps", "1") == 0
+    found = uw.score(model="judge/model", data="pairs.jsonl", dtype="float32")
+    run = load_run(None, values={"model": "model", "data": {"path": "pairs.jsonl"}}).run
+    lm = load("model", dtype="float32")
+    prepared = prepare(run, lm)
+    trees = prepared.trees["train"]
+    assert {tree.stopped for tree in trees} == {(True, True), (False, True)}
+    scores = make_scorer("judge/model", run, lm, prepared.renderer.end)(trees)
+    wanted = {str(t.ids[0].row): s[0] for t, s in zip(trees, scores, strict=True)}
+    assert all(r["score_chosen"] == pytest.approx(wanted[r["row"]], abs=1e-4) for r in found)
+
+
+def test_a_reward_model_of_fewer_positions_than_an_answer_says_so():
+    assert judge("judge") == 0
+    config = json.loads(Path("judge/model/config.json").read_text())
+    config["max_position_embeddings"] = 16
+    Path("judge/model/config.json").write_text(json.dumps(config))
+    run = load_run(None, values={"model": "model", "data": {"path": "pairs.jsonl"}}).run
+    score = make_scorer("judge/model", run, load("model", dtype="float32"), 2)
+    fits = Tree((5,) * 12, ((8, 9, 7, 6),), (), (ResponseId(ROW, 0),), (False,))
+    assert len(score([fits])[0]) == 1
+    for stopped in (True, False):
+        long = Tree((5,) * 12, ((8,) * 5,), (), (ResponseId(ROW, 0),), (stopped,))
+        with pytest.raises(DataError, match="made for 16 tokens, and a prompt with its answer has"):
+            score([long])
 
 
 def test_a_reward_model_reads_an_answer_that_was_cut_with_a_stop_token_behind_it():

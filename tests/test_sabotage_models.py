@@ -120,6 +120,18 @@ def test_a_frozen_base_is_hashed_once_and_again_when_a_bit_of_it_changes(
     assert len(hashed) == 1
 
 
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_a_gap_of_scores_is_refused_where_rows_that_have_them_state_their_preferences(
+    command: str, capsys: pytest.CaptureFixture[str]
+):
+    answers = [{"text": "good", "score": 1.0}, {"text": "bad", "score": 0.9}]
+    row = {"responses": answers, "preferences": [[1, 0]]}
+    write_rows("stated.jsonl", [{"prompt": f"question {i}", **row} for i in range(6)])
+    words = [command, "--model", "model", "--data", "stated.jsonl", "--min_score_gap", "0.5"]
+    assert main([*words, *(["--out", "run"] if command == "train" else [])]) == 2
+    assert "rows that have scores state their preferences too" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

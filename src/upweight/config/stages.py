@@ -89,9 +89,27 @@ def load_stages(
             runs.append(resolve(laid, made, (), f"{where}stage {stage.name}: "))
         except ConfigError as error:
             lines += str(error).splitlines()
+    lines += _rounded_twice(runs, where)
     if lines:
         raise ConfigError("\n".join(dict.fromkeys(lines)))
     return runs
+
+
+def _rounded_twice(runs: Sequence[Resolved], where: str) -> list[str]:
+    """Stages that put into four bits what a stage before them learned in four bits: merged and
+    rounded again, most of it would be gone."""
+    in_four = {
+        str(Path(made.run.out) / "model"): made.run
+        for made in runs
+        if made.run.out is not None and made.run.lora is not None and made.run.lora.quantize
+    }
+    return [
+        f"{where}lora.quantize is {run.lora.quantize} in the stage that writes to {run.out} and in "
+        f"the one that it starts from, {run.model}: its adapter would be merged and rounded away. "
+        "Leave lora.quantize out of the later stage."
+        for made in runs
+        if (run := made.run).model in in_four and run.lora is not None and run.lora.quantize
+    ]
 
 
 def _read(listed: Setting, problems: Problems) -> list[Stage]:

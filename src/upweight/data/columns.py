@@ -107,7 +107,7 @@ def require_unlabelled(row: Row, row_id: RowId) -> None:
     """Raises DataError for a single answer with a label: a bad one would be learned as a good."""
     if "label" in row:
         raise DataError(
-            f'{row_id} has a "label" beside prompt and completion, and labels of single answers '
+            f'{row_id} has a "label" beside the answer, and labels of single answers '
             "(KTO) are not read. For dpo give pairs, in the columns prompt, chosen and rejected; "
             "for sft keep the good rows and remove the column."
         )

@@ -7,9 +7,9 @@
     messages   {messages}: the last message, the assistant's, is the response
     completion {prompt, completion}: one response, as TRL's supervised rows have it
 
-Every layout also takes tools and template_options (or chat_template_kwargs), and pair a weight and
-a margin. A row that is not what its layout says is a DataError; a row that is, but cannot be
-learned from, is a Dropped.
+Every layout also takes tools and template_options (or chat_template_kwargs), and pair a weight,
+a margin and a probability. A row that is not what its layout says is a DataError; a row that is,
+but cannot be learned from, is a Dropped.
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ def responses(row: Row, row_id: RowId) -> Example | Dropped:
     A response may also be a plain string, and its score stand in a list `scores`. Preferences are
     those of the column `preferences` ([chosen, rejected] or [chosen, rejected, weight], counted
     from 0); without it, `with_preferences` makes them from the scores. An empty list says that
-    there are none, whatever the scores. A response's weight multiplies that of the preferences it
-    is in; one whose `stopped` is false was cut off, and gets no stop token.
+    there are none, whatever the scores, as long as no pairing of the scores is asked for. A
+    response's weight multiplies that of the preferences it is in; one whose `stopped` is false was
+    cut off, and gets no stop token.
     Raises DataError where a column is missing or of another type.
     """
     require(row, "responses", row_id)
@@ -118,6 +119,9 @@ def responses(row: Row, row_id: RowId) -> Example | Dropped:
 def messages(row: Row, row_id: RowId) -> Example | Dropped:
     """{messages}: a conversation whose last message, the assistant's, is the response (K = 1)."""
     require(row, "messages", row_id)
+    if isinstance(row.get("label"), bool):
+        # Any other may say what the conversation is about.
+        require_unlabelled(row, row_id)
     turns = conversation(row["messages"], "messages", row_id)
     if not turns or turns[-1]["role"] != "assistant":
         last = f"ends with a {printable(turns[-1]['role'])} message" if turns else "is empty"
@@ -164,7 +168,8 @@ def example_of(
 
     `layout` is a key of FORMATS. With `pairing` auto, preferences are those that the row states, or
     else all that its scores make; any other pairing is one of the scores, whatever is stated
-    beside them. Raises DataError where the row is not of that layout.
+    beside them, and rows without scores keep what they state. Raises DataError where the row is
+    not of that layout.
     """
     require_shallow((row[name] for name in READ.intersection(row)), row_id)
     example = FORMATS[layout](row, row_id)

@@ -141,6 +141,12 @@ def load(
     if chosen.type == "cpu":
         keep_freed_memory()
     folder = resolve(name)
+    if quantize is not None and nf4.is_for_quantized(folder):
+        raise ModelError(
+            f"{name} is an adapter that was trained on a base in four bits. Merged, and put into "
+            "four bits once more, most of what it learned would be rounded away. Leave out "
+            "lora.quantize to train on from it, or start from its base."
+        )
     model = weights or load_weights(name, folder, trust_remote_code)
     tokenizer = load_tokenizer(name, folder, trust_remote_code)
     # Evaluation mode for good: dropout is noise on a log-ratio, and a policy that is noisy where

@@ -23,6 +23,7 @@ from upweight.data.stream import (
     split_by_prompt,
 )
 from upweight.data.supervised import each_turn, opening_key, plant, preferred
+from upweight.data.trees import ended
 from upweight.data.variables import template_variables
 from upweight.errors import ConfigError, Refusal, nearest
 from upweight.models.load import LanguageModel, fingerprint, load
@@ -199,6 +200,16 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     return Prepared(trees, accounts, renderer, repeats, rows=rows, examples=texts)
 
 
+def ended_answers(prepared: Prepared, lm: LanguageModel) -> Prepared:
+    """With a stop token behind answers that were cut, as a reward model reads them everywhere."""
+    end = prepared.renderer.end
+    trees = {
+        name: [ended(tree, end, lm.max_length) for tree in found]
+        for name, found in prepared.trees.items()
+    }
+    return replace(prepared, trees=trees)
+
+
 def _require_apart(name: str, train: Sequence[Example], rows: Sequence[Example]) -> None:
     if both := overlap(train, rows):
         mine, theirs = both[0]
@@ -211,20 +222,27 @@ def _require_apart(name: str, train: Sequence[Example], rows: Sequence[Example])
 
 
 def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]]) -> None:
-    """Raises Refusal UW109 for a key about scores where no row has any."""
+    """Raises Refusal UW109 for a key about scores where none makes a preference: no row has any, or
+    all that have some state their preferences, which only a pairing of the scores passes over."""
     asked = {"data.pairing": run.data.pairing, "data.min_score_gap": run.data.min_score_gap}
     asked = {key: value for key, value in asked.items() if value not in ("auto", 0)}
-    if not asked or any(
-        # A row whose scores were too close is not among the examples any more.
-        "no_preference" in account.dropped
-        or any(answer.score is not None for example in rows for answer in example.responses)
-        for rows, account in loaded
-    ):
+    rows = [example for examples, _ in loaded for example in examples]
+    scored = [row for row in rows if any(a.score is not None for a in row.responses)]
+    # Scores that make a preference differ; a row whose scores were too close is not among the rows
+    # any more.
+    made = any(p.margin for row in scored for p in row.preferences)
+    if not asked or made or any("no_preference" in account.dropped for _, account in loaded):
         return
     said = " and ".join(f"{key} is {write(value)}" for key, value in asked.items())
+    if not scored:
+        raise Refusal(
+            "UW109",
+            f"{said}, and no row has scores: their preferences are stated. Leave it out.",
+        )
     raise Refusal(
         "UW109",
-        f"{said}, and no row has scores: their preferences are stated. Leave it out.",
+        f"{said}, and rows that have scores state their preferences too. Leave it out, or set "
+        "data.pairing to all, adjacent or extremes to go by the scores.",
     )
 
 

@@ -168,6 +168,7 @@ def reference_model(
         sharing=run.compute.sharing,
         trust_remote_code=run.compute.trust_remote_code,
         plan=plan,
+        quantize=None if run.lora is None else run.lora.quantize,
     )
     require_same_tokens(run, lm, loaded.tokenizer)
     yield loaded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from upweight.config import Run
 from upweight.data.formats import answer_of, prompt_of
 from upweight.data.read import read_rows
+from upweight.data.trees import ended
 from upweight.errors import ConfigError, DataError, ModelError, RewardError
 from upweight.models.load import LanguageModel
 from upweight.models.scalar import is_reward_model, load_reward_model, tree_scores
@@ -64,9 +64,8 @@ def require_rewards(run: Run, *, later: bool = False) -> None:
 def make_scorer(spec: str, run: Run, lm: LanguageModel, end: int) -> Scorer:
     """Raises ModelError for a reward model that cannot be used, ConfigError for an unknown name.
 
-    A reward model reads the policy's own token ids, so it must have the policy's tokenizer. It
-    learned what whole answers are worth, at their stop token: an answer that was cut is read with
-    `end`, that token, behind it.
+    A reward model reads the policy's own token ids, so it must have the policy's tokenizer, and an
+    answer that was cut with the stop token `end` behind it (data.trees.ended).
     """
     if not Path(spec).is_dir():
         return _by_text(spec, lm)
@@ -78,21 +77,17 @@ def make_scorer(spec: str, run: Run, lm: LanguageModel, end: int) -> Scorer:
         )
 
     def score(trees: Sequence[Tree]) -> list[list[float]]:
-        whole = [_ended(tree, end, judge.max_length) for tree in trees]
+        whole = [ended(tree, end, judge.max_length) for tree in trees]
+        longest = max(len(t.prompt) + len(r) for t in whole for r in t.responses)
+        if judge.max_length is not None and longest > judge.max_length:
+            raise DataError(
+                f"the reward model {spec} was made for {judge.max_length:,} tokens, and a prompt "
+                f"with its answer has {longest:,}. Lower rollout.max_tokens or "
+                "evaluation.max_new_tokens, leave long prompts out, or use another reward model."
+            )
         return tree_scores(judge, whole, tokens_read_at_once(run, judge))
 
     return score
-
-
-def _ended(tree: Tree, end: int, positions: int | None) -> Tree:
-    """The tree with a stop token behind each answer that was cut, in the place of its last token
-    where the model has no position left."""
-    room = math.inf if positions is None else positions - len(tree.prompt) - 1
-    whole = [
-        response if stopped else (*response[: int(min(len(response), room))], end)
-        for response, stopped in zip(tree.responses, tree.stopped, strict=True)
-    ]
-    return replace(tree, responses=tuple(whole), stopped=(True,) * len(whole))
 
 
 def reward_model_beside(

@@ -18,6 +18,7 @@ from upweight.models.scalar import is_reward_model
 from upweight.models.weights import load_tokenizer, resolve
 from upweight.recipes.prepare import (
     account_lines,
+    ended_answers,
     fill_reference,
     load_policy,
     load_scorer,
@@ -58,6 +59,8 @@ def score_file(
         require_same_tokens(run, lm, load_tokenizer(run.reference, trust_remote_code=trusted))
     screen.stage("rows")
     prepared = prepare(run, lm)
+    if judges:
+        prepared = ended_answers(prepared, lm)
     for line in account_lines(prepared):
         screen.note(line)
     trees = prepared.trees["train"]

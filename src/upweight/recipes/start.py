@@ -36,6 +36,7 @@ from upweight.recipes.prepare import (
     account_lines,
     account_record,
     describe,
+    ended_answers,
     figure_lines,
     load_policy,
     prepare,
@@ -122,6 +123,8 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     _require_accepted(prepared, screen)
     # The texts have been read back, and are not needed in memory while the run goes on.
     prepared = replace(prepared, examples={})
+    if run.objective == "reward":
+        prepared = ended_answers(prepared, lm)
     if saved is not None:
         require_same_settings(saved, run, prepared)
     if not kind.draws:

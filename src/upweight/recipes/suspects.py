@@ -52,6 +52,8 @@ def _places(state: State) -> Iterator[tuple[Key, _Place]]:
     for name, trees in state.begun.prepared.trees.items():
         for tree in trees:
             for p in tree.preferences:
+                if p.probability < 1:
+                    continue  # the row says itself that its label is in doubt
                 chosen, rejected = tree.ids[p.chosen], tree.ids[p.rejected]
                 yield (name, str(chosen.row), chosen.index, rejected.index), _Place(tree, p)
 
