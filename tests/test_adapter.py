@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,6 +7,8 @@ from torch import nn
 
 from oracles import SHAPES, gradients, loaded, random_trees, weigh
 from upweight.data.pack import collate
+from upweight.errors import ModelError
+from upweight.models import nf4
 from upweight.models.adapter import (
     adapter_off,
     add_lora,
@@ -115,3 +119,12 @@ def test_widened_for_a_pass_in_full_precision_and_no_longer():
     with widened(lm):
         assert torch.equal(one_at_a_time(lm, probe), wanted)
     assert narrow(lm) == kept
+
+
+def test_four_bits_without_their_package_name_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(
+        ModelError, match=r"lora.quantize=nf4 needs .* pip install 'upweight\[nf4\]'"
+    ):
+        nf4.require_quantizer("nf4")
+    nf4.require_quantizer(None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -297,15 +296,6 @@ def test_an_adapter_that_does_not_say_what_its_base_is_rounded_to_is_no_export(
 def test_a_family_with_linear_layers_of_its_own_is_refused():
     with pytest.raises(ModelError, match="lora.quantize=nf4: the model has no linear layer"):
         nf4.quantize_layers(tiny_model("falcon"), CPU)
-
-
-def test_without_its_package_the_command_that_installs_it_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    with pytest.raises(
-        ModelError, match=r"lora.quantize=nf4 needs .* pip install 'upweight\[nf4\]'"
-    ):
-        nf4.require_quantizer("nf4")
-    nf4.require_quantizer(None)
 
 
 @pytest.fixture
