@@ -90,6 +90,14 @@ def test_training_steps_are_the_same_to_the_bit(tmp_path, packed, lora, recomput
     assert packed and not any(where in at for where, *_ in packed)
 
 
+def test_copies_of_weights_in_the_dtype_of_products_stay_too(packed):
+    lm = replace(loaded(), offload=True, compute_dtype=torch.bfloat16)
+    sizes = {p.numel() for p in lm.model.parameters() if p.dim() == 2}
+    with offload.offloaded(lm):
+        token_logps(lm, collate(TREES))
+    assert packed and not sizes.intersection(num for _, num, _ in packed)
+
+
 def test_recomputed_layers_move_what_they_begin_with(packed):
     counts = []
     for recomputed in (False, True):
