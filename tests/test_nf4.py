@@ -331,6 +331,21 @@ def test_a_run_starts_at_its_rounded_reference_samples_exports_and_is_scored(cap
 
 
 @pytest.mark.usefixtures("_folder")
+def test_a_reference_that_is_named_is_rounded_as_the_policy_is():
+    assert train("run", *NF4, "--reference", "model", "--steps", "1") == 0
+    first = next(r for r in rows_of("run/metrics.jsonl") if r["kind"] == "eval")
+    assert first["rewards/margins"] == 0 and first["loss"] == pytest.approx(0.693147, abs=1e-6)
+
+
+@pytest.mark.usefixtures("_folder")
+def test_what_was_learned_in_four_bits_is_not_rounded_away_by_a_second_run(capsys):
+    assert train("run", *NF4, "--steps", "1") == 0
+    assert train("again", *NF4, "--model", "run/model") == 2
+    assert "Leave out lora.quantize to train on from it" in capsys.readouterr().err
+    assert train("again", "--lora", "true", "--model", "run/model", "--steps", "1") == 0
+
+
+@pytest.mark.usefixtures("_folder")
 def test_a_run_resumes_with_its_own_quantization_and_no_other(capsys):
     assert train("run", *NF4, "--steps", "2", "--checkpoint.every", "1") == 0
     newest = sorted(Path("run/checkpoints").iterdir())[-1]
