@@ -137,6 +137,15 @@ def test_every_pair_loss_gives_one_value_per_pair_and_depends_on_no_other_pair(n
     torch.testing.assert_close(got, torch.cat([loss(one) for one in alone]))
 
 
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_every_pair_loss_takes_a_label_that_is_surely_flipped_for_the_other_one(name):
+    loss, chosen, rejected = PAIR_LOSSES[name], (-3.0, -3.5), (-4.0, -2.0)
+    said = pairs_of(chosen[0], rejected[0], chosen[1], rejected[1])
+    other = pairs_of(rejected[0], chosen[0], rejected[1], chosen[1])
+    surely = torch.ones(1, dtype=torch.float64)
+    torch.testing.assert_close(loss(replace(said, flipped=surely)), loss(other))
+
+
 STOP, LONGEST = 0, 5
 
 
