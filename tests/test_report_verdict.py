@@ -268,6 +268,10 @@ def test_an_accuracy_by_margins_of_nothing_is_no_success():
     )
     much = right(0.78, 0.71, 0.84) | {"rewards/spread": 0.4}
     assert verdict(evaluated(eval_line(0), much)).tone == "good"
+    # A limit of the run's own is what is asked.
+    for line, flat, tone in ((little, "0.0001", "good"), (much, "0.5", "unclear")):
+        own = (Setting("watch.flat", flat, "flag"),)
+        assert verdict(evaluated(eval_line(0), line, settings=own)).tone == tone
 
 
 def test_a_loss_that_is_not_shown_to_be_below_its_start_is_no_success():
