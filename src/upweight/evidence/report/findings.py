@@ -83,7 +83,7 @@ def rows_with(records: Records, key: str) -> Sequence[Measurement]:
 
 
 def elsewhere(records: Records, rows: Sequence[Measurement]) -> str:
-    """Where these evaluations are not of the headline's set, the words that name theirs; else ''."""
+    """The words that name the set of these evaluations; "" where it is the headline's own."""
     name = rows[-1].set if rows else None
     return "" if name in (None, main_set(records)) else f", on the set “{name}”"
 
