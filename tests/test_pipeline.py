@@ -281,6 +281,31 @@ def test_a_reward_reads_any_column_of_a_parquet_file(capsys: pytest.CaptureFixtu
     assert "rollout.reward: contains gives 0 to 0 to the answers of" in capsys.readouterr().err
 
 
+def test_a_parquet_column_that_no_reward_reads_may_hold_what_python_cannot(
+    capsys: pytest.CaptureFixture[str],
+):
+    columns = {
+        "prompt": [f"what is {i}" for i in range(6)],
+        "answer": list(range(6)),
+        "at": pa.array(range(1, 7), pa.timestamp("ns")),
+        "tags": pa.array([[("a", 1), ("a", 2)]] * 6, pa.map_(pa.string(), pa.int64())),
+    }
+    pq.write_table(pa.table(columns), "prompts.parquet")
+    often = ["--data", "prompts.parquet", "--checkpoint.every", "1", "--keep", "9"]
+    for reward in ("contains", "vader"):
+        assert online(reward, "grpo", *often, "--reward", reward) == 0
+    shutil.rmtree("contains/checkpoints/step-00000004")
+    assert main(["train", "contains/run.yaml", "resume=true"]) == 0
+    capsys.readouterr()
+    assert online("own", "grpo", "--data", "prompts.parquet") == 2
+    said = capsys.readouterr().err
+    assert "prompts.parquet has a value in the column 'at', among rows 1 to 6, that Python" in said
+    assert "or remove it where no reward reads it." in said and not Path("own").exists()
+    del columns["at"], columns["tags"]
+    pq.write_table(pa.table(columns), "prompts.parquet")
+    assert online("own", "grpo", "--data", "prompts.parquet") == 0
+
+
 def test_what_judges_evaluations_is_asked_about_their_rows_first(
     capsys: pytest.CaptureFixture[str],
 ):

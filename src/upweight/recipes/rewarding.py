@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from upweight.config import Run
+from upweight.data.columns import READ
 from upweight.data.formats import answer_of, prompt_of
 from upweight.data.read import read_rows
 from upweight.errors import ConfigError, DataError, ModelError, RewardError
@@ -18,7 +19,7 @@ from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import Prepared, tokens_read_at_once
 from upweight.recipes.reference import answered_sets, sampled_trees
 from upweight.recipes.screen import Screen
-from upweight.training.rewards import ADDRESSES, REWARDS, Sampled, open_reward
+from upweight.training.rewards import ADDRESSES, COLUMNS, REWARDS, Sampled, open_reward
 from upweight.training.rollout import texts_of
 from upweight.trust.likely import spread
 from upweight.types import Example, RowId, Text, Tree
@@ -121,7 +122,7 @@ def _by_text(spec: str, lm: LanguageModel) -> Scorer:
 
     def score(trees: Sequence[Tree]) -> list[list[float]]:
         missing = {t.ids[0].row.source for t in trees if _whole(t.ids[0].row) not in rows}
-        rows.update(_asked_in(missing))
+        rows.update(_asked_in(missing, spec))
         items = [
             _sampled(rows, tree.ids[0].row, text) for tree in trees for text in texts_of(lm, tree)
         ]
@@ -135,8 +136,10 @@ Asked = tuple[Text, Mapping[str, Any]]
 """A prompt, and the row that it stands in."""
 
 
-def _asked_in(files: Collection[str]) -> Iterator[tuple[RowId, Asked]]:
-    for row_id, row in read_rows(sorted(files), whole=True):
+def _asked_in(files: Collection[str], spec: str) -> Iterator[tuple[RowId, Asked]]:
+    # A function of the user's, or one behind an address, may read any column.
+    columns = READ.union(COLUMNS[spec]) if spec in COLUMNS else None
+    for row_id, row in read_rows(sorted(files), columns):
         asked = prompt_of(row, row_id)
         if isinstance(asked, Example):
             yield row_id, (asked.prompt, row)
@@ -187,7 +190,7 @@ def ask_rewards(run: Run, prepared: Prepared, screen: Screen) -> None:
 
 def _rewards_of_rows(spec: str, trees: Sequence[Tree]) -> list[float]:
     wanted = {_whole(tree.ids[0].row) for tree in trees}
-    found = _asked_in({row_id.source for row_id in wanted})
+    found = _asked_in({row_id.source for row_id in wanted}, spec)
     rows = {row_id: asked for row_id, asked in found if row_id in wanted}
     items: list[Sampled] = []
     for tree in trees:
