@@ -275,11 +275,94 @@ def test_check_says_from_where_to_where_the_rewards_of_rows_reach(
     assert said in capsys.readouterr().out
 
 
+def test_a_row_of_several_sets_is_asked_about_once_and_counted_once(
+    capsys: pytest.CaptureFixture[str],
+):
+    Path("count.py").write_text(
+        "def score(prompt, response, row):\n    with open('asked', 'a') as asked:\n"
+        "        print(prompt, file=asked)\n    return 1.0\n"
+    )
+    write_rows("other.jsonl", [{"prompt": f"other {i}"} for i in range(3)])
+    words = "check --model model --objective grpo --data prompts.jsonl --reward count.py:score"
+    words += " --fraction 0 --samples 8"
+    assert main([*words.split(), "evaluation.sets={one: other.jsonl, two: other.jsonl}"]) == 0
+    assert "to the answers of 11 rows" in capsys.readouterr().out  # 8 of prompts.jsonl
+    asked = Path("asked").read_text().splitlines()
+    assert len(asked) == len(set(asked)) == 11
+
+
+def test_a_reward_is_asked_about_a_turn_with_the_answer_of_that_turn(
+    capsys: pytest.CaptureFixture[str],
+):
+    Path("same.py").write_text(
+        "def score(prompt, response, row):\n"
+        "    assert prompt.replace('ask', 'say') == response\n    return len(prompt)\n"
+    )
+
+    def talk(row: int) -> dict[str, object]:
+        words = [f"{does} {turn} {row}" for turn in (1, 10) for does in ("ask", "say")]
+        roles = ("user", "assistant") * 2
+        pairs = zip(roles, words, strict=True)
+        return {"messages": [{"role": role, "content": text} for role, text in pairs]}
+
+    write_rows("pairs.jsonl", [talk(row) for row in range(6)])
+    write_rows("other.jsonl", [talk(row) for row in range(6, 9)])
+    words = "check --model model --data pairs.jsonl --objective sft --turns all --fraction 0"
+    words += " --samples 8 --true_reward same.py:score"
+    assert main([*words.split(), "evaluation.sets={other: other.jsonl}"]) == 0
+    said = capsys.readouterr().out
+    assert "same.py:score gives 7 to 8 to the answers of 3 rows" in said
+
+
+def test_a_reward_that_is_the_same_for_all_answers_of_rows_is_a_warning(
+    capsys: pytest.CaptureFixture[str],
+):
+    rows = [{"prompt": f"what is {i}", "completion": f"{i}", "answer": i} for i in range(8)]
+    write_rows("right.jsonl", rows)
+    write_rows("one.jsonl", [*rows[:7], {**rows[7], "answer": 1}])
+    words = "check --model model --objective rloo --fraction 0 --reward"
+    for reward, data, warned in (
+        ("contains", "right.jsonl", True),
+        ("contains", "one.jsonl", False),
+        # "a" is what all of these are asked about.
+        ("count.py:score", "prompts.jsonl", False),
+    ):
+        assert main([*words.split(), reward, "--data", data]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        told = "warning: rollout.reward: contains gives 1 to each of the 8 answers that rows have"
+        assert (told in said) == warned and ("warning: rollout" in said) == warned
+
+
 def test_a_reward_reads_any_column_of_a_parquet_file(capsys: pytest.CaptureFixture[str]):
     rows = [{"prompt": f"what is {i}", "answer": i} for i in range(6)]
     pq.write_table(pa.Table.from_pylist(rows), "prompts.parquet")
     assert online("run", "grpo", "--data", "prompts.parquet", "--reward", "contains") == 0
     assert "rollout.reward: contains gives 0 to 0 to the answers of" in capsys.readouterr().err
+
+
+def test_a_parquet_column_that_no_reward_reads_may_hold_what_python_cannot(
+    capsys: pytest.CaptureFixture[str],
+):
+    columns = {
+        "prompt": [f"what is {i}" for i in range(6)],
+        "answer": list(range(6)),
+        "at": pa.array(range(1, 7), pa.timestamp("ns")),
+        "tags": pa.array([[("a", 1), ("a", 2)]] * 6, pa.map_(pa.string(), pa.int64())),
+    }
+    pq.write_table(pa.table(columns), "prompts.parquet")
+    often = ["--data", "prompts.parquet", "--checkpoint.every", "1", "--keep", "9"]
+    for reward in ("contains", "vader"):
+        assert online(reward, "grpo", *often, "--reward", reward) == 0
+    shutil.rmtree("contains/checkpoints/step-00000004")
+    assert main(["train", "contains/run.yaml", "resume=true"]) == 0
+    capsys.readouterr()
+    assert online("own", "grpo", "--data", "prompts.parquet") == 2
+    said = capsys.readouterr().err
+    assert "prompts.parquet has a value in the column 'at', among rows 1 to 6, that Python" in said
+    assert "or remove it where no reward reads it." in said and not Path("own").exists()
+    del columns["at"], columns["tags"]
+    pq.write_table(pa.table(columns), "prompts.parquet")
+    assert online("own", "grpo", "--data", "prompts.parquet") == 0
 
 
 def test_what_judges_evaluations_is_asked_about_their_rows_first(

@@ -284,10 +284,23 @@ def test_answers_to_prompts_of_their_own_are_the_verdict_and_not_missed():
     lines = {s: {"step": s, "epoch": 0.1, "set": "heldout"} for s in (0, 20)}
     loss = tuple(measured({**line, "loss": 3.0 - s / 20}) for s, line in lines.items())
     imitated = replace(run_of("sft"), evals={"heldout": loss, "prompts": answered})
-    facts = verdict(imitated).facts
-    assert "KL 2.00 nats [1.60, 2.40] from the reference, per sampled answer." in facts
-    assert "Mean answer length 40.0 tokens (reference 41.0)." in facts
-    assert "Sampled KL" in key_numbers(imitated) and "set prompts" in key_numbers(imitated)
+    said, where = verdict(imitated), "on the set “prompts”"
+    assert f"KL 2.00 nats [1.60, 2.40] from the reference, per sampled answer, {where}." in (
+        said.facts
+    )
+    assert f"Mean answer length 40.0 tokens (reference 41.0), {where}." in said.facts
+    assert (
+        f"Mean reward of sampled answers by vader 0.600 [0.500, 0.700] (reference 0.400), {where}."
+        in said.facts
+    )
+    tiles = key_numbers(imitated)
+    assert f"[1.60, 2.40], per answer, {where}" in tiles and f"reference 41.0, {where}" in tiles
+    assert "reference 0.400, set prompts" in tiles
+    longer = tuple(replace(r, values={**r.values, "length": 82.0}) for r in answered)
+    said = verdict(replace(imitated, evals={"heldout": loss, "prompts": longer}))
+    assert f"Sampled answers are 100\u202f% longer than the reference's, {where}." in said.cautions
+    # What is of the headline's own set is not said to be of another.
+    assert "on the set" not in " ".join(verdict(run_of("sft")).facts) + key_numbers(run_of("sft"))
 
 
 def test_a_true_reward_beside_preferences_is_said_drawn_and_not_the_verdict():

@@ -268,6 +268,10 @@ def test_an_accuracy_by_margins_of_nothing_is_no_success():
     )
     much = right(0.78, 0.71, 0.84) | {"rewards/spread": 0.4}
     assert verdict(evaluated(eval_line(0), much)).tone == "good"
+    # A limit of the run's own is what is asked.
+    for line, flat, tone in ((little, "0.0001", "good"), (much, "0.5", "unclear")):
+        own = (Setting("watch.flat", flat, "flag"),)
+        assert verdict(evaluated(eval_line(0), line, settings=own)).tone == tone
 
 
 def test_a_loss_that_is_not_shown_to_be_below_its_start_is_no_success():
@@ -281,3 +285,55 @@ def test_a_loss_that_is_not_shown_to_be_below_its_start_is_no_success():
     assert verdict(evaluated(eval_line(0), last | {"loss": 0.7})).tone == "unclear"
     # Without an evaluation before training nothing is known of a change.
     assert verdict(evaluated(last | {"loss": 0.7})).tone == "good"
+
+
+def in_sets(*warnings: Warned, **last: dict[str, float]) -> Records:
+    """Of each set an evaluation before training, and the last one."""
+    evals = {
+        name: (measured(eval_line(0, name)), measured(sampled(**values) | {"set": name}))
+        for name, values in last.items()
+    }
+    return Records("run", evals=evals, warnings=warnings)
+
+
+WELL = {
+    "length_ratio": 1.1, "length_ratio_low": 0.9, "length_ratio_high": 1.3, "repetition": 0.02,
+    "repetition_low": 0.0, "repetition_high": 0.04, "stopped": 0.8, "stopped_low": 0.7,
+    "stopped_high": 0.9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", DEGENERATE)
+def test_answers_that_degenerate_on_another_set_are_the_headline_which_names_it(metric: str):
+    said = verdict(in_sets(warned("UW305", metric, set="hard"), heldout=WELL, hard={}))
+    assert said.label == "Answers degenerate"
+    assert said.headline == (
+        f"The policy's answers degenerate: {DEGENERATE[metric]}, on the set “hard”."
+    )
+    # It is the set that was warned of, whatever the others say by their points.
+    said = verdict(in_sets(warned("UW305", metric, set="hard"), heldout={}, hard=WELL))
+    assert said.tone == "good"
+
+
+def test_a_set_that_degenerates_after_another_one_is_found_by_its_interval():
+    # The watch speaks once of a metric, and spoke of the other set.
+    spoken = warned("UW305", "stopped", 10, set="heldout")
+    sure = {"stopped": 0.02, "stopped_low": 0.0, "stopped_high": 0.1}
+    said = verdict(in_sets(spoken, heldout=WELL, hard=sure))
+    assert said.headline.endswith("(the reference's 77\u202f%), on the set “hard”.")
+    assert verdict(in_sets(spoken, heldout=WELL, hard=sure | {"stopped_high": 0.9})).tone == "good"
+
+
+def test_a_policy_far_from_its_reference_on_another_set_is_no_plain_success():
+    near, far = ({**WELL, "kl": v, "kl_low": v - 5, "kl_high": v + 5} for v in (9.0, 80.0))
+    said = verdict(in_sets(warned("UW308", "kl", set="hard"), heldout=near, hard=far))
+    assert (said.tone, said.label) == ("unclear", "Far from the reference")
+    assert said.headline.endswith(
+        "But its answers are 80.0 nats from the reference, on the set “hard” (UW308)."
+    )
+    assert verdict(in_sets(warned("UW308", "kl", set="hard"), heldout=far, hard=near)).tone == (
+        "unclear"
+    )
+    assert verdict(in_sets(warned("UW308", "kl", set="hard"), heldout=near, hard=near)).tone == (
+        "good"
+    )

@@ -127,12 +127,20 @@ def test_a_parquet_column_that_no_layout_reads_is_counted_whatever_it_holds(tmp_
     pq.write_table(pa.table(columns), path)
     assert [list(row) for _, row in rows_of(path)] == [list(columns)] * 2
     assert {row["tags"] for _, row in rows_of(path)} == {None}
-    with pytest.raises(DataError, match="has a value among rows 1 to 2"):
-        list(read_rows([path], whole=True))
+    with pytest.raises(DataError) as found:
+        list(read_rows([path], None))
+    said = str(found.value)
+    assert said.startswith(f"{path} has a value in the column 'at', among rows 1 to 2, that Python")
+    assert said.endswith(
+        ". Save the column as text or numbers, or remove it where no reward reads it."
+    )
+    assert [row["day"] for _, row in read_rows([path], ["chosen"])] == [None, None]
     other = str(tmp_path / "b.parquet")
     pq.write_table(pa.table({"prompt": ["a", "b"], "answer": [1, 2]}), other)
     assert [row["answer"] for _, row in rows_of(other)] == [None, None]
-    assert [row["answer"] for _, row in read_rows([other], whole=True)] == [1, 2]
+    assert [row["answer"] for _, row in read_rows([other], None)] == [1, 2]
+    assert [row["answer"] for _, row in read_rows([other], ["answer"])] == [1, 2]
+    assert [row for _, row in read_rows([other], [])] == [{"prompt": None, "answer": None}] * 2
     examples, account = load_examples([path])
     assert [e.responses[0].content for e in examples] == ["a", "b"]
     assert account.unused_columns == {"at": 2, "day": 2, "tags": 2}
@@ -151,8 +159,9 @@ def test_a_parquet_value_that_python_cannot_hold_is_a_data_error(tmp_path, colum
     path = str(tmp_path / "a.parquet")
     pq.write_table(pa.table({"prompt": column}), path)
     found = refusal(path)
-    assert found.startswith(f"{path} has a value among rows 1 to 1 that cannot be read")
-    assert says in found and "Columns read: prompt" in found
+    where = "has a value in the column 'prompt', among rows 1 to 1, that Python cannot hold: "
+    assert found.startswith(f"{path} {where}") and says in found
+    assert found.endswith("Save the column as text or numbers.")
 
 
 def test_a_parquet_column_that_stands_twice_is_refused(tmp_path):

@@ -37,9 +37,18 @@ def test_the_time_that_is_left_is_told_from_the_second_record_on():
 
 def test_an_evaluation_is_a_line_of_its_own_with_its_interval_and_kl():
     (plain,) = lines({**EVAL, "step": 3})
-    assert plain == "heldout, step 3: loss 0.690, accuracy 50% [40%, 60%]"
+    assert plain == "heldout, step 3: loss 0.690, accuracy 50.0% [40.0, 60.0]"
     (sampled,) = lines({**EVAL, "step": 3, "kl": 1.5, "length": 20.0})
     assert sampled == plain + ", KL 1.50, length 20"
+
+
+def test_an_accuracy_below_chance_is_not_rounded_to_chance():
+    near = {"rewards/accuracies": 0.471, "rewards/accuracies_low": 0.445}
+    (said,) = lines({**EVAL, "step": 3, **near, "rewards/accuracies_high": 0.497})
+    assert said == "heldout, step 3: loss 0.690, accuracy 47.1% [44.5, 49.7]"
+    alone = dict.fromkeys(("rewards/accuracies_low", "rewards/accuracies_high"), math.nan)
+    (said,) = lines({**EVAL, "step": 3, **alone})
+    assert said == "heldout, step 3: loss 0.690, accuracy 50.0%"
 
 
 PAIRS = {"rewards/margins": -12.345, "rewards/accuracies": 0.625}
@@ -73,6 +82,10 @@ def test_a_step_of_every_objective_fits_eighty_columns(
 
 
 def test_what_is_sampled_at_an_evaluation_fits_eighty_columns():
+    for kl, shown in ((2.071, "2.07"), (18.31, "18.3")):
+        (said,) = lines({**EVAL, "step": 2000, "kl": kl, "length": 121.3})
+        assert said.endswith(f"accuracy 50.0% [40.0, 60.0], KL {shown}, length 121")
+        assert len(said) <= 80
     ends = {"reward_low": 0.056, "reward_high": 0.308, "kl_low": 1.5, "kl_high": 2.6}
     found = {"kl": 2.07, "length": 15.3, "reward": 0.186, "reference_reward": 0.19, **ends}
     (said,) = lines({"kind": "eval", "set": "prompts", "step": 2000, **found})

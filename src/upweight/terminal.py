@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Generator, Mapping
@@ -151,20 +152,24 @@ steps a round makes."""
 
 EVALUATION = {
     "loss": "loss {loss:.3f}",
-    "rewards/accuracies": "accuracy {rewards/accuracies:.0%} "
-    "[{rewards/accuracies_low:.0%}, {rewards/accuracies_high:.0%}]",
+    "rewards/accuracies": "accuracy {rewards/accuracies:.1%} "
+    "[{rewards/accuracies_low:.1%}, {rewards/accuracies_high:.1%}]",
     "reward": "reward {reward:.3f} [{reward_low:.3f}, {reward_high:.3f}] "
     "(ref. {reference_reward:.3f})",
-    "kl": "KL {kl:.2f}",
+    "kl": "KL {kl:.{digits}f}",
     "length": "length {length:.0f}",
 }
-"""What an evaluation's line says of these metrics, where it has them."""
+"""What an evaluation's line says of these metrics, where it has them. An accuracy has the decimal
+that tells it from chance. Of preferences and answers, or of answers and rewards, it fits 80
+columns."""
 
 
 def _evaluation_line(record: Mapping[str, object]) -> str:
-    # Of one prompt there is no interval.
+    kl = record.get("kl")
+    digits = 1 if isinstance(kl, float) and kl >= 10 else 2
+    # The unit stands once; of one prompt there is no interval.
     parts = [
-        phrase.format(**record).replace(" [nan, nan]", "")
+        re.sub(r"%(?=[,\]])", "", phrase.format(**record, digits=digits)).replace(" [nan, nan]", "")
         for key, phrase in EVALUATION.items()
         if key in record
     ]

@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -23,19 +23,21 @@ from upweight.types import RowId
 Lines = Iterator[tuple[int, Row]]
 
 
-def read_rows(paths: Iterable[str], *, whole: bool = False) -> Iterator[tuple[RowId, Row]]:
+def read_rows(
+    paths: Iterable[str], columns: Collection[str] | None = READ
+) -> Iterator[tuple[RowId, Row]]:
     """Every row of every file, the files in the order given.
 
-    A column of a Parquet file that no layout reads is null in its rows, unless they are wanted
-    `whole`: it may hold what Python has no value for, and be large. Raises DataError for a file
-    that is missing, empty, of an unknown kind or not what its name says, with the line and column
-    where that is known.
+    A column of a Parquet file that is none of `columns` (None: all are wanted) is null in its rows:
+    it may hold what Python has no value for, and be large. Raises DataError for a file that is
+    missing, empty, of an unknown kind or not what its name says, with the line and column where
+    that is known.
     """
     for path in paths:
         num_rows = 0
         with _readable(path):
             reader = reader_of(path)
-            for line, row in _parquet(path, whole) if reader is _parquet else reader(path):
+            for line, row in _parquet(path, columns) if reader is _parquet else reader(path):
                 num_rows += 1
                 yield RowId(path, line), row
             if num_rows == 0:
@@ -231,9 +233,9 @@ def _cell(cell: str, name: str, path: str, line: int) -> Any:
     return value if is_messages else cell
 
 
-def _parquet(path: str, whole: bool = False) -> Lines:
-    """Unless the rows are wanted `whole`, a column that no layout reads stays on disk, and is null
-    in the rows: it may hold what Python has no value for."""
+def _parquet(path: str, columns: Collection[str] | None = READ) -> Lines:
+    """A column that is not wanted stays on disk, and is null in the rows: it may hold what Python
+    has no value for."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -245,25 +247,36 @@ def _parquet(path: str, whole: bool = False) -> Lines:
             twice = next((n for n in names if names.count(n) > 1), None)
             if twice is not None:
                 raise DataError(f"{path} names the column {twice!r} twice. Rename or remove one.")
-            read = [n for n in names if whole or n in READ]
+            read = [n for n in names if columns is None or n in columns]
             line = 0
             for batch in file.iter_batches(batch_size=1024, columns=read):
-                for row in _values(batch, path, line, read):
+                for row in _values(batch, path, line):
                     line += 1
                     yield line, {name: row.get(name) for name in names}
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no Parquet file that can be read: {error}.") from None
 
 
-def _values(batch: Any, path: str, num_before: int, read: list[str]) -> list[Row]:
+def _values(batch: Any, path: str, num_before: int) -> list[Row]:
     try:
         return batch.to_pylist(maps_as_pydicts="strict")
     except (ValueError, OverflowError, KeyError) as error:
+        name = next((n for n in batch.schema.names if not _holds(batch.select([n]))), None)
+        assert name is not None
+        remove = "" if name in READ else ", or remove it where no reward reads it"
         raise DataError(
-            f"{path} has a value among rows {num_before + 1} to {num_before + len(batch)} that "
-            f"cannot be read: {error}. Columns read: {', '.join(read)}. Save what is not text, "
-            "messages or a number in another column."
+            f"{path} has a value in the column {name!r}, among rows {num_before + 1} to "
+            f"{num_before + len(batch)}, that Python cannot hold: {error}. Save the column as text "
+            f"or numbers{remove}."
         ) from None
+
+
+def _holds(batch: Any) -> bool:
+    try:
+        batch.to_pylist(maps_as_pydicts="strict")
+    except (ValueError, OverflowError, KeyError):
+        return False
+    return True
 
 
 READERS: dict[str, Callable[[str], Lines]] = {

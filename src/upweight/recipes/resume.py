@@ -179,7 +179,7 @@ def _files_digest(files: Sequence[Path]) -> str:
 def _rows_digest(wanted: Collection[RowId], columns: Collection[str] | None) -> str:
     """Of the rows' columns; None: of all that they have."""
     digest = hashlib.sha256()
-    for row_id, row in read_rows(sorted({row_id.source for row_id in wanted}), whole=True):
+    for row_id, row in read_rows(sorted({row_id.source for row_id in wanted}), columns):
         if row_id in wanted:
             kept = {k: v for k, v in row.items() if columns is None or k in columns}
             text = json.dumps([str(row_id), kept], sort_keys=True, default=str)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from upweight.config import Run
+from upweight.data.columns import READ
 from upweight.data.formats import answer_of, prompt_of
 from upweight.data.read import read_rows
 from upweight.data.trees import ended
@@ -17,8 +18,8 @@ from upweight.models.scalar import is_reward_model, load_reward_model, tree_scor
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import Prepared, tokens_read_at_once
 from upweight.recipes.reference import answered_sets, sampled_trees
-from upweight.recipes.screen import Screen
-from upweight.training.rewards import ADDRESSES, REWARDS, Sampled, open_reward
+from upweight.recipes.screen import Screen, counted
+from upweight.training.rewards import ADDRESSES, COLUMNS, REWARDS, Sampled, open_reward
 from upweight.training.rollout import texts_of
 from upweight.trust.likely import spread
 from upweight.types import Example, RowId, Text, Tree
@@ -116,7 +117,7 @@ def _by_text(spec: str, lm: LanguageModel) -> Scorer:
 
     def score(trees: Sequence[Tree]) -> list[list[float]]:
         missing = {t.ids[0].row.source for t in trees if _whole(t.ids[0].row) not in rows}
-        rows.update(_asked_in(missing))
+        rows.update(_asked_in(missing, spec))
         items = [
             _sampled(rows, tree.ids[0].row, text) for tree in trees for text in texts_of(lm, tree)
         ]
@@ -130,8 +131,10 @@ Asked = tuple[Text, Mapping[str, Any]]
 """A prompt, and the row that it stands in."""
 
 
-def _asked_in(files: Collection[str]) -> Iterator[tuple[RowId, Asked]]:
-    for row_id, row in read_rows(sorted(files), whole=True):
+def _asked_in(files: Collection[str], spec: str) -> Iterator[tuple[RowId, Asked]]:
+    # A function of the user's, or one behind an address, may read any column.
+    columns = READ.union(COLUMNS[spec]) if spec in COLUMNS else None
+    for row_id, row in read_rows(sorted(files), columns):
         asked = prompt_of(row, row_id)
         if isinstance(asked, Example):
             yield row_id, (asked.prompt, row)
@@ -155,41 +158,64 @@ def ask_rewards(run: Run, prepared: Prepared, screen: Screen) -> None:
         "rollout.reward": run.rollout.reward,
         "evaluation.true_reward": run.evaluation.true_reward,
     }
-    asked: dict[str, list[Tree]] = {key: [] for key in specs}
+    asked: dict[str, list[RowId]] = {key: [] for key in specs}
     if KINDS[run.objective].draws:
-        asked["rollout.reward"] += spread(prepared.trees["train"], ASKED)
+        asked["rollout.reward"] += spread(_rows_of(prepared.trees["train"]), ASKED)
     sets = answered_sets(run, prepared).values()
     judged = [tree for trees in sets for tree in sampled_trees(run, trees)]
     judge = "rollout.reward" if run.evaluation.true_reward is None else "evaluation.true_reward"
-    asked[judge] += spread(judged, ASKED)
+    asked[judge] += spread(_rows_of(judged), ASKED)
     for key, spec in specs.items():
         if spec is None or not asked[key] or Path(spec).is_dir():
             continue
         if spec.startswith(ADDRESSES):
             screen.note(f"{key}: {spec} is an address, and was not asked about any row")
             continue
+        found = _in_rows(asked[key], spec)
         try:
-            rewards = _rewards_of_rows(spec, asked[key])
+            rewards = open_reward(spec)([item for item, _ in found])
         except RewardError as error:
             raise RewardError(
                 f"{key}, asked about a few rows before step 1: {error} Mend the rows or the reward."
             ) from None
+        num_rows = len({_whole(item.id) for item, _ in found})
         screen.note(
             f"{key}: {spec} gives {min(rewards):.4g} to {max(rewards):.4g} to the answers of "
-            f'{len(rewards)} rows ("{NO_ANSWER}" where a row has none)'
+            f'{counted(num_rows, "row")} ("{NO_ANSWER}" where a row has none)'
         )
+        own = [reward for reward, (_, has_one) in zip(rewards, found, strict=True) if has_one]
+        if len(own) > 1 and min(own) == max(own):
+            screen.note(
+                f"warning: {key}: {spec} gives {own[0]:.4g} to each of the {len(own)} answers that "
+                "rows have of their own. Where they are equally good, as correct solutions are, "
+                "that is right; else read it, and the columns that it compares with."
+            )
 
 
-def _rewards_of_rows(spec: str, trees: Sequence[Tree]) -> list[float]:
-    wanted = {_whole(tree.ids[0].row) for tree in trees}
-    found = _asked_in({row_id.source for row_id in wanted})
-    rows = {row_id: asked for row_id, asked in found if row_id in wanted}
-    items: list[Sampled] = []
-    for tree in trees:
-        where = tree.ids[0].row
-        answer = answer_of(rows[_whole(where)][1], where)
-        items.append(_sampled(rows, where, NO_ANSWER if answer is None else _as_text(answer)))
-    return open_reward(spec)(items)
+def _rows_of(trees: Sequence[Tree]) -> list[RowId]:
+    """Each once: several sets may have a row."""
+    return list(dict.fromkeys(tree.ids[0].row for tree in trees))
+
+
+def _in_rows(asked: Sequence[RowId], spec: str) -> list[tuple[Sampled, bool]]:
+    """The answer that stands in each row, and whether one does."""
+    wanted = set(map(_whole, asked))
+    in_files = _asked_in({row_id.source for row_id in wanted}, spec)
+    rows = {row_id: there for row_id, there in in_files if row_id in wanted}
+    found: list[tuple[Sampled, bool]] = []
+    for where in asked:
+        answer = _answer_to(rows[_whole(where)], where)
+        text = NO_ANSWER if answer is None else _as_text(answer)
+        found.append((_sampled(rows, where, text), answer is not None))
+    return found
+
+
+def _answer_to(asked: Asked, where: RowId) -> Text | None:
+    """What the row answers; of an earlier turn, the message that stands there."""
+    prompt, row = asked
+    if where.turn is None or isinstance(prompt, str):
+        return answer_of(row, where)
+    return prompt[where.turn - 1 : where.turn]
 
 
 def _whole(row: RowId) -> RowId:

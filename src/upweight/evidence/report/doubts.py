@@ -4,12 +4,18 @@ far from where it began. The watch reports these while a run trains; here is wha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from upweight.config import Watch
 from upweight.evidence.records import Measurement, Records
-from upweight.evidence.report.findings import latest, rows_with, subject
+from upweight.evidence.report.findings import (
+    Latest,
+    elsewhere,
+    latest,
+    rows_with,
+    subject,
+    watch_limit,
+)
 from upweight.evidence.report.judgements import Judgement
 from upweight.evidence.report.markup import count, number, percent
 
@@ -56,75 +62,113 @@ def _ended(records: Records) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """A measure of sampled answers, and the same of what it is held against."""
+    """A measure of sampled answers, from where to where it is known to lie, what it is held
+    against, and the words that name the set where it is not the headline's."""
 
     now: float
+    low: float
+    high: float
     then: float
     limit: float
     whose: str
+    where: str
 
 
 def _degenerate(records: Records) -> Iterator[str]:
     """What the watch saw of answers, as far as the last evaluation, or the last round where none
     measures it, still has it."""
-    metrics = [f.metric for f in records.warnings if f.code == DEGENERATE and f.step is not None]
-    for metric in dict.fromkeys(metrics):
-        found = _measured(records, metric)
-        if found is None:
+    seen = [f for f in records.warnings if f.code == DEGENERATE and f.step is not None]
+    for metric in dict.fromkeys(f.metric for f in seen):
+        said_of = {f.set for f in seen if f.metric == metric}
+        for found in _measured(records, metric, said_of) if metric in _DEGENERATE else ():
+            if said := _DEGENERATE[metric](found):
+                yield said + found.where
+
+
+def _length(found: _Measured) -> str:
+    if not found.then:
+        return ""
+    ratio = found.now / found.then
+    if found.low > found.limit * found.then:
+        return f"they are {number(ratio, 2)} times as long as {found.whose}"
+    if found.high * found.limit < found.then:
+        return f"they have {percent(ratio)} of the length of {found.whose}"
+    return ""
+
+
+def _repetition(found: _Measured) -> str:
+    if not found.low > found.then + found.limit:
+        return ""
+    return (
+        f"{percent(found.now)} of four tokens in a row were in the answer before "
+        f"({found.whose} {percent(found.then)})"
+    )
+
+
+def _stopped(found: _Measured) -> str:
+    if not found.high < found.limit * found.then:
+        return ""
+    return f"{percent(found.now)} of them end by themselves ({found.whose} {percent(found.then)})"
+
+
+_DEGENERATE: dict[str, Callable[[_Measured], str]] = {
+    "length": _length,
+    "repetition": _repetition,
+    "stopped": _stopped,
+}
+"""What to say of a measure that is still beyond its limit, by the metric; '' of one that is not."""
+
+
+def _measured(
+    records: Records, metric: str, said_of: Collection[str | None]
+) -> Iterator[_Measured]:
+    """The measure in every set that has it, those that the watch spoke of first; in the rounds
+    where no set has it.
+
+    The watch speaks of a metric once in a run: of the sets that it did not speak of, what counts is
+    the whole interval, as it would for the watch.
+    """
+    limit, any_set = watch_limit(records, metric), False
+    main = next((row.set for row in rows_with(records, metric)), None)
+    named = {main if name is None else name for name in said_of}
+    for name in sorted(records.evals, key=lambda name: (name not in named, name != main)):
+        rows = records.evals[name]
+        now, then = _beside_the_reference(rows, metric)
+        if now is None or then is None:
             continue
-        if metric == "length":
-            yield from _length(found)
-        elif metric == "repetition" and found.now > found.then + found.limit:
-            yield (
-                f"{percent(found.now)} of four tokens in a row were in the answer before "
-                f"({found.whose} {percent(found.then)})"
-            )
-        elif metric == "stopped" and found.now < found.limit * found.then:
-            yield (
-                f"{percent(found.now)} of them end by themselves "
-                f"({found.whose} {percent(found.then)})"
-            )
+        any_set = True
+        low, high = (now.value, now.value) if name in named else now.bounds or (math.nan, math.nan)
+        where = elsewhere(records, rows)
+        yield _Measured(now.value, low, high, then, limit, "the reference's", where)
+    first = next((r.values[metric] for r in records.train if metric in r.values), None)
+    now = latest(records.train, metric)
+    if not any_set and first is not None and now is not None:
+        value = now.value
+        yield _Measured(value, value, value, first, limit, "the first round's", "")
 
 
-def _length(found: _Measured) -> Iterator[str]:
-    ratio = found.now / found.then if found.then else math.nan
-    if ratio > found.limit:
-        yield f"they are {number(ratio, 2)} times as long as {found.whose}"
-    elif ratio < 1 / found.limit:
-        yield f"they have {percent(ratio)} of the length of {found.whose}"
-
-
-def _measured(records: Records, metric: str) -> _Measured | None:
-    limit = _limit(records, metric)
-    rows = rows_with(records, metric)
+def _beside_the_reference(
+    rows: Sequence[Measurement], metric: str
+) -> tuple[Latest | None, float | None]:
+    """The measure at the last evaluation, and the reference's."""
+    if metric == "kl":
+        return latest(rows, metric), 0.0
     ratio = latest(rows, "length_ratio") if metric == "length" else None
     if ratio is not None:
-        return _Measured(ratio.value, 1.0, limit, "the reference's")
-    now, then = latest(rows, metric), latest(rows, f"reference_{metric}")
-    if now is not None and then is not None:
-        return _Measured(now.value, then.value, limit, "the reference's")
-    first = next((r for r in records.train if metric in r.values), None)
-    now = latest(records.train, metric)
-    if first is None or now is None:
-        return None
-    return _Measured(now.value, first.values[metric], limit, "the first round's")
-
-
-def _limit(records: Records, metric: str) -> float:
-    """The run's own limit, as run.yaml has it."""
-    try:
-        return float(records.setting(f"watch.{metric}") or "")
-    except ValueError:
-        return float(getattr(Watch(), metric))
+        return ratio, 1.0
+    then = latest(rows, f"reference_{metric}")
+    return latest(rows, metric), None if then is None else then.value
 
 
 def _besides(records: Records, set_name: str | None) -> Iterator[tuple[str, str]]:
-    codes = {found.code for found in records.warnings if found.step is not None}
-    kl = latest(rows_with(records, "kl") or records.train, "kl")
-    if FAR in codes and kl is not None and kl.value > _limit(records, "kl"):
+    seen = [found for found in records.warnings if found.step is not None]
+    codes = {found.code for found in seen}
+    said_of = {found.set for found in seen if found.code == FAR}
+    distances = _measured(records, "kl", said_of) if said_of else ()
+    if far := next((found for found in distances if found.low > found.limit), None):
         yield (
             "Far from the reference",
-            f"But its answers are {number(kl.value)} nats from the reference ({FAR}).",
+            f"But its answers are {number(far.now)} nats from the reference{far.where} ({FAR}).",
         )
     rows: Sequence[Measurement] = records.evals.get(set_name or "", ()) or records.train
     chosen = latest(rows, "logratios/chosen")

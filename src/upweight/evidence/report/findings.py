@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from upweight.config import Watch
 from upweight.evidence.records import LedgerRow, Measurement, Records
 from upweight.stats import Interval, accuracy_interval, mean_interval, sign_test
 
@@ -79,6 +80,20 @@ def rows_with(records: Records, key: str) -> Sequence[Measurement]:
     main = main_set(records)
     names = sorted(records.evals, key=lambda name: name != main)
     return next((records.evals[n] for n in names if latest(records.evals[n], key)), ())
+
+
+def elsewhere(records: Records, rows: Sequence[Measurement]) -> str:
+    """The words that name the set of these evaluations; "" where it is the headline's own."""
+    name = rows[-1].set if rows else None
+    return "" if name in (None, main_set(records)) else f", on the set “{name}”"
+
+
+def watch_limit(records: Records, key: str) -> float:
+    """The run's own limit, as run.yaml has it."""
+    try:
+        return float(records.setting(f"watch.{key}") or "")
+    except ValueError:
+        return float(getattr(Watch(), key))
 
 
 def latest(rows: Sequence[Measurement], key: str, bounds: str | None = None) -> Latest | None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from upweight.config import Watch
 from upweight.evidence.records import Measurement, Records
 from upweight.evidence.report.findings import (
     HELD_OUT,
@@ -19,6 +18,7 @@ from upweight.evidence.report.findings import (
     latest,
     num_preferences,
     num_sampled,
+    watch_limit,
 )
 from upweight.evidence.report.markup import (
     count,
@@ -75,7 +75,7 @@ def _of_accuracy(
         return Judgement("unclear", "No interval", headline, aside)
     if found.low > CHANCE:
         headline = f"The {who} {claim}{f'; {then}' if then else ''}."
-        label, doubt = _no_better(records.evals[set_name], who, found, before)
+        label, doubt = _no_better(records, set_name, who, found, before)
         if doubt:
             return Judgement("unclear", label, f"{doubt} The {who} {claim}.", aside)
         return Judgement("good", "Better than chance", headline)
@@ -91,16 +91,17 @@ def _of_accuracy(
 
 
 def _no_better(
-    rows: Sequence[Measurement], who: str, found: Latest, before: float | None
+    records: Records, set_name: str, who: str, found: Latest, before: float | None
 ) -> tuple[str, str]:
     """A label and why an accuracy above chance is nothing that was learned; '' where it may be."""
+    rows = records.evals[set_name]
     if before is not None and found.low is not None and found.low <= before:
         return "No better than before", (
             f"It is not shown that training made the {who} right more often: before it, it was on "
             f"{percent(before)}."
         )
     size = latest(rows, "rewards/spread")
-    if size is not None and size.value < Watch().flat:
+    if size is not None and size.value < watch_limit(records, "flat"):
         return "Hardly trained", (
             f"The {who} hardly differs from its start: margins are {number(size.value)} in size, "
             "and 0 there. Train for more steps or at a larger learning rate."

@@ -11,6 +11,7 @@ from upweight.evidence.report.findings import (
     Subject,
     accuracy,
     accuracy_before,
+    elsewhere,
     judge,
     latest,
     main_set,
@@ -129,16 +130,19 @@ def _evaluation_tiles(records: Records, set_name: str) -> Iterator[str]:
             yield _tile(name, number(last.value), unit, f"set {set_name}{before}")
     if subject(records) != "answers":
         yield from _reward_tile(records, rows_with(records, "reward"))
-    kl = latest(rows_with(records, "kl"), "kl")
+    sampled = rows_with(records, "kl")
+    kl = latest(sampled, "kl")
     if kl is not None:
         bounds = f"{interval(*kl.bounds)}, " if kl.bounds else ""
         below = "; below 0: see the top" if kl.high is not None and kl.high < 0 else ""
-        yield _tile("Sampled KL", number(kl.value), "nats", f"{bounds}per answer{below}")
+        where = elsewhere(records, sampled)
+        yield _tile("Sampled KL", number(kl.value), "nats", f"{bounds}per answer{where}{below}")
     sampled = rows_with(records, "length")
     length, reference = latest(sampled, "length"), latest(sampled, "reference_length")
     if length is not None:
         below = f"reference {number(reference.value)}" if reference is not None else "sampled"
-        yield _tile("Answer length", number(length.value), "tokens", below)
+        where = elsewhere(records, sampled)
+        yield _tile("Answer length", number(length.value), "tokens", below + where)
     chosen, rejected = latest(rows, "logratios/chosen"), latest(rows, "logratios/rejected")
     if chosen is not None and rejected is not None:
         below = f"rejected {signed(rejected.value)}, against the reference"

@@ -17,6 +17,7 @@ from upweight.evidence.report.findings import (
     Latest,
     Subject,
     accuracy,
+    elsewhere,
     is_unfinished,
     judge,
     last_step,
@@ -144,12 +145,13 @@ def _facts(records: Records, set_name: str) -> Iterator[str]:
         if chosen is not None and rejected is not None:
             yield f"Mean score: chosen {number(chosen.value)}, rejected {number(rejected.value)}."
         return
-    kl = latest(rows_with(records, "kl"), "kl")
+    sampled = rows_with(records, "kl")
+    kl, where = latest(sampled, "kl"), elsewhere(records, sampled)
     if kl is None:
         yield "The distance from the reference (sampled KL) was not measured."
     elif about != "answers" or latest(rows, "reward") is None:
         bounds = f" {interval(*kl.bounds)}" if kl.bounds else ""
-        yield f"KL {number(kl.value)} nats{bounds} from the reference, per sampled answer."
+        yield f"KL {number(kl.value)} nats{bounds} from the reference, per sampled answer{where}."
     if kl is not None and (said := below_zero(kl)):
         yield said
     if about != "answers":
@@ -158,7 +160,8 @@ def _facts(records: Records, set_name: str) -> Iterator[str]:
     length, reference = latest(rows, "length"), latest(rows, "reference_length")
     if length is not None:
         before = f" (reference {number(reference.value)})" if reference is not None else ""
-        yield f"Mean answer length {number(length.value)} tokens{before}."
+        where = elsewhere(records, rows)
+        yield f"Mean answer length {number(length.value)} tokens{before}{where}."
 
 
 def below_zero(kl: Latest) -> str:
@@ -184,7 +187,8 @@ def _true_reward(records: Records, rows: Sequence[Measurement]) -> Iterator[str]
     named = f" by {judge(records)}" if judge(records) else ""
     bounds = f" {interval(*found.bounds)}" if found.bounds else ""
     before = f" (reference {number(reference.value)})" if reference is not None else ""
-    yield f"Mean reward of sampled answers{named} {number(found.value)}{bounds}{before}."
+    where = elsewhere(records, rows)
+    yield f"Mean reward of sampled answers{named} {number(found.value)}{bounds}{before}{where}."
 
 
 def _cautions(records: Records, set_name: str | None) -> Iterator[str]:
@@ -229,11 +233,11 @@ def _lengths(records: Records, set_name: str) -> Iterator[str]:
     rows = rows_with(records, "length")
     length, reference = latest(rows, "length"), latest(rows, "reference_length")
     if length is not None and reference is not None and reference.value > 0:
-        ratio = length.value / reference.value
+        ratio, where = length.value / reference.value, elsewhere(records, rows)
         if ratio > _NOTEWORTHY_LENGTH:
-            yield f"Sampled answers are {percent(ratio - 1)} longer than the reference's."
+            yield f"Sampled answers are {percent(ratio - 1)} longer than the reference's{where}."
         elif ratio < 1 / _NOTEWORTHY_LENGTH:
-            yield f"Sampled answers are {percent(1 - ratio)} shorter than the reference's."
+            yield f"Sampled answers are {percent(1 - ratio)} shorter than the reference's{where}."
     rule, found = length_rule(ledger_of(records, set_name)), accuracy(records, set_name)
     if rule is None or found is None or found.step == 0:
         return
