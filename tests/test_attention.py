@@ -1,15 +1,19 @@
 import random
+from dataclasses import dataclass, field
+from inspect import signature
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.varlen import varlen_attn
 
 from oracles import SHAPES, loaded, random_trees
 from upweight.data.pack import collate
 from upweight.models import attention
 from upweight.models.attention import (
     CannotShare,
+    VarlenPlan,
     ancestors,
     dense_attention,
     forest_attention,
@@ -51,7 +55,10 @@ def truth_of(forest, window, query, key, value, scale=0.3):
 
 
 def plain_kernel(query, key, value, plan, scale, window):
-    """What a variable-length kernel does: each run alone, causal to the bottom right."""
+    """What a variable-length kernel does: each run alone, causal to the bottom right, key heads
+    shared by neighbours."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     outs = []
     for q0, q1, k0, k1 in zip(
         plan.cu_q[:-1], plan.cu_q[1:], plan.cu_k[:-1], plan.cu_k[1:], strict=True
@@ -154,6 +161,65 @@ def test_queries_lie_as_they_are_and_keys_are_gathered_behind_their_prompt():
     assert plan.cu_q.tolist() == [0, 3, 6, 9]
     assert plan.cu_k.tolist() == [0, 3, 8, 11]
     assert (plan.max_q, plan.max_k) == (3, 5)
+
+
+@dataclass
+class Operator:
+    """torch.nn.attention.varlen.varlen_attn by slow means, as a version of torch has it."""
+
+    grouped: bool
+    heads: list[tuple[int, int]] = field(default_factory=list)
+
+    def called(self):
+        def without(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+            assert q.shape[1] == k.shape[1] == v.shape[1], "heads differ"
+            return compute(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size)
+
+        def grouped(
+            q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size=(-1, -1), enable_gqa=False
+        ):
+            assert enable_gqa or q.shape[1] == k.shape[1], "heads differ"
+            return compute(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size)
+
+        def compute(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size):
+            assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+            assert cu_q.dtype == cu_k.dtype == torch.int32
+            left, right = window_size
+            assert right == 0
+            self.heads.append((q.shape[1], k.shape[1]))
+            plan = VarlenPlan(torch.empty(0, dtype=torch.long), cu_q, cu_k, max_q, max_k)
+            return plain_kernel(q, k, v, plan, scale, None if left < 0 else left + 1)
+
+        return grouped if self.grouped else without
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_key_heads_stay_grouped_where_torch_takes_them_so(monkeypatch, kv_heads, window, grouped):
+    operator = Operator(grouped)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", operator.called())
+    forest = collate(random_trees(SHAPES))
+    inputs = tensors(forest.num_tokens, kv_heads=kv_heads)
+    for x in inputs:
+        x.requires_grad_()
+    layout = layout_of(forest, "varlen")
+    got = varlen_attention(*inputs, layout, 0.3, window)
+    wanted = run("dense", forest, window, *inputs)
+    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+    ramp = torch.linspace(-1, 2, got.numel(), dtype=torch.float64).reshape(got.shape)
+    ours = torch.autograd.grad((got * ramp).sum(), inputs)
+    theirs = torch.autograd.grad((wanted * ramp).sum(), inputs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert operator.heads == [(4, kv_heads if grouped else 4)]
+
+
+def test_torchs_own_operator_is_called_as_it_wants_to_be():
+    parameters = signature(varlen_attn).parameters
+    assert list(parameters)[:7] == [
+        *("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
+    ]
+    assert {"scale", "window_size"} <= set(parameters)
 
 
 def test_the_plan_of_a_forest_is_made_once_for_all_layers(monkeypatch):

@@ -133,7 +133,7 @@ def test_a_checkpoint_gives_back_its_position_and_generators(tmp_path: Path) -> 
     loaded = load(save(tmp_path, state))
     assert loaded.position == state.position
     assert loaded.moments == {}  # before the first update
-    assert loaded.random.python == json.loads(json.dumps(random.getstate()))
+    assert loaded.random.python == json.loads(json.dumps(state.random.python))
     assert loaded.random.numpy == state.random.numpy
     assert torch.equal(loaded.random.torch, torch.get_rng_state())
 

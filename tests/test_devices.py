@@ -76,9 +76,9 @@ def test_a_forest_is_sent_to_a_gpu_without_waiting_for_it(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", to)
     forest.to("cuda:1")
     varlen_plan(forest.spans, "cuda:1")
-    assert len(pinned) == 10 + 3 and asked == [(i, "cuda:1", True) for i in pinned]
+    assert len(pinned) == 11 + 3 and asked == [(i, "cuda:1", True) for i in pinned]
     forest.to("cpu")
-    assert len(pinned) == 13 and {row[1:] for row in asked[13:]} == {("cpu", False)}
+    assert len(pinned) == 14 and {row[1:] for row in asked[14:]} == {("cpu", False)}
 
 
 class Called(TorchFunctionMode):

@@ -106,7 +106,8 @@ DEMO = Path(demo.__file__).parent
 def test_check_finds_nothing_in_data_with_nothing_wrong(folder: str, file: Path):
     if not file.is_file():
         pytest.skip(f"shared/data/{file.name} is not there")
-    found = uw.check(model=folder, data=str(file))
+    # An adapter: the demo's 218 preferences are 4 steps, with which all weights would not move.
+    found = uw.check(model=folder, data=str(file), lora=True)
     assert found.findings == ()
     figures = found.figures["train"]
     print(f"{file.name}: {figures}")

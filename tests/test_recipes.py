@@ -166,6 +166,9 @@ def test_a_run_that_stops_before_its_first_step_is_evaluated_there_once(
 
 
 def test_a_signal_before_training_ends_the_run_at_once_and_leaves_its_folder_free():
+    # A shell that put the tests into the background has them ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     class Stopping(Silent):
         def progress(self, done: int, total: int) -> None:
             signal.raise_signal(signal.SIGINT)
@@ -173,6 +176,7 @@ def test_a_signal_before_training_ends_the_run_at_once_and_leaves_its_folder_fre
     resolved = load_run(None, values={"model": "model", "data": "pairs.jsonl", "out": "run"})
     with pytest.raises(KeyboardInterrupt):
         train_model(resolved, Stopping())
+    signal.signal(signal.SIGINT, before)
     assert train("run") == 0
 
 
@@ -367,7 +371,7 @@ def test_score_writes_one_object_per_preference_and_leaves_the_reference_open():
     rows = rows_of("new/s.jsonl")
     assert len(rows) == 24 and rows[0]["margin"] is None and rows[0]["logp_chosen"] < 0
     save_tiny("other", seed=1)
-    assert main([*score, "--reference", "other", "--beta", "0.5"]) == 0
+    assert main([*score, "--reference", "other", "--beta", "0.5", "--overwrite"]) == 0
     theirs = uw.score(model="other", data="pairs.jsonl", dtype="float32")
     for row, plain, other in zip(rows_of("new/s.jsonl"), rows, theirs, strict=True):
         assert row["logp_chosen"] == plain["logp_chosen"] != other["logp_chosen"]

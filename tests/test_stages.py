@@ -94,10 +94,10 @@ def test_a_file_without_stages_is_one_run():
 
 
 def test_what_was_learned_in_four_bits_is_not_put_into_four_bits_again():
-    shared = SHARED.format(out="out") + "lora: {quantize: nf4}\n"
+    shared = SHARED + "lora: {{quantize: nf4}}\n"
     with pytest.raises(ConfigError, match="its adapter would be merged and rounded away"):
         load_stages(written(shared + "stages:\n  - objective: sft\n  - objective: dpo\n"))
-    other = "stages:\n  - objective: sft\n  - {objective: dpo, model: model}\n"
+    other = "stages:\n  - objective: sft\n  - {{objective: dpo, model: model}}\n"
     assert len(load_stages(written(shared + other))) == 2
 
 

@@ -100,7 +100,7 @@ def test_a_reward_model_recovers_the_reward_up_to_a_constant_of_the_prompt():
 
     def loss():
         return sum(
-            bradley_terry(s[FIRST], s[SECOND], label_smoothing=e).sum()
+            bradley_terry(s[FIRST], s[SECOND], flipped=e).sum()
             for s, e in zip(scores, flipped, strict=True)
         )
 

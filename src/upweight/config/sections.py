@@ -50,7 +50,7 @@ class Data(Section):
     pairing: Literal["auto", "adjacent", "all", "extremes"] = Field(
         default="auto",
         description="Which preferences are made among K scored responses; auto: those that a row "
-        "states, or else all that its scores make. Any other passes over what is stated.",
+        "states, or else all that its scores make; any other passes over what is stated.",
     )
     min_score_gap: NotNegative = Field(
         default=0.0, description="Scores that differ by this much or less make no preference."

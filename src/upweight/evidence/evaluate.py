@@ -43,11 +43,13 @@ class Losses:
         return math.fsum(self.sums) / math.fsum(self.sizes)
 
     def since(self, first: Sequence[float]) -> Row:
-        """By how much the mean has changed since the sums were `first`, with its 95 % interval."""
+        """By how much the mean has changed since the sums were `first`, and its 95 % interval where
+        there are prompts enough for one."""
         change = [now - then for now, then in zip(self.sums, first, strict=True)]
         found = mean_interval(change, self.prompts, sizes=self.sizes)
         ends = {"loss_change_low": found.low, "loss_change_high": found.high}
-        return {"loss_change": found.value, **ends}
+        known = {name: end for name, end in ends.items() if math.isfinite(end)}
+        return {"loss_change": found.value, **known}
 
 
 def score_trees(

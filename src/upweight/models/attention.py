@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -296,16 +298,26 @@ VarlenKernel = Callable[[Tensor, Tensor, Tensor, VarlenPlan, float, int | None],
 
 def torch_varlen(
     query: Float[Tensor, "tokens heads dim"],
-    key: Float[Tensor, "gathered heads dim"],
-    value: Float[Tensor, "gathered heads dim"],
+    key: Float[Tensor, "gathered kv_heads dim"],
+    value: Float[Tensor, "gathered kv_heads dim"],
     plan: VarlenPlan,
     scale: float,
     window: int | None,
 ) -> Float[Tensor, "tokens heads dim"]:
-    """torch.nn.attention.varlen, causal to the bottom right, half precision on CUDA only."""
+    """torch.nn.attention.varlen, causal to the bottom right, half precision on CUDA only.
+
+    Fewer key heads than query heads go in as they are where it says that it takes them (torch
+    2.12 does); elsewhere they are repeated.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     left = -1 if window is None else window - 1
+    grouped: dict[str, Any] = {}
+    if (times := query.shape[1] // key.shape[1]) > 1:
+        if _takes_groups(varlen_attn):
+            grouped["enable_gqa"] = True
+        else:
+            key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
     out = varlen_attn(
         query,
         key,
@@ -316,9 +328,15 @@ def torch_varlen(
         plan.max_k,
         scale=scale,
         window_size=(left, 0),
+        **grouped,
     )
     assert isinstance(out, Tensor)
     return out
+
+
+@cache
+def _takes_groups(operator: Callable[..., Any]) -> bool:
+    return "enable_gqa" in signature(operator).parameters
 
 
 def varlen_attention(
@@ -330,15 +348,18 @@ def varlen_attention(
     window: int | None = None,
     kernel: VarlenKernel = torch_varlen,
 ) -> Float[Tensor, "1 heads tokens dim"]:
-    """The CUDA path: queries as they lie, each run's keys gathered by index."""
+    """The CUDA path: queries as they lie, each run's keys gathered by index.
+
+    A prompt P with K responses is gathered K times: 2 (K - 1) P kv_heads dim numbers more than
+    there are (keys and values, for one layer at a time), which are kept for the backward pass, and
+    their gradients summed. No score is computed twice for it. Read once, the prompt would be a part
+    of its own, merged by log-sum-exp; but torch's operator drops the gradient of the one it gives.
+    """
     plan = layout.varlen()
-    heads = query.shape[1]
-    q = query[0].transpose(0, 1)
-    k = _repeat_heads(key, heads)[0].transpose(0, 1)[plan.keys]
-    v = _repeat_heads(value, heads)[0].transpose(0, 1)[plan.keys]
-    out = kernel(
-        q.contiguous(), k.contiguous(), v.contiguous(), plan, scale, _binding(layout, window)
-    )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    window = _binding(layout, window)
+    k, v = k[plan.keys].contiguous(), v[plan.keys].contiguous()
+    out = kernel(q.contiguous(), k, v, plan, scale, window)
     return out.transpose(0, 1)[None]
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from upweight.config import Run
 from upweight.models.load import LanguageModel
 from upweight.models.nf4 import num_weights
-from upweight.models.scalar import is_reward_model
 from upweight.recipes.kinds import KINDS
+from upweight.recipes.rewarding import is_judge
 from upweight.training.optimizer import MOMENT_BYTES
 from upweight.training.rundir import require_space
 
@@ -38,7 +38,7 @@ def held_beside(run: Run, lm: LanguageModel) -> dict[str, int]:
     if KINDS[run.objective].draws and run.reference is None:
         held["reference's copy"] = trained
     specs = {run.rollout.reward, run.evaluation.true_reward}
-    if judges := [spec for spec in specs if spec is not None and is_reward_model(spec)]:
+    if judges := [spec for spec in specs if spec is not None and is_judge(spec)]:
         held["reward model" if len(judges) == 1 else "reward models"] = sum(map(_in_fp32, judges))
     return held
 

@@ -21,12 +21,11 @@ from upweight.errors import ConfigError, OutputError, UpweightError
 from upweight.evidence import comparison as scored
 from upweight.evidence.report.markup import duration
 from upweight.models.sample import sample
-from upweight.models.scalar import is_reward_model
 from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.prepare import load_policy, prepare
 from upweight.recipes.reference import sampled_trees
 from upweight.recipes.resume import require_finished_as_asked
-from upweight.recipes.rewarding import make_scorer, require_rewards
+from upweight.recipes.rewarding import is_judge, make_scorer, require_rewards
 from upweight.recipes.screen import Screen, Silent, counted
 from upweight.recipes.stages import is_finished
 from upweight.recipes.train import train_model
@@ -258,7 +257,7 @@ def _best_of(comparison: Comparison, method: Method, folder: Path) -> scored.Met
     ]
     rewards = [score for (score,) in judge(best)]
     found, kl = mean_interval(rewards), math.log(method.num) - (method.num - 1) / method.num
-    times_read = 1 + is_reward_model(run.rollout.reward)
+    times_read = 1 + is_judge(run.rollout.reward)
     tokens = times_read * sum(tree.num_tokens for tree in trees)
     length = sum(len(tree.responses[0]) for tree in best) / len(best)
     point = scored.Point(method.num, kl, kl, kl, found.value, found.low, found.high, length)

@@ -24,7 +24,6 @@ from upweight.models.logprobs import scored_hidden, token_logps
 from upweight.models.offload import offloaded
 from upweight.models.reference import TOLERANCE_NATS
 from upweight.models.scalar import (
-    is_reward_model,
     score_head,
     state_values,
     with_scalar_head,
@@ -32,7 +31,7 @@ from upweight.models.scalar import (
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import load_policy
 from upweight.recipes.reference import reference_model
-from upweight.recipes.rewarding import Scorer, make_scorer, reward_model_beside
+from upweight.recipes.rewarding import Scorer, is_judge, make_scorer, reward_model_beside
 from upweight.recipes.start import rollout_sizes, trained
 from upweight.recipes.state import State, Values, Work, smaller_bins
 from upweight.training.loop import Record
@@ -73,7 +72,7 @@ def values_of(run: Run, lm: LanguageModel, stop_ids: Sequence[int]) -> Values | 
         return Values(None, head)
     spec = run.rollout.reward
     as_trained = functools.partial(trained, run, stop_ids=stop_ids)
-    if spec is not None and is_reward_model(spec):
+    if spec is not None and is_judge(spec):
         quantize = None if run.lora is None else run.lora.quantize
         critic = reward_model_beside(lm, spec, run, as_trained, quantize)
     else:
@@ -254,7 +253,7 @@ def _times_read(state: State) -> int:
     """How often a token of a round goes through a model: it is drawn, and read by the policy, the
     reference, a value model of its own and a reward model."""
     own = state.values is not None and state.values.critic is not None
-    return 3 + own + is_reward_model(str(state.run.rollout.reward))
+    return 3 + own + is_judge(state.run.rollout.reward)
 
 
 def _both(state: State, forest: Forest) -> Float[Tensor, "scored 2"]:

@@ -25,7 +25,7 @@ from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import Prepared
 from upweight.recipes.reference import Against, answered_sets
 from upweight.training.moment import Position
-from upweight.training.rewards import COLUMNS, REWARDS
+from upweight.training.rewards import COLUMNS, REWARDS, in_folder
 from upweight.types import RowId, Tree
 
 FREE_TO_CHANGE = {
@@ -154,7 +154,7 @@ def reward_digests(run: Run, prepared: Prepared) -> dict[str, str]:
         if spec is None:
             continue
         folder, file = Path(spec), Path(spec.rpartition(":")[0])
-        if folder.is_dir():
+        if in_folder(spec):
             inside = (f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
             found[key] = _files_digest(sorted(inside))
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from upweight.config import Run
@@ -19,7 +18,7 @@ from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import Prepared, tokens_read_at_once
 from upweight.recipes.reference import answered_sets, sampled_trees
 from upweight.recipes.screen import Screen, counted
-from upweight.training.rewards import ADDRESSES, COLUMNS, REWARDS, Sampled, open_reward
+from upweight.training.rewards import ADDRESSES, COLUMNS, REWARDS, Sampled, in_folder, open_reward
 from upweight.training.rollout import texts_of
 from upweight.trust.likely import spread
 from upweight.types import Example, RowId, Text, Tree
@@ -32,6 +31,11 @@ ASKED = 8
 
 NO_ANSWER = "a"
 """What is scored in the place of a row's own answer."""
+
+
+def is_judge(spec: str | None) -> bool:
+    """Whether a reward is the folder of a reward model."""
+    return spec is not None and in_folder(spec) and is_reward_model(spec)
 
 
 def require_rewards(run: Run, *, later: bool = False) -> None:
@@ -48,9 +52,9 @@ def require_rewards(run: Run, *, later: bool = False) -> None:
     if KINDS[run.objective].answers:
         named["evaluation.true_reward"] = run.evaluation.true_reward
     for key, spec in named.items():
-        if spec is None or is_reward_model(spec) or (later and key == "rollout.reward"):
+        if spec is None or is_judge(spec) or (later and key == "rollout.reward"):
             continue
-        if Path(spec).is_dir():
+        if in_folder(spec):
             raise ModelError(
                 f"{key}: {spec} is not a reward model: its config.json names no "
                 "sequence-classification model with one label. Train one with objective=reward, "
@@ -68,7 +72,7 @@ def make_scorer(spec: str, run: Run, lm: LanguageModel, end: int) -> Scorer:
     A reward model reads the policy's own token ids, so it must have the policy's tokenizer, and an
     answer that was cut with the stop token `end` behind it (data.trees.ended).
     """
-    if not Path(spec).is_dir():
+    if not in_folder(spec):
         return _by_text(spec, lm)
     judge = reward_model_beside(lm, spec, run)
     if judge.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
@@ -166,7 +170,7 @@ def ask_rewards(run: Run, prepared: Prepared, screen: Screen) -> None:
     judge = "rollout.reward" if run.evaluation.true_reward is None else "evaluation.true_reward"
     asked[judge] += spread(_rows_of(judged), ASKED)
     for key, spec in specs.items():
-        if spec is None or not asked[key] or Path(spec).is_dir():
+        if spec is None or not asked[key] or in_folder(spec):
             continue
         if spec.startswith(ADDRESSES):
             screen.note(f"{key}: {spec} is an address, and was not asked about any row")

@@ -48,6 +48,12 @@ Scorer = Callable[[Sequence[Sampled]], list[float]]
 ADDRESSES = ("http://", "https://")
 
 
+def in_folder(spec: str) -> bool:
+    """Whether `spec` is a model's folder: a name of the table stays one beside a folder called so,
+    which "./NAME" means."""
+    return spec not in REWARDS and Path(spec).is_dir()
+
+
 def score_responses(spec: str, items: Sequence[Sampled]) -> list[float]:
     """One finite reward per item, in their order. `open_reward` says what `spec` can be."""
     return open_reward(spec)(items)

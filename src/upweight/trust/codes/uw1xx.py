@@ -325,6 +325,7 @@ PAGES: tuple[Page, ...] = (
             "upweight.recipes.prepare:_require_turns",
             "upweight.recipes.prepare:_require_margins",
             "upweight.recipes.score:score_file",
+            "upweight.recipes.start:_require_offload_has_effect",
         ),
     ),
 )
