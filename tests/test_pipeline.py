@@ -351,9 +351,10 @@ def test_a_parquet_column_that_no_reward_reads_may_hold_what_python_cannot(
     }
     pq.write_table(pa.table(columns), "prompts.parquet")
     often = ["--data", "prompts.parquet", "--checkpoint.every", "1", "--keep", "9"]
-    # No random word has a sentiment: in a group all would be the same (UW103).
-    for reward, objective in (("contains", "grpo"), ("vader", "ppo")):
-        assert online(reward, objective, *often, "--reward", reward) == 0
+    assert online("contains", "grpo", *often, "--reward", "contains") == 0
+    # No random word has a sentiment: the rows are read, and UW103 says so when the run is through.
+    assert online("vader", "grpo", *often, "--reward", "vader") == 2
+    assert "step 4: no answer so far had an advantage" in capsys.readouterr().err
     shutil.rmtree("contains/checkpoints/step-00000004")
     assert main(["train", "contains/run.yaml", "resume=true"]) == 0
     capsys.readouterr()
