@@ -309,6 +309,13 @@ def test_pairing_and_gap_are_passed_on(tmp_path):
     assert len(load_examples([path], min_gap=1.0)[0][0].preferences) == 1
 
 
+def test_stated_preferences_that_a_pairing_passes_over_are_counted(tmp_path):
+    stated = {"prompt": "p", "responses": ["a", "b"], "preferences": [[1, 0]]}
+    path = write_rows(tmp_path / "a.jsonl", [stated, stated | {"scores": [1, 0]}])
+    assert load_examples([path], pairing="all")[1].unused_columns == {"preferences": 1}
+    assert load_examples([path])[1].unused_columns == {}
+
+
 def test_an_account_with_nothing_used_says_what_became_of_the_rows():
     account = Account(read=2)
     account.drop(Dropped(RowId("a.jsonl", 3), "too_long", "many tokens"))

@@ -44,7 +44,8 @@ class Account:
     template changed, `special_in_prompt` rows that hold a special token's text before the template
     adds any (rendered twice, perhaps), `duplicates` rows that say the same as an earlier one and
     are used, `earlier_turns` rows that were made of a conversation's earlier turns,
-    `unused_columns` rows by the columns (and the keys of responses) that no layout reads.
+    `unused_columns` rows by the columns (and the keys of responses) that no layout reads, or that
+    `pairing` passes over.
     `lengths` are in tokens: each prompt, and the two sides of each preference.
     """
 
@@ -78,6 +79,9 @@ class Account:
         shown = self.examples.setdefault(dropped.reason, [])
         if len(shown) < _NUM_EXAMPLES:
             shown.append((str(dropped.row), dropped.detail))
+
+    def unread(self, column: str) -> None:
+        self.unused_columns[column] = self.unused_columns.get(column, 0) + 1
 
     def add(self, tree: Tree, notes: TreeNotes) -> None:
         """Counts what a used row's tree holds and what was done to it."""

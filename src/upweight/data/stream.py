@@ -57,12 +57,15 @@ def load_examples(
             layouts[row_id.source] = detect(row, row_id) if layout == "auto" else layout
         found = layouts[row_id.source]
         for name in map(printable, unread(row, found) | passed_over.intersection(row)):
-            account.unused_columns[name] = account.unused_columns.get(name, 0) + 1
+            account.unread(name)
         row = {name: value for name, value in row.items() if name not in passed_over}
         example = example_of(row, row_id, found, pairing=pairing, min_gap=min_gap)
         if isinstance(example, Example):
             for name in weights_inside(example) if "weight" in passed_over else ():
-                account.unused_columns[name] = account.unused_columns.get(name, 0) + 1
+                account.unread(name)
+            scored = any(answer.score is not None for answer in example.responses)
+            if pairing != "auto" and scored and row.get("preferences") is not None:
+                account.unread("preferences")
             example = unusable(example, require_preferences=require_preferences) or example
         if isinstance(example, Dropped):
             account.drop(example)

@@ -10,13 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from upweight.data.trees import text_after
 from upweight.evidence.records.ledger import SCHEMA
-from upweight.losses.pair import probably_flipped
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import response_logps, token_logps
 from upweight.models.reading import read_trees
@@ -24,9 +22,11 @@ from upweight.models.reference import Reference
 from upweight.models.sample import Sample, sample, sample_trees, tree_logps
 from upweight.models.scalar import tree_scores
 from upweight.stats import accuracy_interval, mean_interval, repeated, wilson_interval
-from upweight.types import Forest, Tree
+from upweight.types import Forest, PairLogps, Tree
 
 Row = dict[str, Any]
+
+SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -160,31 +160,29 @@ def rank_trees(
 
 
 def summary(
-    rows: Sequence[Row], trees: Sequence[Tree], beta: float, label_smoothing: float
+    rows: Sequence[Row], trees: Sequence[Tree], beta: float, loss: Callable[[PairLogps], Tensor]
 ) -> tuple[Row, Losses]:
     """The means of scored rows by the names of metrics.jsonl; accuracy with its 95 % interval.
 
-    `rows` are those of the trees' preferences, in their order. The loss is that of training,
-    weights included.
+    `rows` are those of the trees' preferences, in their order. `loss` is that of training, and
+    weights count as there.
     """
 
     def mean(values: list[float]) -> float:
         return math.fsum(values) / len(values)
 
-    margin = torch.tensor([row["margin"] for row in rows], dtype=torch.float64)
-    e = probably_flipped(label_smoothing, 1 - _of_each(trees, "probability"))
-    losses = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
-    accuracy = accuracy_interval([row["margin"] for row in rows], _prompts(trees))
-    weighted = _weighted(losses, trees)
+    margins = [row["margin"] for row in rows]
+    accuracy = accuracy_interval(margins, _prompts(trees))
+    weighted = _weighted(loss(_logps(rows, trees)), trees)
     record: Row = {"loss": weighted.mean, "num_pairs": len(rows)}
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         rewards = mean([row[f"reward_{side}"] for row in rows])
         record[f"rewards/{side}"] = rewards
         record[f"logps/{side}"] = mean([row[f"logp_{side}"] for row in rows])
         record[f"logratios/{side}"] = rewards / beta
         record[f"tokens/{side}"] = mean([float(row[f"tokens_{side}"]) for row in rows])
-    record["rewards/margins"] = margin.mean().item()
-    record["rewards/spread"] = margin.abs().mean().item()
+    record["rewards/margins"] = mean(margins)
+    record["rewards/spread"] = mean([abs(margin) for margin in margins])
     record["rewards/accuracies"] = accuracy.value
     record["rewards/accuracies_low"], record["rewards/accuracies_high"] = (
         accuracy.low,
@@ -221,8 +219,7 @@ def ranking(
     """
     rows = rank_trees(lm, trees, tokens_per_bin)
     chosen, rejected = (
-        torch.tensor([row[f"score_{side}"] for row in rows], dtype=torch.float64)
-        for side in ("chosen", "rejected")
+        torch.tensor([row[f"score_{side}"] for row in rows], dtype=torch.float64) for side in SIDES
     )
     asked, flipped = margin * _of_each(trees, "margin"), 1 - _of_each(trees, "probability")
     losses = _weighted(loss(chosen, rejected, margin=asked, flipped=flipped), trees)
@@ -244,6 +241,14 @@ def ranking(
 def _prompts(trees: Sequence[Tree]) -> list[tuple[int, ...]]:
     """The prompt of each preference: preferences of one prompt are not independent."""
     return [tree.prompt for tree in trees for _ in tree.preferences]
+
+
+def _logps(rows: Sequence[Row], trees: Sequence[Tree]) -> PairLogps:
+    """What was scored as a pair loss sees it, in fp64."""
+    names = ("logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected")
+    logps = (torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in names)
+    tokens = (torch.tensor([row[f"tokens_{side}"] for row in rows]) for side in SIDES)
+    return PairLogps(*logps, *tokens, flipped=1 - _of_each(trees, "probability"))
 
 
 def _of_each(trees: Sequence[Tree], name: str) -> Tensor:

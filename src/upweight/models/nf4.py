@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from upweight.errors import ModelError
+from upweight.models.bnb import package
 
 BLOCK, RANGE_BLOCK = 64, 256
 """Weights that share a scale, and scales that share a range."""
@@ -44,20 +43,6 @@ HALF_GAP, SCALE_GAP = 0.157, 0.0075
 """What rounding explains of a weight's error. The multiples -1 and -0.696 are the furthest apart,
 and half of that is 0.152 of the block's largest; bf16 rounds what is read back (twice 2^-9). A
 scale is off by half the widest gap of the 8-bit code, 0.0071 of the furthest from their mean."""
-
-
-def package(part: str, asked: str, extra: str) -> Any:
-    """A module of bitsandbytes. Raises ModelError saying who asked for it where it is missing."""
-    # It warns of a product for the CPU that is missing, which is not used here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        return importlib.import_module(f"bitsandbytes.{part}")
-    except ImportError as error:
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ModelError(
-            f"{asked} needs the package bitsandbytes, which cannot be imported ({said}). "
-            f"Run: pip install 'upweight[{extra}]'"
-        ) from error
 
 
 def require_quantizer(quantize: str | None) -> None:

@@ -8,16 +8,13 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float
-from torch import Tensor
 
-from upweight.config import Run
 from upweight.evidence import evaluate
 from upweight.evidence.records.ledger import SCHEMA
-from upweight.losses import bradley_terry
 from upweight.models.sample import Sample
 from upweight.recipes.best import samples_are_the_policys
 from upweight.recipes.kinds import KINDS, PROMPTS
+from upweight.recipes.losses import pair_loss, score_loss
 from upweight.recipes.reference import answered_sets, draw, same_reference, sampled_trees
 from upweight.recipes.state import State, log, smaller_bins
 from upweight.stats import mean_interval
@@ -71,7 +68,7 @@ def _preferences(state: State, progress: Progress, trees: Sequence[Tree]) -> Mea
     scored = evaluate.score_trees(
         policy, trees, state.against.logps, run.loss.beta, state.tokens_per_bin, smaller
     )
-    found, losses = evaluate.summary(scored, trees, run.loss.beta, run.loss.label_smoothing)
+    found, losses = evaluate.summary(scored, trees, run.loss.beta, pair_loss(run))
     return found, scored, losses
 
 
@@ -84,14 +81,6 @@ def _ranking(state: State, progress: Progress, trees: Sequence[Tree]) -> Measure
     loss, margin = score_loss(state.run), state.run.loss.margin
     found, losses = evaluate.ranking(state.lm, trees, state.tokens_per_bin, loss, margin)
     return found, [], losses
-
-
-def score_loss(run: Run) -> Callable[..., Float[Tensor, " pairs"]]:
-    """The loss of a reward model by the run's options, for training and for evaluations."""
-    options = run.loss
-    return functools.partial(
-        bradley_terry, label_smoothing=options.label_smoothing, centering=options.centering
-    )
 
 
 def _answers(state: State, progress: Progress, trees: Sequence[Tree]) -> Measured:

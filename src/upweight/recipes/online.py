@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from upweight.config import Run
 from upweight.errors import DataError, OutputError, Refusal
-from upweight.losses import PAIR_LOSSES
 from upweight.models.frozen import Frozen
 from upweight.models.head import head_logps
 from upweight.models.load import LanguageModel, evaluation_mode
@@ -29,6 +28,7 @@ from upweight.models.scalar import (
     with_scalar_head,
 )
 from upweight.recipes.kinds import KINDS
+from upweight.recipes.losses import pair_loss
 from upweight.recipes.prepare import load_policy
 from upweight.recipes.reference import reference_model
 from upweight.recipes.rewarding import Scorer, is_judge, make_scorer, reward_model_beside
@@ -107,11 +107,10 @@ def online(state: State) -> Work:
         kl_stop=run.policy.kl_stop,
     )
     if run.objective == "online_dpo":
-        loss = functools.partial(
-            PAIR_LOSSES["dpo"], beta=run.loss.beta, label_smoothing=run.loss.label_smoothing
-        )
         objective = pair(
-            lambda forest: rollouts.now.experience(forest).reference_logps, loss, run.loss.beta
+            lambda forest: rollouts.now.experience(forest).reference_logps,
+            pair_loss(run),
+            run.loss.beta,
         )
     else:
         objective = policy_gradient(

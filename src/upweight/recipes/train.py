@@ -20,14 +20,14 @@ from upweight.data.stream import plan_epoch, planned
 from upweight.errors import OutputError, Refusal
 from upweight.evidence.report import write_report
 from upweight.evidence.track import Target, Tracking, clients, tracking
-from upweight.losses import PAIR_LOSSES
 from upweight.models.export import export, export_reward_model
 from upweight.models.nf4 import FILE as QUANTIZATION
 from upweight.models.probes import served_otherwise
 from upweight.recipes.beside import written_bytes
 from upweight.recipes.environment import write_environment
-from upweight.recipes.evaluation import evaluate_sets, score_loss
+from upweight.recipes.evaluation import evaluate_sets
 from upweight.recipes.kinds import KINDS
+from upweight.recipes.losses import pair_loss, score_loss
 from upweight.recipes.online import online, values_of
 from upweight.recipes.prepare import account_record
 from upweight.recipes.reference import Against, ask_reference
@@ -263,13 +263,10 @@ def _from_rows(state: State, objective: Objective) -> Work:
 
 
 def dpo(state: State) -> Work:
-    options = state.run.loss
-    loss = functools.partial(
-        PAIR_LOSSES["dpo"], beta=options.beta, label_smoothing=options.label_smoothing
-    )
+    run = state.run
     noting = functools.partial(note, state)
     reference = state.against.logps.logps
-    return _from_rows(state, objectives.pair(reference, loss, options.beta, noting))
+    return _from_rows(state, objectives.pair(reference, pair_loss(run), run.loss.beta, noting))
 
 
 def sft(state: State) -> Work:

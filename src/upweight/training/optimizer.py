@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight.errors import ModelError
-from upweight.models import nf4
+from upweight.models.bnb import package
 
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 """Where AdamW has a fused kernel: one pass over memory in place of about ten."""
@@ -26,7 +26,7 @@ def require_moments(moments: str) -> None:
 
 
 def _eight_bit() -> Any:
-    return nf4.package("optim", "optimizer.moments=8bit", "eightbit").AdamW8bit
+    return package("optim", "optimizer.moments=8bit", "eightbit").AdamW8bit
 
 
 def make_optimizer(
