@@ -32,6 +32,7 @@ from upweight.training.rollout import (
     Rollouts,
     Sizes,
     credited,
+    largest_gap,
     ranked,
 )
 from upweight.training.round import Round, read_round, write_round
@@ -461,3 +462,13 @@ def test_what_is_known_of_a_round_comes_in_the_order_of_the_forests_tokens():
     tree: Tree = GROUPS[1]
     alone = replace(tree, responses=tree.responses[1:2], ids=tree.ids[1:2], preferences=())
     assert torch.equal(made.experience(collate([alone])).logps, made.logps[tree.ids[1]])
+
+
+def test_a_stop_token_that_is_drawn_otherwise_is_not_lost_in_a_long_answers_mean():
+    ids = [ResponseId(RowId("rows.jsonl", 1), k) for k in range(3)]
+    found = {i: torch.full((50,), -1.0) for i in ids}
+    said = {i: (-1.0,) * 49 + (-3.0,) for i in ids}
+    assert largest_gap(found, said) == pytest.approx(2.0)
+    assert largest_gap(found, {i: (-1.5,) * 50 for i in ids}) == pytest.approx(0.5)
+    assert largest_gap(found, {i: (-3.0,) + (-1.0,) * 49 for i in ids}) == pytest.approx(0.04)
+    assert largest_gap(found, {ids[0]: None}) is None
