@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import pytest
@@ -128,3 +129,13 @@ def test_four_bits_without_their_package_name_the_command_that_installs_it(monke
     ):
         nf4.require_quantizer("nf4")
     nf4.require_quantizer(None)
+
+
+def test_a_first_adapter_says_nothing_of_products_that_it_does_not_use() -> None:
+    """In a process of its own: bitsandbytes speaks when it is first imported, by peft too."""
+    script = (
+        "import sys; sys.path.insert(0, 'tests'); from test_adapter import adapted; adapted(); "
+        "import bitsandbytes"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr

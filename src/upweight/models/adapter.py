@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from upweight.errors import ModelError
+from upweight.models import bnb
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
 from upweight.models.nf4 import Nf4Linear
@@ -32,7 +33,8 @@ def add_lora(
     B starts at zero, so the policy starts as its reference. Raises ModelError when `targets` match
     no layer, when they name a matrix that is embedding and head at once, and when peft refuses.
     """
-    from peft import LoraConfig, get_peft_model
+    with bnb.quiet():
+        from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
     config = LoraConfig(

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from upweight.errors import ModelError, OutputError
-from upweight.models import nf4
+from upweight.models import bnb, nf4
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -275,7 +275,8 @@ def _require_same_keys(what: str, advice: str, missing: set[str], unexpected: se
 def _load_merged(
     name: str, folder: str, trust_remote_code: bool, loading: tuple[str, ...]
 ) -> PreTrainedModel:
-    from peft import PeftModel
+    with bnb.quiet():
+        from peft import PeftModel
 
     here = str(Path(folder).resolve())
     if here in loading:
@@ -330,7 +331,8 @@ def load_as_served(folder: Path, device: torch.device, trust_remote_code: bool) 
     What bitsandbytes multiplies with is left out: on some processors its products round to bf16.
     Raises ModelError when it cannot be read.
     """
-    from peft import PeftModel
+    with bnb.quiet():
+        from peft import PeftModel
 
     with _model_errors(str(folder)), quiet_peft():
         settings = json.loads((folder / nf4.FILE).read_text(encoding="utf-8"))

@@ -11,7 +11,6 @@ import platform
 import sys
 from typing import Any
 
-import peft
 import torch
 import transformers
 
@@ -34,7 +33,7 @@ def write_environment(state: State, *, finished: bool) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "peft": peft.__version__,
+        "peft": importlib.metadata.version("peft"),
         "platform": platform.platform(),
         "cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if lm.device.type == "cuda" else None,
