@@ -48,7 +48,7 @@ ABLATIONS: Mapping[str, Settings] = {
     "attention dense": {"compute.attention": "dense"},
     "checkpointing on": {"compute.checkpointing": True},
     "fused head off": {"bench": "two passes"},
-    "compiled layers": {"bench": "compiled"},
+    "compiled layers": {"compute.compile": True},
 }
 """One switch of upweight's engine turned from what it is by default. A bin of one token holds one
 tree. The cached reference needs no run of its own: without it, every step pays the reference pass

@@ -15,18 +15,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AttentionInterface
 
 from floor import matrix_products_per_second, model_shape
 from protocol import LORA, Spec, work
-from upweight.config import Resolved, Run, load_run
+from upweight.config import Resolved, load_run
 from upweight.data.pack import bins, collate, merge_same_prompts
 from upweight.data.stream import plan_epoch, planned
 from upweight.evidence.evaluate import score_trees
 from upweight.losses import PAIR_LOSSES
 from upweight.models import head
-from upweight.models.attention import NAME, forest_attention
-from upweight.models.load import LanguageModel
 from upweight.recipes import start, train_model
 from upweight.recipes.prepare import (
     describe,
@@ -110,21 +107,7 @@ def two_passes() -> None:
     head._is_plain = lambda *_: False
 
 
-def compiled() -> None:
-    """Each decoder layer through torch.compile, attention left out."""
-    AttentionInterface.register(NAME, torch.compiler.disable(forest_attention))
-    plainly = start.load_policy
-
-    def load_policy(run: Run) -> LanguageModel:
-        lm = plainly(run)
-        for layer in lm.causal.base_model.layers:
-            layer.compile(dynamic=True)
-        return lm
-
-    start.load_policy = load_policy
-
-
-SWITCHES: dict[str, Callable[[], None]] = {"two passes": two_passes, "compiled": compiled}
+SWITCHES: dict[str, Callable[[], None]] = {"two passes": two_passes}
 """What the ablation turns that is no setting of a run; asked for as `bench: NAME`."""
 
 

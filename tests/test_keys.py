@@ -114,6 +114,7 @@ CASES: dict[str, Case] = {
     "compute.sharing": Case(False, "layers"),
     "compute.threads": Case(2, "environment"),
     "compute.checkpointing": Case(True, "layers"),
+    "compute.compile": Case(True, "environment"),
     "compute.offload": Case(True, "layers", refused="compute.offload"),
     "compute.trust_remote_code": Case(True, "records", {"model": "coded"}),
     "rollout.reward": Case("letters.py:more", "records", PPO),
@@ -352,7 +353,9 @@ def _of_run(out: Path) -> dict[str, Any]:
         "suspects": rows_of(suspects) if suspects.exists() else [],
         "rows": dict(checkpoint.load(newest).position.data_digests),
         "weights": [hashlib.sha256(f.read_bytes()).hexdigest() for f in weights],
-        "environment": {k: environment[k] for k in ("cpu", "gpu", "dtype", "attention")},
+        "environment": {
+            k: environment[k] for k in ("cpu", "gpu", "dtype", "attention", "compiled")
+        },
         "files": sorted(str(f.relative_to(out)) for f in out.rglob("*")),
     }
 

@@ -214,7 +214,8 @@ def test_files_are_read_in_the_order_given(tmp_path):
          "a.csv:2 has Python's notation in chosen"),
         ("a.parquet", "nonsense", "a.parquet is no Parquet file that can be read"),
         ("a.jsonl.gz", "nonsense", "a.jsonl.gz is not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n', mtime=0)[:-9], "a.jsonl.gz is not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n', mtime=0)[:-9],
+         "a.jsonl.gz is not a whole gzip file"),
         ("a.txt", "x", "a.txt is no known kind of data file. Allowed: .jsonl, .ndjson, .json, "
          ".csv, .tsv, .parquet; all but .parquet also with .gz."),
         ("a.jsnl", "x", "Did you mean .json"),

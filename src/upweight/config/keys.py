@@ -189,6 +189,7 @@ ELSEWHERE = {
     "compute.dtype": ("bf16", "fp16", "torch_dtype", "precision"),
     "compute.attention": ("attn_implementation", "flash_attention", "flash_attn"),
     "compute.checkpointing": ("gradient_checkpointing",),
+    "compute.compile": ("torch_compile",),
     "compute.offload": ("activation_offloading",),
     "evaluation.sets": ("eval_dataset", "eval_file", "test_datasets"),
     "evaluation.fraction": ("val_size", "val_set_size"),

@@ -170,6 +170,11 @@ class Compute(Section):
     checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass to save memory."
     )
+    compile: bool | None = Field(
+        default=None,
+        description="Decoder layers through torch.compile; null: on a CPU, where the run is long "
+        "enough to pay for it.",
+    )
     offload: bool = Field(
         default=False,
         description="Keep activations in host memory until the backward pass (CUDA): saves the "

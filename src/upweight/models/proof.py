@@ -206,7 +206,7 @@ def _truth(lm: LanguageModel, forest: Forest) -> Reading:
         with torch.no_grad():
             pieces = [_alone(lm, tree.prompt, r) for tree in others for r in tree.responses]
         for response, weight in zip(last.responses, weights, strict=True):
-            with _leaves(lm) as given:
+            with leaves(lm) as given:
                 logps = _alone(lm, last.prompt, response)
             asked.append(_slope(logps, weight, given))
             pieces.append(logps.detach())
@@ -218,7 +218,7 @@ def _truth(lm: LanguageModel, forest: Forest) -> Reading:
 
 def _read(lm: LanguageModel, forest: Forest) -> tuple[Reading, attention.Layout]:
     """What the plan at hand gives, and the layout in which its layers have left their wishes."""
-    with _frozen(lm), _leaves(lm) as given, _layouts(lm) as layouts:
+    with _frozen(lm), leaves(lm) as given, _layouts(lm) as layouts:
         logps = logprobs.token_logps(lm, forest)
         reading = Reading(logps.detach(), _slope(logps, _weights(forest, lm.device), given))
     return reading, layouts[0]
@@ -256,7 +256,7 @@ def _frozen(lm: LanguageModel) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _leaves(lm: LanguageModel) -> Generator[list[Tensor]]:
+def leaves(lm: LanguageModel) -> Generator[list[Tensor]]:
     """What the embedding gives from here on, as leaves that a backward pass ends at."""
     given: list[Tensor] = []
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from upweight.errors import ConfigError, ModelError
 from upweight.models.attention import native_attention
+from upweight.models.compiled import as_written
 from upweight.models.head import at_least_fp32, logits, read
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import response_logps, token_logps
@@ -85,7 +86,13 @@ def sample(
         dtype=torch.float64,
     )
     done, drawn = 0, [list[Sample]() for _ in prompts]
-    with torch.no_grad(), evaluation_mode(lm), native_attention(lm.causal), lm.compute():
+    with (
+        torch.no_grad(),
+        as_written(),
+        evaluation_mode(lm),
+        native_attention(lm.causal),
+        lm.compute(),
+    ):
         for group, limit in _batches(lm, prompts, max_new_tokens, max(1, rows_per_batch // num)):
             upto, first = replace(draw, max_new_tokens=limit), seed + done
 

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from upweight.config import Run
+from upweight.models.compiled import is_compiled
 from upweight.recipes.state import State
 from upweight.training.rundir import write_atomic
 
@@ -43,6 +44,7 @@ def write_environment(state: State, *, finished: bool) -> None:
         "data_fingerprint": _data_fingerprint(state.run),
         "dtype": str(lm.compute_dtype).removeprefix("torch."),
         "attention": lm.plan.attention,
+        "compiled": is_compiled(lm),
         "sharing": lm.plan.describe(),
         "started": started,
         "finished": now if finished else None,

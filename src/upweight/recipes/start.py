@@ -20,8 +20,9 @@ from upweight.config import (
     unread,
 )
 from upweight.data.stream import num_steps, plan_epoch
-from upweight.errors import Refusal
+from upweight.errors import ModelError, Refusal
 from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype
+from upweight.models.compiled import can_compile, compile_layers, pays_back
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.logprobs import token_logps
 from upweight.models.nf4 import require_quantizer
@@ -130,9 +131,12 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     if not kind.draws:
         off = require_alone(lm, computed_together(prepared.trees["train"]))
         prepared = prepared.noticed({"train": {"alone_nats": Interval(off, off, off)}}, [])
+    trees, steps = _learned_from(run, prepared)
+    plan = _plan(run, prepared)
     lm = trained(run, lm, prepared.renderer.stop_ids)
     screen.note(f"model: {lm.name}, {describe(lm)}")
-    trees, steps = _learned_from(run, prepared)
+    resolved = _compiled(resolved, lm, _num_tokens(run, trees, steps, plan), screen)
+    run = resolved.run
     forward = token_logps if kind.answers else response_scores
     if run.lora is None or not run.lora.dropout:
         few = spread(prepared.trees["train"], 16)
@@ -151,7 +155,6 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     screen.note(memory.describe())
     if run.batch.tokens_per_bin is None:
         resolved = resolved.with_value("batch.tokens_per_bin", memory.tokens_per_bin, RESOLVED)
-    plan = _plan(resolved.run, prepared)
     prepared = _noticed(prepared, {"train": ({}, _still(run, plan))}, screen)
     resolved = _with_plan(resolved, plan)
     if resolved.run.out is not None:
@@ -203,6 +206,30 @@ def _with_model(resolved: Resolved, lm: LanguageModel) -> Resolved:
     if run.data.max_length is None and lm.max_length is not None:
         resolved = resolved.with_value("data.max_length", lm.max_length, INHERITED)
     return resolved
+
+
+def _compiled(resolved: Resolved, lm: LanguageModel, num_tokens: float, screen: Screen) -> Resolved:
+    """Compiles the layers where that was left open and pays; where it cannot be, says so."""
+    if resolved.run.compute.compile is not None:
+        return resolved
+    pays = pays_back(lm, num_tokens) and can_compile()
+    if pays:
+        screen.note("compiling the layers: the run is long enough to pay for it")
+        try:
+            compile_layers(lm)
+        except ModelError as error:
+            screen.note(f"left as they are: {error}")
+            pays = False
+    return resolved.with_value("compute.compile", pays, RESOLVED)
+
+
+def _num_tokens(
+    run: Run, trees: Sequence[Tree], steps: Sequence[Sequence[int]], plan: Plan
+) -> float:
+    """Of the whole run: an epoch's or a round's, as often as its steps are taken."""
+    once = sum(trees[i].num_tokens for step in steps for i in step)
+    each = rollout_sizes(run).minibatches if KINDS[run.objective].draws else len(steps)
+    return once * plan.total_steps / max(1, each)
 
 
 def _with_plan(resolved: Resolved, plan: Plan) -> Resolved:
@@ -309,7 +336,7 @@ def _require_accepted(prepared: Prepared, screen: Screen) -> None:
 
 def trained(run: Run, lm: LanguageModel, stop_ids: Collection[int]) -> LanguageModel:
     """The model as it is trained: with its adapter, its scalar head if it is to be a reward model,
-    and recomputing if that is asked for."""
+    recomputing and compiled if that is asked for."""
     if run.lora is not None:
         lm = add_lora(
             lm,
@@ -324,6 +351,8 @@ def trained(run: Run, lm: LanguageModel, stop_ids: Collection[int]) -> LanguageM
         lm = with_scalar_head(lm, stop_ids, run.seed)
     if run.compute.checkpointing:
         checkpoint_layers(lm)
+    if run.compute.compile:
+        compile_layers(lm)
     return replace(lm, offload=run.compute.offload)
 
 
