@@ -67,8 +67,9 @@ def test_the_terminal_ends_in_a_verdict_and_one_line_for_each_pair(
 ):
     closer = DPO.replace("dpo: {", "closer: {beta: 0.5, ")
     claim = compared(DPO + closer + JUDGE + PPO)["claim"]
-    *_, verdict, first, second, took, page = capsys.readouterr().err.splitlines()
+    *_, verdict, sure, first, second, took, page = capsys.readouterr().err.splitlines()
     assert verdict == claim["said"] and verdict.endswith(".")
+    assert sure.startswith(f"  The frontiers were compared at {claim['places']} places; ")
     assert first.startswith("  dpo against ppo: ") and second.startswith("  closer against ppo: ")
     assert took.startswith("4 methods in ") and took.endswith(" s")
     assert page.startswith("comparison: ")
@@ -100,6 +101,21 @@ def test_what_a_method_cost_holds_its_rounds_and_the_reward_model_that_it_uses()
     assert methods["ppo"]["tokens"] == judge + trained("ppo") + 5 * size
     assert methods["dpo"]["tokens"] > trained("dpo")
     assert methods["best of 3"]["tokens"] > judge
+
+
+def test_what_a_method_was_given_is_counted():
+    sft = "  sft: {objective: sft, steps: 8, pairs_per_step: 5}\n"
+    found = compared(DPO + JUDGE + PPO + BEST + sft)
+    given = {m["name"]: m["taught"] for m in found["methods"]}
+    # 24 rows of two responses each, of which one is preferred.
+    fields = ("kind", "there", "seen", "steps", "answers", "by")
+    assert {name: tuple(each[f] for f in fields) for name, each in given.items()} == {
+        "dpo": ("preferences", 24, 2 * 4, 2, 0, "the rows"),
+        "judge": ("preferences", 24, 2 * 24, 2, 0, "the rows"),
+        "ppo": ("prompts", 24, 4, 2, 4, "method:judge"),
+        "best of 3": ("prompts", 3, 3, 0, 9, "method:judge"),
+        "sft": ("responses", 24, 24 + 24 * 3 // 5, 8, 0, "the rows"),
+    }
 
 
 def test_a_finished_method_is_not_taken_for_one_with_other_settings(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.resources import files
 from itertools import combinations
@@ -15,68 +14,32 @@ from typing import Any
 import pytest
 
 from run_records import NASTY
+from studies import START, line, method, named, point, study
 from upweight.errors import DataError, OutputError
 from upweight.evidence.comparison import (
+    ROWS,
     Claim,
-    Method,
-    Point,
     Start,
     Study,
+    Taught,
     claim,
     read_study,
     render,
     write_comparison,
 )
-from upweight.evidence.comparison.claim import at, difference, knots
+from upweight.evidence.comparison.given import unequal
 from upweight.evidence.comparison.page import common_kl
 from upweight.evidence.report.frontier import MARKERS, TONES, Spot, Trail, _beside, _box, _meet
 from upweight.evidence.report.markup import count, duration, number
-from upweight.evidence.report.scales import Scale
+from upweight.evidence.report.scales import Scale, root_ticks
 from upweight.stats import Interval
 
-START = Start(0.2, 0.15, 0.25)
 STYLE = (files("upweight.evidence.report") / "style.css").read_text(encoding="utf-8")
-
-
-def told(methods: Sequence[Method], start: Start | None = None) -> tuple[bool | None, str]:
-    found = claim(methods, start)
-    return found.holds, found.said
-
-
-def point(step: int, kl: float, reward: float, half: float = 0.05, **rest: Any) -> Point:
-    kl, reward = float(kl), float(reward)
-    kls = {"kl_low": kl - 0.1, "kl_high": kl + 0.1}
-    rewards = {"reward_low": reward - half, "reward_high": reward + half}
-    return Point(**{"step": step, "kl": kl, "reward": reward, "length": 30.0 + step}
-                 | kls | rewards | rest)  # fmt: skip
 
 
 def spots(html: str) -> list[tuple[str, str]]:
     """Shape, tone and tooltip of each mark."""
     return re.findall(r'<i class="spot ([^"]*)" style="[^"]*" title="([^"]*)"', html)
-
-
-def method(objective: str, *points: Point, **rest: Any) -> Method:
-    base: dict[str, Any] = {
-        "name": objective.upper(), "objective": objective, "note": f"{objective} note",
-        "seconds": 61.0, "tokens": 1234567, "points": points, "failed": None,
-    }  # fmt: skip
-    return Method(**base | rest)
-
-
-def line(objective: str, slope: float, *kls: float, half: float = 0.01) -> Method:
-    """A frontier that rises from the start by `slope` a nat."""
-    found = (point(i, kl, 0.2 + slope * kl, half) for i, kl in enumerate(kls, start=1))
-    return method(objective, *found)
-
-
-def study(*methods: Method, **rest: Any) -> Study:
-    base: dict[str, Any] = {
-        "title": "On questions", "reward": "vader", "start": START, "methods": methods,
-        "budget": "1000 steps each", "machine": "two cores", "seconds": 7384.0,
-        "claim": Claim(None, "Not shown."),
-    }  # fmt: skip
-    return Study(**base | rest)
 
 
 def write(folder: Path, found: Study) -> Path:
@@ -232,122 +195,6 @@ def test_a_folder_without_a_record_or_without_room_is_said(tmp_path: Path):
         write_comparison(tmp_path)
 
 
-def test_a_higher_frontier_is_not_below():
-    # At KL 2, which both reach: 0.4 against 0.3, each +-0.01, and linear in between.
-    holds, said = told([line("dpo", 0.1, 1, 2), line("ppo", 0.05, 2, 3)], START)
-    assert holds is True
-    assert said == (
-        "DPO's frontier is not below PPO's at equal KL: between KL 0 and 2.00 nats its reward is "
-        "higher by up to 0.100 [0.0859, 0.114], at KL 2.00, and nowhere shown to be lower."
-    )
-
-
-def test_a_lower_frontier_is_below():
-    holds, said = told([line("dpo", 0.05, 2), line("ppo", 0.1, 4)], START)
-    assert holds is False
-    # PPO at 2 lies between start (0.2 +-0.05) and 4 (0.6 +-0.01): 0.4 +-0.03.
-    half = math.hypot(0.01, 0.03)
-    bounds = f"[{number(0.1 - half)}, {number(0.1 + half)}]"
-    assert said == f"DPO's frontier is below PPO's: at KL 2.00 its reward is 0.100 {bounds} lower."
-
-
-def test_frontiers_that_cross_are_below_and_said_to_cross():
-    dpo = method("dpo", point(1, 1, 0.5, 0.01), point(2, 2, 0.5, 0.01))
-    ppo = method("ppo", point(1, 1, 0.4, 0.01), point(2, 2, 0.6, 0.01))
-    holds, said = told([dpo, ppo], START)
-    assert holds is False and "They cross: at KL 1.00 it is 0.100" in said
-
-
-def test_a_difference_inside_both_intervals_is_not_shown():
-    wide = {"half": 0.2}
-    holds, said = told([line("dpo", 0.1, 1, 2, **wide), line("ppo", 0.05, 2, **wide)], START)
-    assert holds is None
-    assert said.startswith("DPO's frontier is not shown to differ from PPO's at equal KL")
-    assert "is 0.100 [−0.183, 0.383], at KL 2.00" in said
-    assert told([line("dpo", 0.1, 1), line("ppo", 0.1, 1)], START)[0] is None
-    holds, said = told([line("dpo", 0.05, 2, **wide), line("ppo", 0.1, 2, **wide)], START)
-    assert holds is None and "is −0.100 [−0.383, 0.183], at KL 2.00" in said
-
-
-def test_without_intervals_nothing_is_shown():
-    nan = {"reward_low": math.nan, "reward_high": math.nan}
-    dpo = method("dpo", point(1, 1.0, 0.9, **nan))
-    holds, said = told([dpo, line("ppo", 0.1, 1)], START)
-    assert holds is None and "no interval is known" in said
-
-
-@pytest.mark.parametrize(
-    ("methods", "said"),
-    [
-        ([], "DPO was not run"),
-        ([line("dpo", 0.1, 1)], "PPO was not run"),
-        ([line("dpo", 0.1, 1), method("ppo")], "PPO has no evaluation with reward and KL"),
-        ([line("dpo", 0.1, 1), method("ppo", point(1, 1, 1), failed="Nan.")], "PPO failed (Nan)"),
-        ([line("dpo", 0.1, 1), line("ppo", 0.1, -0.5)], "no KL was reached by both"),
-    ],
-)
-def test_what_cannot_be_compared_is_said(methods: list[Method], said: str):
-    holds, found = told(methods, START)
-    assert holds is None and said in found
-
-
-def test_without_a_start_only_the_kl_that_both_cover_is_compared():
-    dpo = method("dpo", point(1, 1, 0.9, 0.01), point(2, 2, 0.9, 0.01))
-    ppo = method("ppo", point(1, 1.5, 0.1, 0.01), point(2, 9, 0.95, 0.01))
-    holds, said = told([dpo, ppo])
-    assert holds is True and "between KL 1.50 and 2.00 nats" in said
-    assert "share" not in said and told([dpo, method("ppo", point(1, 5, 0.1))])[0] is None
-
-
-def test_of_several_runs_of_an_objective_every_pair_is_compared_in_whatever_order():
-    tuned = replace(line("ppo", 0.3, 2), name="PPO, true reward")
-    dpo, low = line("dpo", 0.1, 2), line("ppo", 0.05, 2)
-    assert told([dpo, low], START)[0] is True
-    for methods in ([dpo, tuned, low], [low, tuned, dpo]):
-        found = claim(methods, START)
-        assert found.holds is False
-        assert found.said == (
-            "DPO's frontier is below PPO's at equal KL in 1 of 2 comparisons, not below in 1."
-        )
-        below, above = sorted(found.lines, key=lambda said: "not below" in said)
-        assert below.startswith("DPO against PPO, true reward: below PPO's: at KL 2.00 its reward")
-        assert above.startswith("DPO against PPO: not below PPO's at equal KL: between KL 0 and")
-    short = replace(line("dpo", 0.1, 2), name="dpo, never asked", points=())
-    assert told([short, dpo, low], START)[0] is True
-
-
-def named(name: str, found: Method) -> Method:
-    return replace(found, name=name)
-
-
-def test_the_verdict_over_several_pairs_counts_each_and_holds_only_where_all_do():
-    dpo, low = line("dpo", 0.1, 2), line("ppo", 0.05, 2)
-    wide = named("wide", line("ppo", 0.1, 2, half=0.3))
-    far = named("far", method("ppo", point(1, -0.5, 0.3)))
-    found = claim([dpo, named("again", dpo), low], START)
-    assert found.holds is True
-    assert found.said == "DPO's frontier is not below PPO's at equal KL in 2 of 2 comparisons."
-    holds, said = told([dpo, low, wide], START)
-    assert holds is None
-    assert said == (
-        "DPO's frontier is not below PPO's at equal KL in 1 of 2 comparisons, not shown to differ "
-        "in 1."
-    )
-    holds, said = told([dpo, wide, named("wider", wide)], START)
-    assert holds is None
-    assert said == (
-        "DPO's frontier is not shown to differ from PPO's at equal KL in 2 of 2 comparisons."
-    )
-    holds, said = told([dpo, low, far], START)
-    assert holds is True
-    assert said == (
-        "DPO's frontier is not below PPO's at equal KL in 1 of 1 comparison. 1 more could not be "
-        "compared."
-    )
-    holds, said = told([dpo, far, named("farther", far)], START)
-    assert holds is None and said.endswith("no KL was reached by both in any of 2 pairs.")
-
-
 def test_pairs_stand_in_a_table_below_a_headline_that_does_not_repeat_them():
     methods = [
         line("dpo", 0.1, 2), named("dpo <b>", line("dpo", 0.2, 2)), line("ppo", 0.05, 2),
@@ -457,20 +304,74 @@ def test_a_kl_wholly_below_zero_is_named_on_the_comparison():
     assert "lies below 0 here" not in render(study(line("dpo", 0.1, 1)))
 
 
-def test_a_frontier_is_a_line_by_kl_whatever_the_order_of_steps():
-    back = method("dpo", point(1, 3, 0.5, 0.1), point(2, 1, 0.3, 0.1), point(3, -0.1, 0.9))
-    found = knots(back, START)
-    assert [knot.kl for knot in found] == [0.0, 1, 3]
-    assert at(found, 2.0).value == pytest.approx(0.4)
-    assert at(found, 0.5).low == pytest.approx((0.15 + 0.2) / 2)
-    assert at(found, 0.0) == Interval(0.2, 0.15, 0.25) and at(found, 3.0).value == 0.5
-    twice = method("dpo", point(1, 1, 0.4, 0.1), point(2, 1, 0.6, 0.1))
-    assert at(knots(twice, None), 1.0).value == pytest.approx(0.5)
+def test_the_line_that_is_drawn_is_the_frontier_that_is_compared():
+    back = method("dpo", point(1, 4, 0.5), point(2, 1, 0.4), point(3, -0.3, 0.9))
+    html = render(study(back))
+    (drawn,) = re.findall(r'<path class="line" d="([^"]*)"', html)
+    across = [float(x) for x in re.findall(r"[ML]([\d.]+) ", drawn)]
+    # From the start by KL, not by step; by the root KL 1 lies midway from 0 to 4.
+    assert len(across) == 3
+    assert across[1] - across[0] == pytest.approx(across[2] - across[1], abs=0.2)
+    # What was estimated below 0 is drawn at 0, and read as it is.
+    lefts = [float(x) for x in re.findall(r'<i class="spot [^>]*left:([\d.]+)%', html)]
+    assert 10 * lefts[2] == pytest.approx(across[0], abs=0.1)
+    assert "step 3: reward 0.900\u00a0[0.850, 0.950] at KL −0.300" in html
+    assert "by its square root" in html
 
 
-def test_a_difference_of_symmetric_intervals_adds_their_squares():
-    found = difference(Interval(0.5, 0.2, 0.8), Interval(0.1, -0.3, 0.5))
-    assert (found.value, found.low, found.high) == pytest.approx((0.4, -0.1, 0.9))
-    # Lowest where a is low and b is high: 0.3 and 0.4 below; highest by 0.5 and 1.2.
-    found = difference(Interval(0.5, 0.2, 1.0), Interval(0.1, -1.1, 0.5))
-    assert (found.low, found.high) == pytest.approx((0.4 - 0.5, 0.4 + 1.3))
+def test_the_page_says_how_sure_the_verdict_is_below_it_and_that_training_was_once():
+    methods = [line("dpo", 0.1, 1, 2, 3), line("ppo", 0.05, 2, 3)]
+    found = study(*methods, claim=claim(methods, START))
+    head = render(found).split("<nav")[0]
+    assert "compared at 3 places; the intervals are 1.22 times as wide" in head
+    assert "trained once, with one seed" in head
+    assert "Bonferroni" in render(found) and "prompt by prompt" in render(found)
+
+
+def taught(kind: str, there: int, by: str, **rest: Any) -> Taught:
+    base: dict[str, Any] = {"seen": 2 * there, "steps": 27, "answers": 0}
+    return Taught(kind=kind, there=there, by=by, **base | rest)
+
+
+def test_data_and_budget_of_every_method_are_numbers_on_the_page(tmp_path: Path):
+    judge = method("reward", name="the <model>", taught=taught("preferences", 1504, ROWS))
+    ppo = taught("prompts", 120, "method:the <model>", seen=512, answers=513, steps=32)
+    best = taught("prompts", 48, "method:the <model>", seen=48, answers=384, steps=0)
+    found = study(
+        replace(line("dpo", 0.1, 1, 2), taught=taught("preferences", 218, ROWS)),
+        judge,
+        replace(line("ppo", 0.1, 1, 2), taught=ppo),
+        replace(method("best_of_n", point(8, 1.2, 0.3)), taught=best),
+        method("grpo", failed="diverged"),
+    )
+    assert read_study(write(tmp_path, found)) == found
+    html = render(found)
+    table = html[html.index("Data and budget") : html.index('id="what-each-method-is"')]
+    for cell in (
+        "218 preferences", "436", "1\u202f504 preferences", "120 prompts", "512", "513", "32",
+        "384", "<bdi>the &lt;model&gt;</bdi>", "1\u202f234\u202f567", "1 min 1 s",
+    ):  # fmt: skip
+        assert f"<td>{cell}</td>" in table
+    assert (
+        "DPO: by the labels that stand in the rows (218 preferences). PPO and best of n: by the "
+        "scores of a reward model, which has learned such labels (1\u202f504 preferences) and "
+        "errs. If the labels were made by vader, DPO heard the judge and PPO and best of n a model "
+        "of it"
+    ) in table
+
+
+def test_who_was_told_by_whom_is_said_only_where_it_differs():
+    labelled = replace(line("dpo", 0.1, 1), taught=taught("preferences", 218, ROWS))
+    direct = replace(line("ppo", 0.1, 1), taught=taught("prompts", 9, "vader", answers=9))
+    assert unequal(study(labelled)) == unequal(study(direct)) == unequal(study()) == ""
+    said = unequal(study(labelled, direct))
+    assert "PPO: by vader itself, which judges here." in said and "model" not in said
+
+
+def test_an_axis_by_the_root_has_ticks_in_nats_and_nothing_below_zero():
+    # From -0.04 to 1.04 of the root of 4, of which 0 is 0.04 / 1.08 and 1 is 0.54 / 1.08 away.
+    scale = Scale(-4 * 0.04**2, 4 * 1.04**2, root=True)
+    places = [scale.at(kl) for kl in (-3.0, 0.0, 1.0, 4.0)]
+    assert places == pytest.approx([0.04 / 1.08, 0.04 / 1.08, 0.54 / 1.08, 1.04 / 1.08])
+    assert root_ticks(5.2) == [0, 0.2, 1, 2, 3, 4, 5]
+    assert root_ticks(0.11) == pytest.approx([0, 0.004, 0.02, 0.04, 0.06, 0.08, 0.1])

@@ -37,8 +37,8 @@ POINT = ("step", "length", "kl", "kl_low", "kl_high", "reward", "reward_low", "r
 """What is kept of an evaluation."""
 
 BUDGET = (
-    "every method starts from the same model and is asked the same prompts at the end; what each "
-    "was told beside that is in the table of methods"
+    "every method starts from the same model and is asked the same prompts at the end; data, steps "
+    "and computing are not made equal between methods, and stand above as numbers"
 )
 
 
@@ -116,7 +116,7 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> C
     page = scored.write_comparison(folder)
     screen.note("")
     screen.note(claim.said)
-    for line in claim.lines:
+    for line in filter(None, (claim.sure, *claim.lines)):
         screen.note(f"  {line}")
     took = duration(time.monotonic() - began)
     screen.note(f"{counted(len(methods), 'method')} in {took}")
@@ -212,8 +212,28 @@ def _trained(
         last["seconds"],
         last["num_tokens"] + _not_trained_on(method, out, last),
         tuple(points),
+        taught=_taught(method, out, [r for r in records if r["kind"] == "train"]),
     )
     return found, start
+
+
+def _taught(method: Method, out: Path, steps: Sequence[Mapping[str, Any]]) -> scored.Taught:
+    """What a finished run learned from, as its account, metrics and rounds say."""
+    kind, last = KINDS[method.trains_by], steps[-1]
+    account = json.loads((out / "account.json").read_text(encoding="utf-8"))["sets"]["train"]
+    if kind.draws:
+        files = (out / "rollouts").glob("round-*.parquet")
+        drawn = [pq.read_table(file, columns=["tree"])["tree"].to_pylist() for file in files]
+        asked, answers = sum(len(set(trees)) for trees in drawn), sum(map(len, drawn))
+        return scored.Taught(
+            "prompts", account["used"], asked, last["step"], answers, method.reward
+        )
+    if kind.rows == "preferences":
+        there, seen = account["preferences"], sum(r["num_pairs"] for r in steps)
+    else:
+        there = account["responses"] - account["left_out"].get("not_chosen", 0)
+        seen = round(last["epoch"] * there)
+    return scored.Taught(kind.rows, there, seen, last["step"], 0, scored.ROWS)
 
 
 def _not_trained_on(method: Method, out: Path, last: Mapping[str, Any]) -> int:
@@ -261,4 +281,13 @@ def _best_of(comparison: Comparison, method: Method, folder: Path) -> scored.Met
     tokens = times_read * sum(tree.num_tokens for tree in trees)
     length = sum(len(tree.responses[0]) for tree in best) / len(best)
     point = scored.Point(method.num, kl, kl, kl, found.value, found.low, found.high, length)
-    return scored.Method(method.name, BEST_OF_N, _told(method), seconds, tokens, (point,))
+    num, drew = len(trees), sum(len(tree.responses) for tree in trees)
+    return scored.Method(
+        method.name,
+        BEST_OF_N,
+        _told(method),
+        seconds,
+        tokens,
+        (point,),
+        taught=scored.Taught("prompts", num, num, 0, drew, method.reward),
+    )

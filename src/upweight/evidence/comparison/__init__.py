@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from upweight.evidence.comparison.claim import claim
-from upweight.evidence.comparison.nouns import Claim, Method, Pair, Point, Start, Study
+from upweight.evidence.comparison.nouns import (
+    ROWS,
+    Claim,
+    Method,
+    Pair,
+    Point,
+    Start,
+    Study,
+    Taught,
+)
 from upweight.evidence.comparison.page import render, write_comparison
 from upweight.evidence.comparison.read import read_study
 
 __all__ = [
+    "ROWS",
     "Claim",
     "Method",
     "Pair",
     "Point",
     "Start",
     "Study",
+    "Taught",
     "claim",
     "read_study",
     "render",

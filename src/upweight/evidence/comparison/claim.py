@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from upweight.evidence.comparison.nouns import Claim, Method, Pair, Start
+from upweight.evidence.comparison.nouns import Claim, Method, Pair, Start, widening
 from upweight.evidence.report.markup import interval, number, plural
 from upweight.stats import Interval
 
@@ -28,25 +28,40 @@ class Gap:
     gap: Interval
 
 
+@dataclass(frozen=True, slots=True)
+class Facing:
+    """The frontiers of a run of DPO and one of PPO, and their differences where both reach."""
+
+    dpo: Method
+    ppo: Method
+    ours: Sequence[Knot]
+    theirs: Sequence[Knot]
+    gaps: Sequence[Gap]
+
+
 def claim(methods: Sequence[Method], start: Start | None = None) -> Claim:
     """Whether DPO's frontier is not below PPO's at equal KL, and the sentence that says so.
 
-    Both frontiers are lines through their evaluations by KL, from the start at KL 0 if it is
-    given; they are compared where either has an evaluation, within the KL that both reach. True:
-    somewhere above and nowhere below, by the whole interval of the difference; False: somewhere
-    below; None: neither is shown, or there is nothing to compare. Of several runs of DPO or PPO
-    every pair is compared: False if one is, True if all are that can be compared.
+    Both frontiers go through their evaluations by KL, straight in its square root, from the start
+    at KL 0 if it is given; they are compared where either has an evaluation, within the KL that
+    both reach. True: somewhere above and nowhere below, by the whole interval of the difference;
+    False: somewhere below; None: neither is shown, or there is nothing to compare. Of several runs
+    of DPO or PPO every pair is compared: False if one is, True if all are that can be compared.
+
+    The intervals hold at all places of all pairs together, in 95 of 100 comparisons.
     """
     of = {name: _of(methods, name.lower()) for name in ("DPO", "PPO")}
     for name, found in of.items():
         if not found:
             return Claim(None, f"DPO and PPO are not compared: {_why_not(methods, name)}.")
-    pairs = tuple(_of_two(dpo, ppo, start) for dpo in of["DPO"] for ppo in of["PPO"])
+    facing = [_facing(dpo, ppo, start) for dpo in of["DPO"] for ppo in of["PPO"]]
+    places = sum(len(each.gaps) for each in facing)
+    pairs = tuple(_of_two(each, widening(places)) for each in facing)
     if len(pairs) == 1:
-        return Claim(pairs[0].holds, _alone(pairs[0]), pairs)
+        return Claim(pairs[0].holds, _alone(pairs[0]), pairs, places)
     shown = {pair.holds for pair in pairs if pair.compared}
     holds = False if False in shown else (True if shown == {True} else None)
-    return Claim(holds, _of_all(pairs), pairs)
+    return Claim(holds, _of_all(pairs), pairs, places)
 
 
 def _alone(pair: Pair) -> str:
@@ -73,14 +88,25 @@ def _of_all(pairs: Sequence[Pair]) -> str:
     )
 
 
-def _of_two(dpo: Method, ppo: Method, start: Start | None) -> Pair:
+def _facing(dpo: Method, ppo: Method, start: Start | None) -> Facing:
     ours, theirs = knots(dpo, start), knots(ppo, start)
-    gaps = compared(ours, theirs)
-    if not gaps:
+    return Facing(dpo, ppo, ours, theirs, compared(ours, theirs))
+
+
+def _of_two(facing: Facing, times: float) -> Pair:
+    """What a pair shows by intervals that are `times` as wide as each for itself."""
+    names, ours, theirs = (facing.dpo.name, facing.ppo.name), facing.ours, facing.theirs
+    if not facing.gaps:
         said = f"not compared: no KL was reached by both (DPO {_reach(ours)}, PPO {_reach(theirs)})"
-        return Pair(dpo.name, ppo.name, False, None, said)
+        return Pair(*names, False, None, said)
+    gaps = [Gap(each.kl, _wider(each.gap, times)) for each in facing.gaps]
     holds, said = _said(gaps, max(ours[0].kl, theirs[0].kl))
-    return Pair(dpo.name, ppo.name, True, holds, said)
+    return Pair(*names, True, holds, said)
+
+
+def _wider(found: Interval, times: float) -> Interval:
+    low, high = found.value - found.low, found.high - found.value
+    return Interval(found.value, found.value - times * low, found.value + times * high)
 
 
 def _said(gaps: Sequence[Gap], low: float) -> tuple[bool | None, str]:
@@ -100,9 +126,11 @@ def _said(gaps: Sequence[Gap], low: float) -> tuple[bool | None, str]:
     widest = max(gaps, key=lambda g: abs(g.gap.value))
     if above:
         best = max(above, key=lambda g: g.gap.value)
+        worst = min(gaps, key=lambda g: g.gap.value)
+        least = f" ({_signed(worst)} at KL {number(worst.kl)})" if worst.gap.value < 0 else ""
         return True, (
             f"not below PPO's at equal KL: {where} its reward is higher by up to {_by(best)}, at "
-            f"KL {number(best.kl)}, and nowhere shown to be lower"
+            f"KL {number(best.kl)}, and nowhere shown to be lower{least}"
         )
     return None, (
         f"not shown to differ from PPO's at equal KL: {where} the largest difference in reward is "
@@ -166,27 +194,42 @@ def _mean(rewards: Sequence[Interval]) -> Interval:
     )
 
 
+def distance(kl: float) -> float:
+    """sqrt(KL), with the sign of a KL that was estimated below 0.
+
+    Gao, Schulman and Hilton 2022 (arXiv:2210.10760) fit d (a - b d) to the reward that best of n
+    gains and d (a - b log d) to RL's, d being this root: nearly straight in d, and bending down.
+    Against KL itself both are steep at 0, and a chord lies far below, the more so the fewer
+    evaluations there are.
+    """
+    return math.copysign(math.sqrt(abs(kl)), kl)
+
+
 def at(frontier: Sequence[Knot], kl: float) -> Interval:
-    """Reward and bounds at a KL that the frontier reaches, on the line between its neighbours."""
+    """Reward and bounds at a KL that the frontier reaches, on the line between its neighbours in
+    the square root of KL."""
     i = min(bisect_right(frontier, kl, key=lambda knot: knot.kl), len(frontier) - 1)
     a, b = frontier[max(0, i - 1)], frontier[i]
-    share = (kl - a.kl) / (b.kl - a.kl) if b.kl > a.kl else 0.0
-
-    def between(x: float, y: float) -> float:
-        return x + share * (y - x) if 0 < share < 1 else (x if share <= 0 else y)
-
+    left, here, right = distance(a.kl), distance(kl), distance(b.kl)
+    share = (here - left) / (right - left) if right > left else 0.0
+    share = min(1.0, max(0.0, share))
     return Interval(
-        between(a.reward.value, b.reward.value),
-        between(a.reward.low, b.reward.low),
-        between(a.reward.high, b.reward.high),
+        _between(a.reward.value, b.reward.value, share),
+        _between(a.reward.low, b.reward.low, share),
+        _between(a.reward.high, b.reward.high, share),
     )
+
+
+def _between(x: float, y: float, share: float) -> float:
+    # The ends themselves: a bound that is not known at one end says nothing of the other.
+    return x + share * (y - x) if 0 < share < 1 else (x if share == 0 else y)
 
 
 def compared(ours: Sequence[Knot], theirs: Sequence[Knot]) -> list[Gap]:
     """The difference at every evaluation of either within the KL that both reach, by KL.
 
     Where both are at one start there is no difference to measure. Between two evaluations the
-    difference is a line, so that none is larger than those at the ends.
+    difference is a line in the square root of KL, so that none is larger than those at the ends.
     """
     low = max(ours[0].kl, theirs[0].kl)
     high = min(ours[-1].kl, theirs[-1].kl)

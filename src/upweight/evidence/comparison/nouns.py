@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from upweight.stats import Interval
 
@@ -33,10 +34,30 @@ class Point:
         return Interval(self.reward, self.reward_low, self.reward_high)
 
 
+ROWS = "the rows"
+"""What tells good from bad where nothing scores: the labels or answers that stand in the data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """What a method learned from. There were `there` items of a `kind` (preferences, responses or
+    prompts), of which it saw `seen`, each as often as it came, in `steps` steps; `answers` were
+    drawn on the way. `by` told good from bad: ROWS, the name of a method that trained a reward
+    model, or another reward."""
+
+    kind: str
+    there: int
+    seen: int
+    steps: int
+    answers: int
+    by: str
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One method and its evaluations in step order. `seconds` and `tokens` are those of training,
-    rollouts included; `failed` says why it did not get to its end."""
+    rollouts included; `failed` says why it did not get to its end. `taught` is None where that is
+    not known, as of one that failed."""
 
     name: str
     objective: str
@@ -45,6 +66,7 @@ class Method:
     tokens: int
     points: tuple[Point, ...]
     failed: str | None = None
+    taught: Taught | None = None
 
     @property
     def is_path(self) -> bool:
@@ -73,16 +95,42 @@ class Pair:
     said: str
 
 
+def widening(places: int) -> float:
+    """z(1 - 0.05/(2m)) / z(1 - 0.05/2): how many times as wide as one of 95 % for itself each of m
+    intervals is where all m are to hold together in 95 of 100 cases; z is the normal quantile.
+
+    Dunn 1961, "Multiple comparisons among means", JASA 56, with Bonferroni's inequality: it asks
+    nothing of how the m estimates depend on each other, only that each is about normal.
+    """
+    z = NormalDist().inv_cdf
+    return z(1 - 0.05 / (2 * max(1, places))) / z(1 - 0.05 / 2)
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """Whether DPO's frontier is not below PPO's at equal KL; None where neither is shown.
 
-    `said` is the verdict over all `pairs`.
+    `said` is the verdict over all `pairs`; `places` is at how many evaluations they were compared,
+    which all hold together in 95 of 100 cases.
     """
 
     holds: bool | None
     said: str
     pairs: tuple[Pair, ...] = ()
+    places: int = 0
+
+    @property
+    def sure(self) -> str:
+        """How sure the verdict is, as a sentence; '' where nothing was compared."""
+        if not self.places:
+            return ""
+        if self.places == 1:
+            return "The frontiers were compared at one place, with an interval of 95 %."
+        return (
+            f"The frontiers were compared at {self.places} places; the intervals are "
+            f"{widening(self.places):.2f} times as wide as one place alone would need, so that "
+            "all of them hold together with 95 % confidence."
+        )
 
     @property
     def lines(self) -> tuple[str, ...]:

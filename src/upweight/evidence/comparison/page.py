@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from upweight.evidence.comparison.claim import knots
+from upweight.evidence.comparison.given import given
 from upweight.evidence.comparison.nouns import Claim, Method, Point, Study
 from upweight.evidence.comparison.read import read_study
 from upweight.evidence.report.document import document, write_page
@@ -61,7 +63,7 @@ def render(study: Study) -> str:
     sections = (
         ("DPO against PPO", _pairs(study)),
         ("Reward against KL", _frontier(study)),
-        ("Methods", _methods(study)),
+        ("Methods", _methods(study) + given(study)),
         ("What each method is", _about(study)),
         ("How it was measured", _measured(study)),
         ("Every evaluation", _evaluations(study)),
@@ -98,9 +100,20 @@ def _masthead(study: Study) -> str:
         f"<span>{esc(facts)}</span></p>"
         f'<p class="chip {tone}"><span aria-hidden="true">{sign}</span> {label}</p>'
         f'<h1 class="verdict" dir="auto">{esc(study.claim.said)}</h1>'
-        f'<p class="facts">{plural(len(study.methods), "method")} from one start, by '
-        f"{esc(study.reward)}, at equal distance from the reference.</p></div>{besides}</header>"
+        f'<p class="facts">{esc(_facts(study))}</p></div>{besides}</header>'
     )
+
+
+def _facts(study: Study) -> str:
+    """What the verdict is of, how sure it is, and what no interval knows."""
+    said = (
+        f"{plural(len(study.methods), 'method')} from one start, by {study.reward}, at equal "
+        "distance from the reference.",
+        study.claim.sure,
+        "Each was trained once, with one seed: what another seed would have made is in no "
+        "interval.",
+    )
+    return " ".join(filter(None, said))
 
 
 def _pairs(study: Study) -> str:
@@ -138,9 +151,10 @@ def _frontier(study: Study) -> str:
         "Reward against KL",
         [*trails, origin],
         f"mean {study.reward}",
-        f"{READING} A line follows one policy from the start through its evaluations, in the order "
-        "of their steps, to the last, whose mark is larger and named; answers chosen best of n are "
-        "points. Point at one to read it.",
+        f"{READING} A line goes from the start through the evaluations of one policy by their KL, "
+        "as frontiers are compared; one whose KL is estimated at 0 or below is on no line. The "
+        "last evaluation has a larger mark and is named; answers chosen best of n are points. "
+        "Point at one to read it.",
         (study.start.reward, ""),
     )
 
@@ -151,7 +165,7 @@ def _measured_points(method: Method) -> list[Point]:
 
 def _origin(study: Study) -> Spot:
     start = Interval(study.start.reward, study.start.low, study.start.high)
-    return Spot(Interval(0.0, math.nan, math.nan), start, "KL 0")
+    return Spot(_exact(0.0), start, "KL 0")
 
 
 def _trail(method: Method, study: Study, index: int) -> Trail:
@@ -167,8 +181,12 @@ def _trail(method: Method, study: Study, index: int) -> Trail:
         MARKERS[index % len(MARKERS)],
         joined=path,
         dashed=index % (2 * len(TONES)) >= len(TONES),
-        origin=_origin(study) if path and spots else None,
+        line=[Spot(_exact(k.kl), k.reward, "") for k in knots(method, study.start)],
     )
+
+
+def _exact(value: float) -> Interval:
+    return Interval(value, math.nan, math.nan)
 
 
 def _when(method: Method, point: Point) -> str:
@@ -180,10 +198,10 @@ def _methods(study: Study) -> str:
     head = ["Method", f"Final {esc(study.reward)}", "KL, nats"]
     if level is not None:
         head.append(f"Best at KL ≤ {esc(number(level))}")
-    head += ["Length, tokens", "Tokens computed", "Training"]
+    head.append("Length, tokens")
     start = Interval(study.start.reward, study.start.low, study.start.high)
     blank = ["–"] if level is not None else []
-    lines: list[Sequence[str]] = [("Start", esc(shown(start)), "0", *blank, "–", "–", "–")]
+    lines: list[Sequence[str]] = [("Start", esc(shown(start)), "0", *blank, "–")]
     lines += [_line(method, level) for method in study.methods]
     return table(head, lines, "numbers methods") + reading(
         "The last evaluation of each method, with 95 % intervals"
@@ -193,20 +211,16 @@ def _methods(study: Study) -> str:
             else "; in between the best of its evaluations within a KL that all of those compared "
             "reached, which flatters by what luck is in a best"
         )
-        + ". Tokens are those that a model computed, once for each time that one did: in training, "
-        "to draw answers and to score them, in the reference's pass over the rows, and in training "
-        "the reward model that a method uses. Seconds are those of the same, without the "
-        "reference's pass, which is kept from one run to the next, and without evaluations."
+        + "."
     )
 
 
 def _line(method: Method, level: float | None) -> Sequence[str]:
     note = f"<small>failed: {esc(method.failed)}</small>" if method.failed is not None else ""
     name = f"<bdi>{esc(method.name)}</bdi>{note}"
-    cost = (count(method.tokens), esc(duration(method.seconds)))
     points = _measured_points(method)
     if not points:
-        return (name, "–", "–", *(["–"] if level is not None else []), "–", *cost)
+        return (name, "–", "–", *(["–"] if level is not None else []), "–")
     last = points[-1]
     below = [p for p in points if level is not None and p.kl <= level]
     best = max(below, key=lambda p: p.reward, default=None)
@@ -215,7 +229,7 @@ def _line(method: Method, level: float | None) -> Sequence[str]:
         said = "–" if best is None else f"{esc(shown(best.reward_interval))}"
         at = "" if best is None else f"<small>{_when(method, best)}, KL {number(best.kl)}</small>"
         cells.append(said + at)
-    return (name, *cells, esc(number(last.length)), *cost)
+    return (name, *cells, esc(number(last.length)))
 
 
 def common_kl(methods: Sequence[Method]) -> float | None:
@@ -259,9 +273,18 @@ def _measured(study: Study) -> str:
         "The KL of a trained policy is sampled too: the mean of log policy - log reference over "
         "its answers, in nats per answer. As an estimate it can fall below 0, which the KL itself "
         "never does.",
-        "Frontiers are compared where either has an evaluation, along lines between neighbours. "
-        "The interval of a difference is that of two independent estimates; each has its 95 % for "
-        "itself, and the uncertainty of KL is not in it.",
+        "The frontiers of DPO and PPO are compared where either has an evaluation, along lines "
+        "between neighbours that are straight in the square root of KL, as rewards nearly are "
+        "(Gao, Schulman and Hilton 2022, arXiv:2210.10760). Where a frontier bends in that too, a "
+        "method with few evaluations is still understated a little.",
+        "The interval of a difference is that of two independent estimates. All methods answer the "
+        "same prompts, and what is hard for one is often hard for the other, but differences are "
+        "not taken prompt by prompt, which would tell more: these intervals are likely wider than "
+        "they need to be.",
+        "Every place that was looked at is a chance to be wrong, so the intervals of differences "
+        "are widened (Bonferroni, by the normal distribution) until all of them hold together with "
+        "95 % confidence. Intervals in the plot and the tables are of 95 % each for itself, and "
+        "the uncertainty of KL is in none.",
         *_below_zero(study),
         f"Budget: {study.budget}. Machine: {study.machine}. Training, in all: "
         f"{duration(study.seconds)}.",

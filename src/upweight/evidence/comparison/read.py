@@ -6,7 +6,15 @@ import math
 from pathlib import Path
 
 from upweight.errors import DataError
-from upweight.evidence.comparison.nouns import Claim, Method, Pair, Point, Start, Study
+from upweight.evidence.comparison.nouns import (
+    Claim,
+    Method,
+    Pair,
+    Point,
+    Start,
+    Study,
+    Taught,
+)
 from upweight.evidence.records.objects import JsonObject, json_file
 
 
@@ -29,7 +37,12 @@ def read_study(folder: Path) -> Study:
         budget=whole.text("budget"),
         machine=whole.text("machine"),
         seconds=whole.number("seconds"),
-        claim=Claim(_holds(said), said.text("said"), tuple(map(_pair, said.objects("pairs")))),
+        claim=Claim(
+            _holds(said),
+            said.text("said"),
+            tuple(map(_pair, said.objects("pairs"))),
+            said.whole("places"),
+        ),
     )
 
 
@@ -66,6 +79,18 @@ def _method(entry: JsonObject) -> Method:
         tokens=entry.whole("tokens"),
         points=tuple(map(_point, entry.objects("points"))),
         failed=None if entry.fields.get("failed") is None else entry.text("failed"),
+        taught=None if entry.fields.get("taught") is None else _taught(entry.object("taught")),
+    )
+
+
+def _taught(entry: JsonObject) -> Taught:
+    return Taught(
+        kind=entry.text("kind"),
+        there=entry.whole("there"),
+        seen=entry.whole("seen"),
+        steps=entry.whole("steps"),
+        answers=entry.whole("answers"),
+        by=entry.text("by"),
     )
 
 

@@ -9,12 +9,14 @@ from itertools import pairwise
 
 from upweight.evidence.report.charts import HEIGHT, WIDTH, Beside, figure, frame, path
 from upweight.evidence.report.markup import esc, interval, number, ticks
-from upweight.evidence.report.scales import Scale, axis
+from upweight.evidence.report.scales import Scale, axis, root_ticks
 from upweight.stats import Interval
 
 READING = (
     "Up is more reward, right is further from the reference: of two points at the same KL the "
-    "upper one is better. Thin bars are 95 % intervals."
+    "upper one is better. The axis goes by the square root of KL, in which rewards rise about "
+    "straight; what is estimated below 0, which no KL is, stands at 0. Thin bars are 95 % "
+    "intervals."
 )
 
 TONES = ("t-1", "t-2", "t-3", "t-4", "t-5", "t-6", "t-7", "t-8")
@@ -45,8 +47,8 @@ class Trail:
     """The evaluations of one policy in the order they were made; not `joined`: points alone.
 
     `marker` is one of MARKERS, or star. `texts` are shown beside the spots where there is room, ''
-    for none; the last ones come first. `origin` is where the line begins, which another trail
-    marks.
+    for none; the last ones come first. `line` is what is joined where that is not all spots in
+    their order, as where it begins in one that another trail marks.
     """
 
     name: str
@@ -56,14 +58,14 @@ class Trail:
     marker: str = "dot"
     joined: bool = True
     dashed: bool = False
-    origin: Spot | None = None
+    line: Sequence[Spot] | None = None
 
     @property
-    def line(self) -> tuple[Spot, ...]:
+    def drawn(self) -> Sequence[Spot]:
         """What is joined."""
         if not self.joined:
             return ()
-        return (*filter(None, (self.origin,)), *self.spots)
+        return self.spots if self.line is None else self.line
 
 
 def frontier(
@@ -73,20 +75,24 @@ def frontier(
     shown = [t for t in map(_finite, trails) if t.spots]
     if not shown:
         return ""
-    spots = [spot for trail in shown for spot in (*trail.spots, *trail.line)]
-    x, x_ticks = _close([0.0, *(v for s in spots for v in _extent(s.kl))])
+    spots = [spot for trail in shown for spot in (*trail.spots, *trail.drawn)]
+    furthest = max((v for s in spots for v in _extent(s.kl)), default=0.0)
+    # At both ends 0.04 of the axis beyond the values, which by the root is the square of it.
+    reach = furthest if furthest > 0 else 1.0
+    x = Scale(-(0.04**2) * reach, 1.04**2 * reach, root=True)
+    x_ticks = root_ticks(x.high)
     levels = [level] if math.isfinite(level[0]) else []
     y, y_ticks = _close([v for s in spots for v in _extent(s.reward)] + [at for at, _ in levels])
     plot = frame(
         "".join(_draw(trail, x, y) for trail in shown),
-        list(zip(map(x.at, x_ticks), ticks(x_ticks), strict=True)),
+        [(x.at(t), f"{t:g}") for t in x_ticks],
         list(zip(map(y.at, y_ticks), ticks(y_ticks), strict=True)),
         guides=[(y.at(at), text) for at, text in levels],
         over="".join(_marks(trail, x, y) for trail in shown),
         beside=_beside(shown, x, y),
         label=f"{title}: " + "; ".join(map(_summary, shown)),
     )
-    body = f'{_legend(shown)}{plot}<p class="x-title">KL, nats per answer</p>'
+    body = f'{_legend(shown)}{plot}<p class="x-title">KL, nats per answer, by its square root</p>'
     return f'<div class="wide tall">{figure(title, unit, body, how_to_read)}</div>'
 
 
@@ -112,8 +118,8 @@ def _extent(found: Interval) -> list[float]:
 
 def _draw(trail: Trail, x: Scale, y: Scale) -> str:
     line = ""
-    if len(trail.line) > 1:
-        points = [(s.kl.value, s.reward.value) for s in trail.line]
+    if len(trail.drawn) > 1:
+        points = [(s.kl.value, s.reward.value) for s in trail.drawn]
         line = f'<path class="line{" dashed" if trail.dashed else ""}" d="{path(points, x, y)}"/>'
     bars = "".join(_bars(spot, x, y) for spot in trail.spots)
     bars = f'<path class="bars" d="{bars}"/>' if bars else ""
@@ -182,7 +188,7 @@ def _beside(trails: Sequence[Trail], x: Scale, y: Scale) -> list[Beside]:
 
     spots = [place(s) for t in trails for s in t.spots]
     taken: list[Box] = [(px - 0.008, px + 0.008, py - 0.02, py + 0.02) for px, py in spots]
-    lines = [p for t in trails for a, b in pairwise(t.line) for p in _along(place(a), place(b))]
+    lines = [p for t in trails for a, b in pairwise(t.drawn) for p in _along(place(a), place(b))]
     placed: list[Beside] = []
     wanted = [
         (rank, spot, text)

@@ -14,13 +14,18 @@ _BUCKETS = 300
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Maps low..high onto 0..1, by logarithm where `log`."""
+    """Maps low..high onto 0..1, by logarithm where `log`, by square root where `root`: a
+    value below 0 is at 0 then, though `low` may be below it."""
 
     low: float
     high: float
     log: bool = False
+    root: bool = False
 
     def at(self, value: float) -> float:
+        if self.root:
+            low, high = (math.copysign(math.sqrt(abs(v)), v) for v in (self.low, self.high))
+            return (math.sqrt(max(0.0, value)) - low) / (high - low)
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -35,6 +40,12 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     # Rounded to the step's own digits, so that 3 * 0.1 is 0.3.
     digits = max(0, 1 - math.floor(math.log10(step)))
     return [round(i * step, digits) + 0.0 for i in range(first, last + 1)]
+
+
+def root_ticks(high: float) -> list[float]:
+    """Nice ticks from 0 to `high`, and a fifth of the first one: half of its way by the root."""
+    zero, first, *others = nice_ticks(0.0, high, about=8)
+    return [t for t in (zero, first / 5, first, *others) if t <= high]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
