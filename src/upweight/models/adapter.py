@@ -74,7 +74,28 @@ def add_lora(
         for name, module in wrapped.named_modules():
             if name.endswith("lora_dropout"):
                 module.train()
+    _convert_inputs_once(wrapped)
     return replace(lm, model=wrapped)
+
+
+def _convert_inputs_once(wrapped: nn.Module) -> None:
+    """Under autocast an adapted layer's input is converted once, for the base's product and the
+    adapter's. peft would convert it to the adapter's fp32, and autocast that back again, and each
+    copy would be kept for the backward pass."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in wrapped.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+            assert isinstance(module, nn.Module)
+            module.register_forward_pre_hook(_in_compute_dtype)
+
+
+def _in_compute_dtype(_module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, *others = given
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return (x, *others)
 
 
 def keep_frozen_in_compute_dtype(lm: LanguageModel) -> None:

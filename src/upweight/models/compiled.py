@@ -65,12 +65,14 @@ def compile_layers(lm: LanguageModel) -> None:
     probe = probe_forest(lm).to(lm.device)
     before = _read(lm, probe)
     AttentionInterface.register(NAME, torch.compiler.disable(forest_attention))
-    for layer in layers:
-        layer.compile(dynamic=True)
+    # The compiler looks at what its inputs are, at each new kind of forest, and torch warns of that.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
     try:
         with warnings.catch_warnings():
-            # The compiler's own modules, imported by its first call, use what torch has deprecated.
+            # The compiler's own modules, imported at its first use, use what torch deprecates.
             warnings.filterwarnings("ignore", ".*torch.jit.*", DeprecationWarning)
+            for layer in layers:
+                layer.compile(dynamic=True)
             fault = _fault(before, _read(lm, probe), lm.compute_dtype)
     except FAILURES as error:
         fault = f"{type(error).__name__}: {first_lines(error, 1)}"
