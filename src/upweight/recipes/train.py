@@ -149,7 +149,7 @@ def _refusals_on_record(state: State, progress: Progress) -> Generator[None]:
     try:
         yield
     except Refusal as refusal:
-        step = progress.step + (refusal.code in OF_THE_NEXT_STEP)
+        step = refusal.found.get("step", progress.step + (refusal.code in OF_THE_NEXT_STEP))
         finding = asdict(Finding(str(refusal.code), refusal.said, metric="loss"))
         line = {"step": step, "kind": "warning", "refused": True, **finding}
         append_jsonl(state.rundir.file("metrics.jsonl"), line)
