@@ -142,6 +142,11 @@ class Span:
     def stop(self) -> int:
         return self.start + self.prompt + sum(self.responses)
 
+    @property
+    def depth(self) -> int:
+        """Tokens of its longest sequence: the prompt and the longest response."""
+        return self.prompt + max(self.responses, default=0)
+
 
 @dataclass(frozen=True)
 class Forest:

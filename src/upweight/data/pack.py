@@ -150,6 +150,8 @@ def _share_out(
 
 def collate(trees: Sequence[Tree]) -> Forest:
     """The trees laid end to end: each prompt, then its responses, without gaps or padding."""
+    # A first token behind nothing would be predicted at the last token of the tree before.
+    assert all(t.prompt or not t.responses for t in trees), "a prompt has at least one token"
     segments = list(chain.from_iterable((t.prompt, *t.responses) for t in trees))
     lengths = torch.tensor([len(s) for s in segments], dtype=torch.long)
     prompts = torch.tensor([len(t.prompt) for t in trees], dtype=torch.long)

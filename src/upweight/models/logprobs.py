@@ -65,7 +65,8 @@ def scored_hidden(
 ) -> Float[Tensor, "scored width"]:
     """The last hidden state (after the final norm) at the positions that predict scored tokens, or
     `after` them: at the tokens themselves."""
-    deep = lm.plan.exact_depth is not None and int(forest.position.max()) >= lm.plan.exact_depth
+    deepest = max((span.depth for span in forest.spans), default=0)
+    deep = lm.plan.exact_depth is not None and deepest > lm.plan.exact_depth
     if lm.plan.shared:
         # A row that is deep enough to change position scaling must not do so to its neighbours:
         # each is a forest of its own. (Not transformers' attention for the time being: layers that
