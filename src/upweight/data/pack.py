@@ -133,6 +133,21 @@ def bins(trees: Sequence[Tree], tokens_per_bin: int) -> list[list[Tree]]:
     return [[trees[i] for i in group] for group in found]
 
 
+def bins_of_step(
+    trees: Iterable[Tree], tokens_per_bin: int, *, splitting: bool = False
+) -> list[list[Tree]]:
+    """A step's micro-batches, the largest first: what runs out of memory does so at once. With
+    `splitting` a tree that is too large is several, as far as its preferences allow."""
+    merged = merge_same_prompts(trees, tokens_per_bin)
+    if splitting:
+        merged = [piece for tree in merged for piece in split(tree, tokens_per_bin)]
+    return sorted(bins(merged, tokens_per_bin), key=num_tokens, reverse=True)
+
+
+def num_tokens(trees: Iterable[Tree]) -> int:
+    return sum(tree.num_tokens for tree in trees)
+
+
 def _share_out(
     order: list[int], sizes: list[int], num_bins: int, capacity: int
 ) -> list[list[int]] | None:
