@@ -1,6 +1,7 @@
 import random
 from dataclasses import dataclass, field
 from inspect import signature
+from itertools import accumulate
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from upweight.models.attention import (
     varlen_plan,
 )
 from upweight.models.tiles import Heads, tiled_attention
+from upweight.models.varlen import gathered
 
 WINDOWS = (None, 1, 3, 8, 1000)
 
@@ -161,6 +163,50 @@ def test_queries_lie_as_they_are_and_keys_are_gathered_behind_their_prompt():
     assert plan.cu_q.tolist() == [0, 3, 6, 9]
     assert plan.cu_k.tolist() == [0, 3, 8, 11]
     assert (plan.max_q, plan.max_k) == (3, 5)
+    assert [some.tolist() for some in plan.places] == [[0, 1, 2, 5, 6, 7, 8, 9, 10], [3, 4]]
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 5), max_size=4)), min_size=1))
+def test_the_plan_of_a_forest_is_its_runs_one_by_one(drawn):
+    spans = collate(random_trees([(p, *rs) for p, rs in drawn])).spans
+    keys, num_q, num_k = [], [], []
+    for span in spans:
+        start = span.start + span.prompt
+        for number, length in enumerate(span.responses or (0,)):
+            keys += [*range(span.start, span.start + span.prompt), *range(start, start + length)]
+            num_q.append(length + (0 if number else span.prompt))
+            num_k.append(span.prompt + length)
+            start += length
+    plan = varlen_plan(spans)
+    assert plan.keys.tolist() == keys
+    assert plan.cu_q.tolist() == [0, *accumulate(num_q)] and plan.max_q == max(num_q)
+    assert plan.cu_k.tolist() == [0, *accumulate(num_k)] and plan.max_k == max(num_k)
+    assert plan.cu_q.dtype == plan.cu_k.dtype == torch.int32
+    assert plan.keys[plan.places[0]].tolist() == list(range(spans[-1].stop))
+    assert sorted(torch.cat(plan.places).tolist()) == list(range(len(keys)))
+
+
+def test_a_prompts_gradient_is_summed_over_its_responses_in_fp32():
+    # In bf16 256 + 1 is 256.
+    forest = collate(random_trees([(2, *[1] * 300)]))
+    plan = varlen_plan(forest.spans)
+    key = torch.zeros(forest.num_tokens, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    got = gathered(key, plan)
+    assert torch.equal(got, key[plan.keys]) and got.is_contiguous()
+    (slope,) = torch.autograd.grad(got.sum(), key)
+    assert slope.flatten().tolist() == [300.0] * 2 + [1.0] * 300
+
+
+@pytest.mark.parametrize("path", ["dense", "tiles"])
+def test_a_window_binds_on_a_tree_that_is_one_token_deeper(path):
+    forest = collate(random_trees([(4, 3, 2), (2, 1)]))
+    inputs = tensors(forest.num_tokens)
+    for window in (6, 7, 8):
+        got, _ = call(forest, path, inputs, sliding_window=window)
+        wanted = truth_of(forest, window, *inputs).transpose(1, 2)
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+    whole = truth_of(forest, None, *inputs)
+    assert not torch.allclose(truth_of(forest, 6, *inputs), whole)
 
 
 @dataclass

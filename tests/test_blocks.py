@@ -52,9 +52,9 @@ def test_rounding_in_bf16_is_a_third_of_what_is_allowed(monkeypatch, path):
     assert fault_beyond_a_block(loaded(), path, {asked(torch.bfloat16)}) is None
 
 
-def cut_at_the_tile(spans, most_rows):
+def cut_at_the_tile(spans, most_rows, window):
     """A tile that begins inside a response does not read what the response said before."""
-    cut = tiles_as_they_are(spans, most_rows)
+    cut = tiles_as_they_are(spans, most_rows, window)
     owns = [range(max(t.start, t.keys[1].start), t.keys[1].stop) for t in cut]
     return [Tile(t.start, t.stop, (t.keys[0], own)) for t, own in zip(cut, owns, strict=True)]
 

@@ -11,9 +11,9 @@ from oracles import SHAPES, loaded, random_trees
 from tiny import save_tiny, tiny_model
 from upweight.data.pack import collate
 from upweight.errors import ModelError
-from upweight.models.attention import varlen_plan
 from upweight.models.frozen import Frozen
 from upweight.models.load import bfloat16_is_fast, load
+from upweight.models.varlen import varlen_plan
 from upweight.training.objectives import pair_metrics
 from upweight.types import PairLogps
 
@@ -76,9 +76,10 @@ def test_a_forest_is_sent_to_a_gpu_without_waiting_for_it(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", to)
     forest.to("cuda:1")
     varlen_plan(forest.spans, "cuda:1")
-    assert len(pinned) == 11 + 3 and asked == [(i, "cuda:1", True) for i in pinned]
+    # A forest's own, and a plan's: keys, two kinds of offsets, places for each of four responses.
+    assert len(pinned) == 11 + 3 + 4 and asked == [(i, "cuda:1", True) for i in pinned]
     forest.to("cpu")
-    assert len(pinned) == 14 and {row[1:] for row in asked[14:]} == {("cpu", False)}
+    assert len(pinned) == 18 and {row[1:] for row in asked[18:]} == {("cpu", False)}
 
 
 class Called(TorchFunctionMode):

@@ -1,4 +1,5 @@
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -360,3 +361,119 @@ def test_products_in_full_precision_are_what_they_were(monkeypatch):
     for dtype in (torch.float32, torch.float64):
         assert not head._writes_fp32("cpu", dtype)
     assert not head._writes_fp32("mps", torch.bfloat16)
+
+
+def adds(product):
+    """torch.addmm as CUDA has it: fp32 and half-precision products of it, by `product`."""
+
+    def addmm(total, a, b, out_dtype=None, alpha=1, out=None):
+        if out_dtype is None:
+            return plain_addmm(total, a, b)
+        assert out is total and total.dtype == out_dtype == torch.float32
+        return product(total, a, b, alpha)
+
+    return addmm
+
+
+def in_place(total, a, b, alpha):
+    added.append(len(a))
+    return total.add_(plain_mm(a.float(), b.float()), alpha=alpha)
+
+
+def over_it(total, a, b, alpha):
+    return total.copy_(alpha * plain_mm(a.float(), b.float()))
+
+
+def rounded_before(total, a, b, alpha):
+    return total.add_(plain_mm(a, b), alpha=alpha)
+
+
+def not_added(total, a, b, alpha):
+    raise RuntimeError("self and mat2 must have the same dtype")
+
+
+plain_addmm = torch.addmm
+added: list[int] = []
+
+
+@pytest.mark.parametrize(
+    ("product", "wide"),
+    [(in_place, True), (over_it, False), (rounded_before, False), (not_added, False)],
+)
+def test_the_weights_gradient_is_summed_in_fp32_where_a_trial_does_so(monkeypatch, product, wide):
+    # Three chunks of three rows. In the device's fp32 only what enters the products is rounded:
+    # e to bf16, by 2^-9 of itself on the mean; a product of each chunk rounded as well adds as much
+    # again.
+    as_on_cuda(monkeypatch, in_fp32)
+    monkeypatch.setattr(torch, "addmm", adds(product))
+    monkeypatch.setattr(head, "_adds_fp32", cache(head._adds_fp32.__wrapped__))
+    assert head._adds_fp32("cpu", torch.bfloat16) == wide
+    assert not head._adds_fp32("cpu", torch.float32)
+    lm, weight, hidden, slope = case(torch.float32)
+    lm.compute_dtype = torch.bfloat16
+    added.clear()
+    got = head_logps(lm, hidden, TARGETS, 3 * 260)
+    ours = torch.autograd.grad((slope.float() * got).sum(), (hidden, weight))
+    assert added == ([260] * 3 if wide else [])
+    w, h = (x.bfloat16().double().detach().requires_grad_() for x in (weight, hidden))
+    theirs = torch.autograd.grad((slope * dense(w, h)).sum(), (h, w))
+    for mine, exact in zip(ours, theirs, strict=True):
+        assert relative({"": mine}, {"": exact}) < 5e-3
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 400.0])
+@pytest.mark.parametrize("wide", [True, False])
+def test_where_asking_waits_every_row_is_shifted_and_nothing_is_asked(monkeypatch, scale, wide):
+    if wide:
+        as_on_cuda(monkeypatch, in_fp32)
+    monkeypatch.setattr(head, "WAITING_DEVICES", {"cpu"})
+    lm, weight, hidden, slope = case(torch.float32, scale)
+    # One row whose target is its largest logit, and is nearly certain: it is shifted by nothing.
+    with torch.no_grad():
+        hidden[0] = 30 * weight[0] / weight[0].norm() ** 2
+    lm.compute_dtype = torch.bfloat16
+    got = head_logps(lm, hidden, TARGETS, 3 * 260)
+    rounded = (x.bfloat16().double().detach().requires_grad_() for x in (weight, hidden))
+    wanted = dense(*rounded)
+    assert -0.01 < wanted[0] < 0
+    # As in bf16 above, and what is rounded is rounded once more when it is shifted.
+    bound = 2**-7 * (wanted.abs() + torch.tensor(260.0).log() + 1) + 1e-5
+    assert torch.isfinite(got).all() and ((got - wanted).abs() <= bound).all()
+    torch.testing.assert_close(got[0].double(), wanted[0], rtol=0.1, atol=0.0)
+    monkeypatch.setattr(torch.Tensor, "__bool__", None)
+    assert torch.equal(head_logps(lm, hidden, TARGETS, 3 * 260), got)
+
+
+def test_a_shifted_row_is_the_same_row(monkeypatch):
+    lm, weight, hidden, slope = case(torch.float64)
+    monkeypatch.setattr(head, "WAITING_DEVICES", {"cpu"})
+    got, wanted = head_logps(lm, hidden, TARGETS, 3 * 260), dense(weight, hidden)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad((slope * got).sum(), (hidden, weight))
+    theirs = torch.autograd.grad((slope * wanted).sum(), (hidden, weight))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_longer_than_a_block_is_summed_whole():
+    # Two blocks of 512 and 37 more, of about equal logits: each is a share of the sum, which the
+    # roundings of its 1,061 words do not come near.
+    weight = torch.randn(2 * 512 + 37, 32, generator=torch.Generator().manual_seed(1)) * 0.05
+    hidden = torch.randn(8, 32, generator=torch.Generator().manual_seed(2))
+    got = head.linear_logps(
+        hidden, weight, None, TARGETS, config=None, dtype=torch.bfloat16, cut=(3, 8)
+    )
+    wanted = dense(weight.bfloat16().double(), hidden.bfloat16().double())
+    assert ((got - wanted).abs() < 4e-3).all()
+
+
+@pytest.mark.parametrize(
+    ("memory", "chunk", "kept"),
+    [(8, 1 << 26, 1 << 29), (32, 1 << 27, 1 << 30), (80, 1 << 28, 5 << 29), (141, 1 << 28, None)],
+)
+def test_a_gpu_works_on_more_at_once_and_keeps_more(monkeypatch, memory, chunk, kept):
+    asked = cache(head.elements.__wrapped__)
+    found = SimpleNamespace(total_memory=memory << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    got = asked(torch.device("cuda", 0))
+    assert got[0] == chunk and got[1] == (kept or memory << 25)
+    assert asked(torch.device("cpu")) == (head.CHUNK_ELEMENTS, head.KEPT_ELEMENTS)

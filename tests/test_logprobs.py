@@ -1,5 +1,6 @@
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,6 +165,20 @@ def test_a_deep_row_is_exact_forward_and_backward(tmp_path, sharing, recompute):
     got = token_logps(lm, collate(trees))
     torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
     assert relative(gradients(lm.model, weigh(got)), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_row_that_is_one_token_too_deep_is_read_alone(tmp_path, sharing):
+    # The lengths that change the encoding begin at 33; unshared, two rows of 33 and 32 would share
+    # a batch of 75 tokens.
+    trees = random_trees([(30, 3, 2), (5, 2, 4), (28, 1, 2)])
+    lm = stretched(tmp_path, sharing=sharing)
+    with native_attention(lm.causal):
+        truth = alone(lm.model, trees)
+    got = token_logps(lm, collate(trees))
+    torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
+    lm.plan = replace(lm.plan, exact_depth=33)
+    assert (token_logps(lm, collate(trees)) - truth).abs().max() > 1e-4
 
 
 def half_only(query, key, value, plan, scale, window):

@@ -1,7 +1,9 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oracles import random_trees
 from upweight.data.pack import bins, collate, divisible, merge_same_prompts, split, unshared
 from upweight.types import Preference, ResponseId, RowId, Span, Tree
 
@@ -241,3 +243,9 @@ def test_responses_that_are_compared_by_way_of_another_stay_together():
     )
     assert [i.index for i in other.ids] == [1, 4] and other.preferences == (Preference(0, 1),)
     assert split(one, 1) == [one] and not divisible(one)
+
+
+def test_a_response_behind_no_prompt_is_a_bug_of_ours():
+    # Its first token would be predicted at another tree's last.
+    with pytest.raises(AssertionError, match="a prompt has at least one token"):
+        collate(random_trees([(3, 2), (0, 2)]))

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from oracles import SHAPES, loaded, random_trees, tree_of
-from upweight.data.pack import collate
+from upweight.data.pack import bins_of_step, collate
 from upweight.errors import OutputError, Refusal
+from upweight.models import reference
 from upweight.models.load import fingerprint
 from upweight.models.logprobs import token_logps
 from upweight.models.reference import fill, open_reference, response_key, verify
@@ -128,3 +129,24 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="Set UPWEIGHT_CACHE"):
         open_reference("f" * 64, lm, tmp_path / "file")
+
+
+def test_the_trees_of_a_step_are_read_in_the_bins_that_train(tmp_path, monkeypatch):
+    trees = random_trees([(6, 3, 5), (4, 2, 4), (5, 7, 1), (3, 4, 6), (8, 2, 3), (9, 9)], seed=7)
+    steps, read = [[trees[i] for i in step] for step in ((4, 0, 3), (2, 1))], []
+    lm = loaded()
+    monkeypatch.setattr(
+        reference,
+        "token_logps",
+        lambda lm, forest: read.append(set(forest.trees)) or token_logps(lm, forest),
+    )
+    kept = open_reference(fingerprint(lm), lm, tmp_path)
+    assert fill(kept, lm, trees, 28, steps=steps) == 11
+    wanted = [set(group) for step in steps for group in bins_of_step(step, 28)]
+    assert {frozenset(group) for group in read} == {*map(frozenset, wanted), frozenset(trees[5:])}
+    assert len(wanted) == 3 and not kept.missing(trees)
+    # Of what is known nothing is read again, but for those that share a bin with what is not.
+    read.clear()
+    del kept.table[response_key(kept.fingerprint, trees[2].prompt, trees[2].responses[1])]
+    assert fill(kept, lm, trees, 28, steps=steps) == 1
+    assert read == [{trees[2], trees[1]}]

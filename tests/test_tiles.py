@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles import SHAPES, random_trees
 from upweight.data.pack import collate
 from upweight.models import tiles
-from upweight.models.attention import ancestors, dense_attention
+from upweight.models.attention import ancestors, dense_attention, layout_of
 from upweight.models.tiles import Heads, cut, tiled_attention, tiles_of
 
 HEADS = Heads(4, 2)
@@ -58,12 +58,12 @@ def distances(got, wanted):
     return [float((g.double() - w).detach().norm() / w.detach().norm()) for g, w in pairs]
 
 
-@given(shapes, st.integers(1, 8))
-def test_each_row_is_in_one_tile_with_all_that_it_attends_to(drawn, most_rows):
+@given(shapes, st.integers(1, 8), st.none() | st.integers(1, 12))
+def test_each_row_is_in_one_tile_with_all_that_it_attends_to(drawn, most_rows, window):
     forest = grown(drawn)
-    mask = ancestors(forest.parent)
+    mask = layout_of(forest, "dense").mask(window)
     found = []
-    for tile in cut(forest.spans, most_rows):
+    for tile in cut(forest.spans, most_rows, window):
         assert 1 <= tile.stop - tile.start <= most_rows
         there = [key for part in tile.keys for key in part]
         assert len(set(there)) == len(there) == tile.num_keys
@@ -80,6 +80,21 @@ def test_a_long_prompt_is_cut_below_the_diagonal():
     # A tile that begins in the second response does not read the first.
     keys = [(tile.start, tile.stop, tile.num_keys) for tile in cut((span,), 2)]
     assert keys[-2:] == [(8, 10, 10), (10, 12, 10)]
+
+
+def test_a_tile_holds_no_key_that_a_window_hides_from_all_of_its_rows():
+    # Rows of one sequence, and of a response that is longer than the window: its own prompt is out
+    # of reach then.
+    for shape in ((8000,), (300, 900, 2)):
+        forest = collate(random_trees([shape]))
+        mask = layout_of(forest, "dense").mask(512)
+        tiles = cut(forest.spans, 192, 512)
+        for tile in tiles:
+            if tile.stop <= forest.spans[0].start + sum(shape[:2]):
+                seen = mask[tile.start : tile.stop].any(0).nonzero()[:, 0].tolist()
+                assert [key for part in tile.keys for key in part] == seen
+    most = max(t.num_keys for t in cut(collate(random_trees([(8000,)])).spans, 192, 512))
+    assert most == 511 + 191  # of 8000
 
 
 @settings(max_examples=30, deadline=None)

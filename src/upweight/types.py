@@ -20,6 +20,10 @@ Text = str | tuple[Message, ...]
 """Plain text, or a conversation."""
 
 
+WAITING_DEVICES = {"cuda"}
+"""Where operations are only begun, so that asking for a number waits for all that runs."""
+
+
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     """`tensor` on `device`. A copy to a GPU is only begun: what runs there is not waited for, as it
     would be for memory that the system may move."""
@@ -137,6 +141,11 @@ class Span:
     @property
     def stop(self) -> int:
         return self.start + self.prompt + sum(self.responses)
+
+    @property
+    def depth(self) -> int:
+        """Tokens of its longest sequence: the prompt and the longest response."""
+        return self.prompt + max(self.responses, default=0)
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,21 @@ def bins(trees: Sequence[Tree], tokens_per_bin: int) -> list[list[Tree]]:
     return [[trees[i] for i in group] for group in found]
 
 
+def bins_of_step(
+    trees: Iterable[Tree], tokens_per_bin: int, *, splitting: bool = False
+) -> list[list[Tree]]:
+    """A step's micro-batches, the largest first: what runs out of memory does so at once. With
+    `splitting` a tree that is too large is several, as far as its preferences allow."""
+    merged = merge_same_prompts(trees, tokens_per_bin)
+    if splitting:
+        merged = [piece for tree in merged for piece in split(tree, tokens_per_bin)]
+    return sorted(bins(merged, tokens_per_bin), key=num_tokens, reverse=True)
+
+
+def num_tokens(trees: Iterable[Tree]) -> int:
+    return sum(tree.num_tokens for tree in trees)
+
+
 def _share_out(
     order: list[int], sizes: list[int], num_bins: int, capacity: int
 ) -> list[list[int]] | None:
@@ -150,6 +165,8 @@ def _share_out(
 
 def collate(trees: Sequence[Tree]) -> Forest:
     """The trees laid end to end: each prompt, then its responses, without gaps or padding."""
+    # A first token behind nothing would be predicted at the last token of the tree before.
+    assert all(t.prompt or not t.responses for t in trees), "a prompt has at least one token"
     segments = list(chain.from_iterable((t.prompt, *t.responses) for t in trees))
     lengths = torch.tensor([len(s) for s in segments], dtype=torch.long)
     prompts = torch.tensor([len(t.prompt) for t in trees], dtype=torch.long)

@@ -5,7 +5,8 @@ tests and once at the start of every run on the model at hand (proof.py).
 
 dense    one boolean mask, made from the parent array alone
 tiles    CPU: rows in tiles of like size, computed together by plain products (tiles.py)
-varlen   CUDA: one variable-length call over gathered keys; flex where scores are changed
+varlen   CUDA: one variable-length call over gathered keys (varlen.py); flex where scores are
+         changed
 flex     CUDA: FlexAttention over the blocks that a forest needs (flex.py)
 
 The models reach these functions through transformers' AttentionInterface: nothing is patched. The
@@ -15,12 +16,9 @@ recomputed in the backward pass (checkpointing) sees the forest it saw in the fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from inspect import signature
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,7 +29,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from upweight.models.flex import FlexPlan, flex_attention_forest, flex_plan
 from upweight.models.tiles import Heads, Tiles, tiled_attention, tiles_of
-from upweight.types import Forest, Span, sent
+from upweight.models.varlen import VarlenKernel, VarlenPlan, gathered, torch_varlen, varlen_plan
+from upweight.types import Forest, Span
 
 NAME = "upweight"
 """What `config._attn_implementation` says while forests are read."""
@@ -197,8 +196,7 @@ def _binding(layout: Layout, window: int | None) -> int | None:
     """The window, or None where no token is deep enough to feel it."""
     if window is None:
         return None
-    deepest = max(span.prompt + max(span.responses, default=0) for span in layout.spans)
-    return window if deepest > window else None
+    return window if max(span.depth for span in layout.spans) > window else None
 
 
 def _repeat_heads(x: Float[Tensor, "1 kv tokens dim"], heads: int) -> Tensor:
@@ -254,91 +252,6 @@ def _tree_by_tree(
     return torch.cat(outs, dim=2)
 
 
-@dataclass(frozen=True)
-class VarlenPlan:
-    """Boundaries of the query runs and of their gathered keys, for one variable-length call.
-
-    The runs [prompt; first response], second response, third response, ... lie end to end in the
-    forest, so queries are taken as they are. Each run's keys end with the run itself, which is why
-    the causal mask must be aligned to the bottom right.
-    """
-
-    keys: Int[Tensor, " gathered"]
-    cu_q: Int[Tensor, " runs1"]
-    cu_k: Int[Tensor, " runs1"]
-    max_q: int
-    max_k: int
-
-
-def varlen_plan(spans: tuple[Span, ...], device: torch.device | str = "cpu") -> VarlenPlan:
-    keys: list[int] = []
-    lengths_q: list[int] = []
-    lengths_k: list[int] = []
-    for span in spans:
-        prompt = range(span.start, span.start + span.prompt)
-        start = span.start + span.prompt
-        runs = span.responses or (0,)
-        for index, length in enumerate(runs):
-            keys += [*prompt, *range(start, start + length)]
-            lengths_q.append(length + (span.prompt if index == 0 else 0))
-            lengths_k.append(span.prompt + length)
-            start += length
-
-    def offsets(lengths: list[int]) -> Tensor:
-        return sent(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
-
-    gathered = sent(torch.tensor(keys, dtype=torch.long), device)
-    return VarlenPlan(
-        gathered, offsets(lengths_q), offsets(lengths_k), max(lengths_q), max(lengths_k)
-    )
-
-
-VarlenKernel = Callable[[Tensor, Tensor, Tensor, VarlenPlan, float, int | None], Tensor]
-
-
-def torch_varlen(
-    query: Float[Tensor, "tokens heads dim"],
-    key: Float[Tensor, "gathered kv_heads dim"],
-    value: Float[Tensor, "gathered kv_heads dim"],
-    plan: VarlenPlan,
-    scale: float,
-    window: int | None,
-) -> Float[Tensor, "tokens heads dim"]:
-    """torch.nn.attention.varlen, causal to the bottom right, half precision on CUDA only.
-
-    Fewer key heads than query heads go in as they are where it says that it takes them (torch
-    2.12 does); elsewhere they are repeated.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    left = -1 if window is None else window - 1
-    grouped: dict[str, Any] = {}
-    if (times := query.shape[1] // key.shape[1]) > 1:
-        if _takes_groups(varlen_attn):
-            grouped["enable_gqa"] = True
-        else:
-            key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        plan.cu_q,
-        plan.cu_k,
-        plan.max_q,
-        plan.max_k,
-        scale=scale,
-        window_size=(left, 0),
-        **grouped,
-    )
-    assert isinstance(out, Tensor)
-    return out
-
-
-@cache
-def _takes_groups(operator: Callable[..., Any]) -> bool:
-    return "enable_gqa" in signature(operator).parameters
-
-
 def varlen_attention(
     query: Float[Tensor, "1 heads tokens dim"],
     key: Float[Tensor, "1 kv_heads tokens dim"],
@@ -358,7 +271,7 @@ def varlen_attention(
     plan = layout.varlen()
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     window = _binding(layout, window)
-    k, v = k[plan.keys].contiguous(), v[plan.keys].contiguous()
+    k, v = (gathered(x, plan) for x in (k, v))
     out = kernel(q.contiguous(), k, v, plan, scale, window)
     return out.transpose(0, 1)[None]
 

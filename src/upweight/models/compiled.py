@@ -65,7 +65,7 @@ def compile_layers(lm: LanguageModel) -> None:
     probe = probe_forest(lm).to(lm.device)
     before = _read(lm, probe)
     AttentionInterface.register(NAME, torch.compiler.disable(forest_attention))
-    # The compiler looks at what its inputs are, at each new kind of forest, and torch warns of that.
+    # The compiler looks at its inputs at each new kind of forest, and torch warns of that.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
     try:
         with warnings.catch_warnings():

@@ -16,6 +16,7 @@ slope 1 - tanh^2(x / c), and e times that is what is kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -25,54 +26,102 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from upweight.models.load import LanguageModel
+from upweight.types import WAITING_DEVICES
 
 CHUNK_ELEMENTS = 1 << 26
 """Logits that are worked on at once: 128 MiB in bf16."""
 
+MOST_CHUNK_ELEMENTS = 1 << 28
+"""On a GPU with the memory for it: 1 GiB in fp32. Rows beyond make its products no faster."""
+
 KEPT_ELEMENTS = 1 << 29
 """Exponentials kept from forward to backward: 1 GiB in bf16. Beyond that they are made again."""
 
+CHUNK_SHARE, KEPT_SHARE = 64, 16
+"""A GPU's memory over what a chunk takes of it in fp32, and what is kept in bf16: 80 GiB have room
+for whole chunks, and for 5 GiB that need not be made again."""
+
 FP32_DEVICES = {"cuda"}
-"""Where torch.mm may write the product of half-precision matrices in fp32 (torch 2.8 and later)."""
+"""Where torch.mm and addmm may write the product of half-precision matrices in fp32 (torch 2.8 and
+later, each in its own)."""
+
+
+@cache
+def elements(device: torch.device) -> tuple[int, int]:
+    """Logits worked on at once, and exponentials kept."""
+    if device.type != "cuda":
+        return CHUNK_ELEMENTS, KEPT_ELEMENTS
+    memory = torch.cuda.get_device_properties(device).total_memory
+    chunk = min(memory // CHUNK_SHARE // 4, MOST_CHUNK_ELEMENTS)
+    return max(CHUNK_ELEMENTS, chunk), max(KEPT_ELEMENTS, memory // KEPT_SHARE // 2)
 
 
 def head_logps(
     lm: LanguageModel,
     hidden: Float[Tensor, "scored width"],
     targets: Int[Tensor, " scored"],
-    chunk_elements: int = CHUNK_ELEMENTS,
-    kept_elements: int = KEPT_ELEMENTS,
+    chunk_elements: int | None = None,
+    kept_elements: int | None = None,
 ) -> Float[Tensor, " scored"]:
-    """Log-softmax of the head at each hidden state, read at its target: at least fp32, in nats."""
+    """Log-softmax of the head at each hidden state, read at its target: at least fp32, in nats.
+
+    Without `chunk_elements` and `kept_elements` they are the device's own (`elements`).
+    """
     head = lm.causal.get_output_embeddings()
     assert head is not None
     config = lm.causal.config
-    rows = max(1, chunk_elements // lm.vocab_size)
-    if not _is_plain(head, config):
+    chunk, most = elements(hidden.device)
+    rows = max(1, (chunk if chunk_elements is None else chunk_elements) // lm.vocab_size)
+    if not in_one_pass(lm):
         return _adjusted_logps(head, config, hidden, targets, rows)
     weight = head.weight
     assert isinstance(weight, Tensor)
-    cap, factor = _cap(config), _factor(config)
     bias: Tensor | None = dict(head.named_parameters()).get("bias")
+    keep = (most if kept_elements is None else kept_elements) // lm.vocab_size
+    dtype = _product_dtype(lm, weight)
+    return linear_logps(hidden, weight, bias, targets, config=config, dtype=dtype, cut=(rows, keep))
+
+
+def linear_logps(
+    hidden: Float[Tensor, "scored width"],
+    weight: Float[Tensor, "vocab width"],
+    bias: Float[Tensor, " vocab"] | None,
+    targets: Int[Tensor, " scored"],
+    *,
+    config: object,
+    dtype: torch.dtype,
+    cut: tuple[int, int],
+) -> Float[Tensor, " scored"]:
+    """The one pass: products in `dtype`, `cut` into chunks of so many rows, of which so many are
+    kept. `config` says what the family does to its logits."""
+    rows, keep = cut
+    cap, factor = _cap(config), _factor(config)
     if factor != 1.0:
         hidden = at_least_fp32(hidden) * factor
         bias = None if bias is None else at_least_fp32(bias) * factor
     if cap is not None or bias is not None:
         rows = max(1, rows // 4)  # whose logits stand there in fp32, once more or twice
-    dtype = _product_dtype(lm, weight)
-    keep = kept_elements // lm.vocab_size
     return _LinearHead.apply(  # pyright: ignore[reportReturnType]
         hidden, weight, bias, targets, dtype, cap, rows, keep, torch.is_grad_enabled()
     )
 
 
-def kept_bytes(lm: LanguageModel, kept_elements: int = KEPT_ELEMENTS) -> tuple[int, int | None]:
+def in_one_pass(lm: LanguageModel) -> bool:
+    """Whether the head is a matrix whose logits the one pass knows, and was not found wrong."""
+    head = lm.causal.get_output_embeddings()
+    assert head is not None
+    return lm.plan.one_pass and _is_plain(head, lm.causal.config)
+
+
+def kept_bytes(lm: LanguageModel, kept_elements: int | None = None) -> tuple[int, int | None]:
     """What head_logps keeps for the backward pass beside saved tensors: bytes for each scored
     token, and the most it keeps of all; None where nothing ends it."""
     head = lm.causal.get_output_embeddings()
     assert head is not None
-    if not _is_plain(head, lm.causal.config):
+    if not in_one_pass(lm):
         return 0, None
+    if kept_elements is None:
+        kept_elements = elements(lm.device)[1]
     weight = next(head.parameters())
     width = _product_dtype(lm, weight).itemsize
     if not any(p.requires_grad for p in head.parameters()):
@@ -160,8 +209,7 @@ class _LinearHead(torch.autograd.Function):
             if e is None:
                 e = _exponentials(states, w, y, bias, ctx.cap)[0]
             dh[at] = own[at] * w[y] - share[at] * _product(e, w)
-            # Not by _product: as large as the weight in fp32, for what is summed in fp32 below.
-            dw -= e.T @ (share[at] * states).to(h.dtype)
+            _subtract_product(dw, e.T, (share[at] * states).to(h.dtype))
             dw.index_add_(0, y, (own[at] * states).to(dw.dtype))
             if db is not None:
                 db -= _product(share[at].T.to(h.dtype), e)[0]
@@ -199,7 +247,8 @@ def _exponentials(
         z, slopes, own_slope = _changed(z, at_target, y, bias, cap)
         left = torch.zeros_like(at_target)
     top = z.amax(-1)
-    if z.is_cuda or bool((top > 60).any()):  # exp overflows at 88; on a GPU asking would wait
+    # exp overflows at 88.
+    if z.device.type in WAITING_DEVICES or bool((top > 60).any()):
         top = top.clamp(min=0)
         z -= top[:, None]
         shift = top.to(exact)
@@ -244,17 +293,51 @@ def _product(
     return a @ b
 
 
+def _subtract_product(
+    total: Float[Tensor, "rows columns"],
+    a: Float[Tensor, "rows inner"],
+    b: Float[Tensor, "inner columns"],
+) -> None:
+    """total -= a b, inside the product where the device does that in fp32. Elsewhere the product
+    stands in its own dtype for a while, and its rounding is that of one chunk."""
+    if total.dtype == torch.float32 and _adds_fp32(a.device.type, a.dtype):
+        torch.addmm(total, a, b, out_dtype=torch.float32, alpha=-1, out=total)
+    else:
+        total -= a @ b
+
+
 @cache
 def _writes_fp32(device: str, dtype: torch.dtype) -> bool:
-    """Whether torch.mm gives half-precision products in fp32: tried once on a sum that the dtype
-    itself cannot hold."""
+    """Whether torch.mm gives half-precision products in fp32."""
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return torch.mm(a, b, out_dtype=torch.float32)
+
+    return _in_fp32(product, device, dtype)
+
+
+@cache
+def _adds_fp32(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch.addmm adds half-precision products to an fp32 matrix where that lies."""
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        total = torch.zeros(len(a), b.shape[1], device=a.device)
+        for alpha in (2, -1):
+            torch.addmm(total, a, b, out_dtype=torch.float32, alpha=alpha, out=total)
+        return total
+
+    return _in_fp32(product, device, dtype)
+
+
+def _in_fp32(product: Callable[[Tensor, Tensor], Tensor], device: str, dtype: torch.dtype) -> bool:
+    """Tried once on a sum that the dtype itself cannot hold."""
     if device not in FP32_DEVICES or dtype not in (torch.bfloat16, torch.float16):
         return False
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     small = ones.clone()
     small[:, 0] = 2**-12
     try:
-        found = torch.mm(ones, small.T, out_dtype=torch.float32)
+        found = product(ones, small.T)
     except (RuntimeError, TypeError):
         return False
     return found.dtype == torch.float32 and bool((found == 15 + 2**-12).all())
@@ -312,7 +395,14 @@ def logits(head: nn.Module, config: object, states: Float[Tensor, "n width"]) ->
     with torch.autocast(states.device.type, enabled=False):
         weight = next(head.parameters())
         out = head(states.to(weight.dtype))
-    out = at_least_fp32(out)
+    return adjusted(at_least_fp32(out), None, config)
+
+
+def adjusted(
+    product: Float[Tensor, "n vocab"], bias: Float[Tensor, " vocab"] | None, config: object
+) -> Float[Tensor, "n vocab"]:
+    """What a family makes of a product of hidden states and matrix."""
+    out = product if bias is None else product + bias
     if (cap := _cap(config)) is not None:
         out = cap * torch.tanh(out / cap)
     return out * factor if (factor := _factor(config)) != 1.0 else out

@@ -29,8 +29,9 @@ class ForwardPlan:
 
     `attention` is a path of attention.py; `shared` says whether a prompt is computed once for all
     its responses, and `reason` why it is not; `native_head` that the logits come from the model's
-    own forward. Beyond `exact_depth` tokens a sequence changes the position encoding of everything
-    in its batch (dynamic and LongRoPE scaling), so it is computed alone.
+    own forward; `one_pass` that the head gives log-probs and gradients at once where it can. Beyond
+    `exact_depth` tokens a sequence changes the position encoding of everything in its batch
+    (dynamic and LongRoPE scaling), so it is computed alone.
     """
 
     attention: str = "dense"
@@ -38,9 +39,12 @@ class ForwardPlan:
     native_head: bool = False
     reason: str | None = None
     exact_depth: int | None = None
+    one_pass: bool = True
 
     def describe(self) -> str:
         head = "the model's own logits" if self.native_head else "scored positions only"
+        if not self.one_pass:
+            head += " in fp32"
         if self.shared:
             return f"prompts computed once per forest ({self.attention} attention), head on {head}"
         return f"one row per response, because {self.reason}; head on {head}"

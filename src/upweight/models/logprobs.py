@@ -13,13 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from upweight.data.pack import collate, unshared
 from upweight.errors import ModelError
 from upweight.models.attention import layout_of, native_attention
-from upweight.models.head import (
-    CHUNK_ELEMENTS,
-    KEPT_ELEMENTS,
-    at_least_fp32,
-    head_logps,
-    read,
-)
+from upweight.models.head import at_least_fp32, head_logps, read
 from upweight.models.load import LanguageModel
 from upweight.types import Forest, PairLogps, sent
 
@@ -27,8 +21,8 @@ from upweight.types import Forest, PairLogps, sent
 def token_logps(
     lm: LanguageModel,
     forest: Forest,
-    chunk_elements: int = CHUNK_ELEMENTS,
-    kept_elements: int = KEPT_ELEMENTS,
+    chunk_elements: int | None = None,
+    kept_elements: int | None = None,
 ) -> Float[Tensor, " scored"]:
     """log p(token | what it continues) in nats, fp32, for every scored token of the forest.
 
@@ -65,7 +59,8 @@ def scored_hidden(
 ) -> Float[Tensor, "scored width"]:
     """The last hidden state (after the final norm) at the positions that predict scored tokens, or
     `after` them: at the tokens themselves."""
-    deep = lm.plan.exact_depth is not None and int(forest.position.max()) >= lm.plan.exact_depth
+    deepest = max((span.depth for span in forest.spans), default=0)
+    deep = lm.plan.exact_depth is not None and deepest > lm.plan.exact_depth
     if lm.plan.shared:
         # A row that is deep enough to change position scaling must not do so to its neighbours:
         # each is a forest of its own. (Not transformers' attention for the time being: layers that

@@ -21,6 +21,7 @@ from upweight.errors import ModelError
 from upweight.models import attention, logprobs
 from upweight.models.blocks import fault_beyond_a_block
 from upweight.models.head import at_least_fp32, read
+from upweight.models.headproof import head_is_right
 from upweight.models.load import ForwardPlan, LanguageModel
 from upweight.models.weights import first_lines
 from upweight.types import Forest, Preference, ResponseId, RowId, Tree
@@ -63,6 +64,11 @@ def find_plan(lm: LanguageModel, *, path: str = "auto", sharing: bool = True) ->
     `path` other than "auto" is asked for by name: then a failure is a ModelError, since the user
     would otherwise get something else than what they asked for.
     """
+    plan = _forward_plan(lm, path, sharing)
+    return plan if plan.native_head else replace(plan, one_pass=head_is_right(lm))
+
+
+def _forward_plan(lm: LanguageModel, path: str, sharing: bool) -> ForwardPlan:
     probe = probe_forest(lm)
     depth = _exact_depth(lm)
     reason = "compute.sharing is off" if not sharing else _known_reason(lm)

@@ -38,14 +38,15 @@ def read_trees(
     trees: Sequence[Tree],
     tokens_per_bin: int,
     on_smaller: Callable[[int], None] = lambda tokens_per_bin: None,
+    together: Sequence[list[Tree]] = (),
 ) -> Iterator[tuple[Forest, Float[Tensor, "scored ..."]]]:
     """Every tree once, bin by bin: the bin's forest and its token log-probs, or whatever else
-    `logps` gives in the order of the responses.
+    `logps` gives in the order of the responses. The bins of `together` come first, as they are.
 
     Bins that do not fit into memory are halved, of which `on_smaller` is told; a tree that does not
     fit is read some responses at a time. Raises ModelError where one response does not fit.
     """
-    todo = bins(list(trees), tokens_per_bin)[::-1]
+    todo = [*together, *bins(list(trees), tokens_per_bin)][::-1]
     while todo:
         forest = collate(todo[-1])
         found = attempt(functools.partial(logps, forest))

@@ -28,7 +28,7 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.data.pack import collate, merge_same_prompts
+from upweight.data.pack import bins_of_step, collate, merge_same_prompts, num_tokens
 from upweight.errors import OutputError, Refusal
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
@@ -137,21 +137,30 @@ def fill(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     seconds_per_part: float = 60.0,
     on_smaller: Callable[[int], None] = lambda tokens_per_bin: None,
+    steps: Sequence[Sequence[Tree]] = (),
 ) -> int:
     """Compute what is missing with `lm` as it stands; returns the number of responses computed.
+
+    Trees of `steps`, which are among `trees`, are read in the bins that training makes of each
+    step: half-precision log-probs move with the bin, and the first steps are then measured against
+    what the policy itself said.
 
     `lm` must be the reference: the model before its first step, or its adapter switched off.
     Written about once a minute, so that a pass that is cut off goes on where it was.
     `on_progress(done, total)` counts tokens; `on_smaller` is told of bins that had to be halved.
     """
-    todo = merge_same_prompts(reference.missing(trees), tokens_per_bin)
+    packed = [group for step in steps for group in bins_of_step(step, tokens_per_bin)]
+    together = sorted(filter(reference.missing, packed), key=num_tokens, reverse=True)
+    in_steps = {id(tree) for step in steps for tree in step}
+    others = [tree for tree in trees if id(tree) not in in_steps]
+    todo = merge_same_prompts(reference.missing(others), tokens_per_bin)
     todo.sort(key=lambda tree: tree.num_tokens, reverse=True)
-    total = sum(tree.num_tokens for tree in todo)
+    total = num_tokens(todo) + sum(map(num_tokens, together))
     done, computed, last = 0, 0, time.monotonic()
     fresh: list[bytes] = []
     with torch.no_grad():
         asked = functools.partial(token_logps, lm)
-        for forest, logps in read_trees(asked, todo, tokens_per_bin, on_smaller):
+        for forest, logps in read_trees(asked, todo, tokens_per_bin, on_smaller, together):
             keys = reference.take(forest, logps)
             fresh += keys
             computed += len(keys)

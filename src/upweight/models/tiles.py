@@ -79,8 +79,9 @@ class Heads:
     key: int
 
 
-def cut(spans: Sequence[Span], most_rows: int) -> list[Tile]:
-    """The trees' rows in tiles of about equal size, at most `most_rows` each."""
+def cut(spans: Sequence[Span], most_rows: int, window: int | None = None) -> list[Tile]:
+    """The trees' rows in tiles of about equal size, at most `most_rows` each. A token attends to no
+    more than the last `window` on its way, itself among them."""
     tiles: list[Tile] = []
     for span in spans:
         length = span.stop - span.start
@@ -93,11 +94,18 @@ def cut(spans: Sequence[Span], most_rows: int) -> list[Tile]:
             stop = min(start + rows, span.stop)
             # From the response that the first row lies in to the last row.
             own = max((b for b in begins if b <= start), default=prompt.stop)
+            first = prompt.start
+            if window is not None:
+                # The least deep row is the first, or that of a response which begins in the tile.
+                inside = 0 if any(start < b < stop for b in begins) else start - own
+                depth = min(start - span.start, span.prompt + inside)
+                first = min(prompt.stop, prompt.start + max(0, depth + 1 - window))
+                own = max(own, start + 1 - window)
             tiles.append(
                 Tile(
                     start,
                     stop,
-                    (range(prompt.start, min(prompt.stop, stop)), range(own, max(own, stop))),
+                    (range(first, min(prompt.stop, stop)), range(own, max(own, stop))),
                 )
             )
     return tiles
@@ -114,7 +122,7 @@ def tiles_of(
     num_tokens = position.shape[0]
     segment, depth = _segments(spans, num_tokens), position.cpu()
     found: list[Tiles] = []
-    for group in _groups(cut(spans, ROWS), SCORES // heads.query):
+    for group in _groups(cut(spans, ROWS, window), SCORES // heads.query):
         rows, keys = (_padded(part) for part in zip(*map(_tokens, group), strict=True))
         sees = _sees(rows, keys, segment, depth, window)
         sees |= rows[:, :, None] < 0

@@ -370,9 +370,14 @@ def _figure(name: str, value: Interval) -> str:
 
 
 def fill_reference(
-    run: Run, model: LanguageModel, trees: Sequence[Tree], screen: Screen
+    run: Run,
+    model: LanguageModel,
+    trees: Sequence[Tree],
+    screen: Screen,
+    steps: Sequence[Sequence[Tree]] = (),
 ) -> Reference:
-    """The reference's log-probs for all trees, from the cache where it has them.
+    """The reference's log-probs for all trees, from the cache where it has them. Those of `steps`
+    are read as training reads them.
 
     `model` is the reference. A handful of the rows that were known is recomputed; Refusal UW107
     when they differ.
@@ -388,6 +393,7 @@ def fill_reference(
         tokens_read_at_once(run, model),
         screen.progress,
         on_smaller=functools.partial(note_smaller, screen, "the reference pass"),
+        steps=steps,
     )
     if known:
         verify(reference, model, known)

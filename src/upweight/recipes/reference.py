@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from upweight.config import Run
 from upweight.data.pack import bins, collate
+from upweight.data.stream import plan_epoch
 from upweight.errors import DataError, Refusal
 from upweight.evidence import evaluate
 from upweight.models.adapter import adapter_off
@@ -70,7 +71,10 @@ def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Scree
     with _at_start(run, lm) as model, evaluation_mode(model):
         own = None
         if kind.by_reference:
-            logps = fill_reference(run, model, trees, screen)
+            train = prepared.trees["train"]
+            numbers = plan_epoch(train, run.batch.pairs_per_step, run.seed, 0)
+            steps = [[train[i] for i in step] for step in numbers]
+            logps = fill_reference(run, model, trees, screen, steps)
             own = own_nats(model, prepared.trees["train"], stop_ids, run.seed)
         else:
             logps = Reference(fingerprint(model), Path())

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from upweight.config import Resolved, dump, leaf_values
-from upweight.data.pack import bins, collate, merge_same_prompts, split
+from upweight.data.pack import bins_of_step, collate, num_tokens
 from upweight.data.stream import plan_epoch, planned
 from upweight.errors import OutputError, Refusal
 from upweight.evidence.report import write_report
@@ -149,7 +149,7 @@ def _refusals_on_record(state: State, progress: Progress) -> Generator[None]:
     try:
         yield
     except Refusal as refusal:
-        step = progress.step + (refusal.code in OF_THE_NEXT_STEP)
+        step = refusal.found.get("step", progress.step + (refusal.code in OF_THE_NEXT_STEP))
         finding = asdict(Finding(str(refusal.code), refusal.said, metric="loss"))
         line = {"step": step, "kind": "warning", "refused": True, **finding}
         append_jsonl(state.rundir.file("metrics.jsonl"), line)
@@ -291,16 +291,7 @@ WORK: dict[str, Callable[[State], Work]] = {
 
 
 def _packed(state: State, trees: Sequence[Tree]) -> list[list[Tree]]:
-    """Bins of a step's trees, the largest first: what runs out of memory does so at once."""
-    capacity = state.tokens_per_bin
-    trees = merge_same_prompts(trees, capacity)
-    if state.splitting:
-        trees = [piece for tree in trees for piece in split(tree, capacity)]
-    return sorted(bins(trees, capacity), key=_num_tokens)
-
-
-def _num_tokens(group: Sequence[Tree]) -> int:
-    return -sum(tree.num_tokens for tree in group)
+    return bins_of_step(trees, state.tokens_per_bin, splitting=state.splitting)
 
 
 def _try_largest(state: State, work: Work, step: int) -> None:
@@ -310,9 +301,9 @@ def _try_largest(state: State, work: Work, step: int) -> None:
     numbers_by_step = plan_epoch(trees, run.batch.pairs_per_step, run.seed, 0)
     while True:
         packed = [_packed(state, [trees[i] for i in numbers]) for numbers in numbers_by_step]
-        largest = min((groups[0] for groups in packed), key=_num_tokens)
+        largest = max((groups[0] for groups in packed), key=num_tokens)
         first = _packed(state, work.trees(step))[0]
-        if _num_tokens(first) <= _num_tokens(largest) or sum(map(len, packed)) < WORTH_A_TRY:
+        if num_tokens(first) >= num_tokens(largest) or sum(map(len, packed)) < WORTH_A_TRY:
             return
         forest = collate(largest)
         failed = rehearse(state.lm, state.optimizer, work.objective, forest)

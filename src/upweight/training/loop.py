@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from upweight.data.pack import collate
-from upweight.errors import ModelError, Refusal
+from upweight.errors import ModelError
 from upweight.models.load import LanguageModel
 from upweight.models.offload import offloaded
 from upweight.models.reading import attempt, is_out_of_memory
 from upweight.models.weights import first_lines
+from upweight.training.guard import Guard, Made
 from upweight.training.objectives import Objective
 from upweight.training.optimizer import clip, room_for_moments
 from upweight.training.schedules import learning_rate_factor
-from upweight.types import Forest, Tree
+from upweight.types import Forest
 
 Record = dict[str, object]
 
@@ -130,12 +130,16 @@ def fit(
     `forests(step)` gives the micro-batches of a step, a function of the step alone, so that a
     resumed run reads what an uninterrupted one reads. Every item of a step weighs 1/(the step's
     total count), however the step is cut into micro-batches. A loss or gradient that is not
-    finite raises Refusal UW303 before the optimizer sees it. A step that runs out of memory is
-    taken again, from `forests`, if hooks.on_out_of_memory has made it smaller.
+    finite raises Refusal UW303 before the optimizer sees it; where asking would wait for a GPU, it
+    is raised at the next step that is shown or kept, and no step is taken until then (guard.py). A
+    step that runs out of memory is taken again, from `forests`, if hooks.on_out_of_memory has made
+    it smaller.
     """
     parts = _parts(optimizer)
+    guard = Guard(lm, objective, optimizer)
     while progress.step < plan.total_steps:
         if hooks.should_stop():
+            guard.ask()
             hooks.save(progress)
             return False
         began, window = time.monotonic(), progress.window
@@ -143,15 +147,15 @@ def fit(
         done = _accumulate_with_room(lm, optimizer, objective, batch)
         if isinstance(done, Full):
             optimizer.zero_grad(set_to_none=True)
+            guard.ask()
             if not hooks.on_out_of_memory(progress, done.forest):
                 raise too_large(f"step {progress.step + 1}", done)
             continue
         loss, count, sums = done
-        _refuse_miscounted(count, _total(objective, batch), len(batch), progress.step)
         window.merge(sums)
         norms = {part: clip(parameters, plan.max_grad_norm) for part, parameters in parts.items()}
-        for norm in norms.values():
-            _refuse_nonfinite(lm, objective, (loss, norm), batch, progress.step)
+        made = Made(loss, count, _total(objective, batch), list(norms.values()))
+        guard.look(progress.step, batch, made, ask=_looked_at(plan, progress.step + 1))
         norm = norms.pop(POLICY)
         window.add({f"grad_norm/{part}": _once(value) for part, value in norms.items()})
         rate = plan.learning_rate * learning_rate_factor(
@@ -159,7 +163,7 @@ def fit(
         )
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("rate_factor", 1.0)
-        if isinstance(failed := attempt(optimizer.step), Exception):
+        if isinstance(failed := attempt(guard.take), Exception):
             raise _no_moments(failed)
         optimizer.zero_grad(set_to_none=True)
         progress.step += 1
@@ -169,7 +173,7 @@ def fit(
         window.seconds += seconds
         progress.seconds += seconds
         last = progress.step == plan.total_steps
-        if progress.step % plan.log_every == 0 or last:
+        if _due(progress.step, plan.log_every) or last:
             hooks.on_record(_record(plan, progress, rate, objective.items))
             progress.window = Window()
         to_keep = (_due(progress.step, plan.evaluate_every) or last) and hooks.evaluate(progress)
@@ -205,6 +209,12 @@ def rehearse(
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _looked_at(plan: Plan, step: int) -> bool:
+    """Whether something of the step is shown or kept: whoever does so waits for it anyway."""
+    every = (plan.log_every, plan.evaluate_every, plan.checkpoint_every)
+    return step == plan.total_steps or any(_due(step, times) for times in every)
 
 
 def _accumulate_with_room(
@@ -281,69 +291,6 @@ def _no_moments(error: Exception) -> ModelError:
     )
     failure.__cause__ = error
     return failure
-
-
-def _refuse_miscounted(count: torch.Tensor, total: float, num: int, step: int) -> None:
-    """What the objective says that its sums are over must be what they were divided by."""
-    # Sums of the same fp32 weights in other orders differ by 1e-6 at most.
-    if not abs(count.item() - total) <= 1e-5 * total:
-        raise Refusal(
-            "UW302",
-            f"step {step + 1}: its {num} micro-batches weigh {total:g}, by which their "
-            f"gradients were divided, and their losses are sums over {count.item():g}: the "
-            "gradient's scale would depend on how a step is cut up. The objective must return the "
-            "sum of its weights as Step.count.",
-        )
-
-
-def _refuse_nonfinite(
-    lm: LanguageModel,
-    objective: Objective,
-    made: tuple[torch.Tensor, torch.Tensor],
-    batch: Sequence[Forest],
-    step: int,
-) -> None:
-    """`made` are the step's loss and its gradient's norm."""
-    loss, norm = made
-    if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):
-        return
-    trees = [tree for forest in batch for tree in forest.trees]
-    found = [] if bool(torch.isfinite(loss)) else _not_finite(lm, objective, batch)
-    some = 0 < len(found) < len(trees)
-    rows = list(dict.fromkeys(str(i.row) for t in (found if some else trees) for i in t.ids))
-    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    whose = "The rows whose loss it is" if some else "Its rows"
-    raise Refusal(
-        "UW303",
-        f"step {step + 1}: the loss is {loss.item():.4g}, the gradient's norm {norm.item():.4g}; "
-        f"{_cause(lm, loss)}. The weights are as they were before this step. {whose}: {shown}.",
-    )
-
-
-def _not_finite(lm: LanguageModel, objective: Objective, batch: Sequence[Forest]) -> list[Tree]:
-    """The trees whose loss is not finite: computed alone, or else with those of their bin."""
-
-    def spoils(forest: Forest) -> bool:
-        with torch.no_grad():
-            return not bool(torch.isfinite(objective.step(lm, forest.to(lm.device)).loss_sum))
-
-    found: list[Tree] = []
-    for forest in filter(spoils, batch):
-        alone = [tree for tree in forest.trees if spoils(collate([tree]))]
-        found += alone or forest.trees
-    return found
-
-
-def _cause(lm: LanguageModel, loss: torch.Tensor) -> str:
-    broken = [n for n, p in lm.model.named_parameters() if not bool(torch.isfinite(p).all())]
-    if broken:
-        return (
-            f"weights were not finite before this step already (tensors: {len(broken)}, first "
-            f"{broken[0]}): the model's files, or a learning rate that is too high"
-        )
-    if bool(torch.isfinite(loss)):
-        return "the backward pass overflowed: try compute.dtype=float32"
-    return "the forward pass overflowed: score these rows, and try compute.dtype=float32"
 
 
 def _record(plan: Plan, progress: Progress, rate: float, items: str) -> Record:
