@@ -21,7 +21,7 @@ import upweight.training.objectives as objectives
 from runs import furnish, plain_rows, rows_of, sentence, train, write_rows
 from tiny import VOCAB_SIZE
 from upweight.cli import main
-from upweight.data.pack import bins
+from upweight.data.pack import bins_of_step
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import pair_logps, token_logps
 from upweight.training.objectives import Objective, pair, pair_metrics
@@ -150,10 +150,10 @@ def test_an_objective_that_takes_means_of_micro_batches_is_refused(
 def test_a_packing_that_loses_a_bin_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def losing(trees: list[Tree], capacity: int) -> list[list[Tree]]:
-        return bins(trees, capacity)[:-1]
+    def losing(trees: list[Tree], capacity: int, *, splitting: bool) -> list[list[Tree]]:
+        return bins_of_step(trees, capacity, splitting=splitting)[:-1]
 
-    monkeypatch.setattr(run_train, "bins", losing)
+    monkeypatch.setattr(run_train, "bins_of_step", losing)
     assert train("run", "--tokens_per_bin", "120") == 2
     said = capsys.readouterr().err
     assert "error[UW302]" in said and "its rows have 4 preferences" in said
