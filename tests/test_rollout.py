@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
 from copy import deepcopy
 from dataclasses import replace
@@ -278,21 +279,22 @@ def test_groups_credit_every_token_of_an_answer_as_the_definition_does(group, kl
     }[kl]
     flags = iter(STOPPED)
     for tree in GROUPS:
-        worth, earned = [], []
+        worth, earned, taken = [], [], []
         for i in tree.ids:
             gaps = (made.logps[i].double() - made.reference_logps[i].double()).tolist()
             stopped = next(flags)
             paid = made.scores[i] - (0.0 if stopped else 0.75)
             earned.append(paid)
-            worth.append(paid - 0.3 * sum(map(estimate, gaps)))
+            taken.append(0.3 * sum(map(estimate, gaps)))
+            worth.append(paid - taken[-1])
         mean = sum(worth) / len(worth)
-        middle = sum(earned) / len(earned)
-        spread = math.sqrt(sum((e - middle) ** 2 for e in earned) / (len(earned) - 1))
+        spread, of_penalty = statistics.stdev(earned), statistics.stdev(taken)
+        weight = spread**2 / (spread**2 + of_penalty**2)
         for k, i in enumerate(tree.ids):
             others = [w for j, w in enumerate(worth) if j != k]
             wanted = {
                 "dr_grpo": worth[k] - mean,
-                "grpo": (worth[k] - mean) / (spread + 1e-4),
+                "grpo": (worth[k] - mean) * (weight / (spread + 1e-4) + 1 - weight),
                 "rloo": worth[k] - sum(others) / len(others),
             }[group]
             length = len(made.logps[i])
