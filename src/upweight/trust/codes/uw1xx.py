@@ -297,7 +297,8 @@ PAGES: tuple[Page, ...] = (
             "it. Refused as well: keys of an evaluation without `evaluation.sets` or "
             "`evaluation.fraction`, keys of samples while `evaluation.samples` is 0, "
             "`export.merge` without `lora`, `policy.clip_low`, `policy.clip_high`, "
-            "`policy.value_clip` and `policy.kl_stop` where a round is one step, a variable in "
+            "`policy.value_clip` and `policy.kl_stop` where a round is one step, "
+            "`policy.kl_estimator` while `loss.beta` is 0, a variable in "
             "`data.template_options` that the chat template never looks up, and `data.pairing` or "
             "`data.min_score_gap` where no row has scores."
         ),
