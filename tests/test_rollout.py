@@ -17,10 +17,8 @@ from torch import nn
 
 import upweight.recipes.online as online
 from oracles import gradients, loaded, random_trees, relative, tree_of
-from runs import furnish, write_rows
-from upweight.cli import main
 from upweight.data.pack import collate
-from upweight.errors import OutputError, Refusal
+from upweight.errors import OutputError
 from upweight.models.frozen import Frozen
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
@@ -33,7 +31,6 @@ from upweight.training.rollout import (
     Rollouts,
     Sizes,
     credited,
-    largest_gap,
     ranked,
 )
 from upweight.training.round import Round, read_round, write_round
@@ -419,39 +416,7 @@ def test_a_value_model_far_off_does_not_clip_the_policys_update_away():
     assert score_head(critic.model).weight.grad is None
 
 
-# The sampler and the trainer
-
-
-def test_a_sampler_that_is_not_the_policy_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    furnish(tmp_path, monkeypatch)
-    Path("count.py").write_text("def score(prompt, response, row):\n    return len(response)\n")
-    write_rows("prompts.jsonl", [{"prompt": f"question {i}"} for i in range(4)])
-    words = (
-        "train --model model --data prompts.jsonl --objective grpo --dtype float32 --steps 1 "
-        "--reward count.py:score --prompts_per_round 2 --responses 2 --max_tokens 4 --out"
-    )
-    draw = online.draw_answers
-
-    def other(*given):
-        trees, said = draw(*given)
-        return trees, {i: None if x is None else tuple(y + 0.1 for y in x) for i, x in said.items()}
-
-    assert main([*words.split(), "right"]) == 0
-    monkeypatch.setattr(online, "draw_answers", other)
-    capsys.readouterr()
-    assert main([*words.split(), "wrong"]) == 2
-    assert "UW101" in (printed := capsys.readouterr().err)
-    assert "the sampler is not the policy" in printed and "0.1 nats a token" in printed
-
-
-@pytest.mark.parametrize("gap", [0.1, math.nan, math.inf])
-def test_a_gap_that_rounding_does_not_explain_is_refused(gap):
-    lm = loaded()
-    online._require_same_policy(lm, 1e-6)
-    with pytest.raises(Refusal, match="the sampler is not the policy"):
-        online._require_same_policy(lm, gap)
+# What a step is told
 
 
 def test_what_is_known_of_a_round_comes_in_the_order_of_the_forests_tokens():
@@ -464,13 +429,3 @@ def test_what_is_known_of_a_round_comes_in_the_order_of_the_forests_tokens():
     tree: Tree = GROUPS[1]
     alone = replace(tree, responses=tree.responses[1:2], ids=tree.ids[1:2], preferences=())
     assert torch.equal(made.experience(collate([alone])).logps, made.logps[tree.ids[1]])
-
-
-def test_a_stop_token_that_is_drawn_otherwise_is_not_lost_in_a_long_answers_mean():
-    ids = [ResponseId(RowId("rows.jsonl", 1), k) for k in range(3)]
-    found = {i: torch.full((50,), -1.0) for i in ids}
-    said = {i: (-1.0,) * 49 + (-3.0,) for i in ids}
-    assert largest_gap(found, said) == pytest.approx(2.0)
-    assert largest_gap(found, {i: (-1.5,) * 50 for i in ids}) == pytest.approx(0.5)
-    assert largest_gap(found, {i: (-3.0,) + (-1.0,) * 49 for i in ids}) == pytest.approx(0.04)
-    assert largest_gap(found, {ids[0]: None}) is None

@@ -267,22 +267,6 @@ class Rollouts:
         self.round = read_round(self.folder, where["round"]) if where["round"] else None
 
 
-def largest_gap(
-    found: ByResponse, said: Mapping[ResponseId, tuple[float, ...] | None]
-) -> float | None:
-    """Between the trainer's log-probs and the sampler's own, in nats: the mean over all tokens or
-    over the last ones of all responses, whichever is larger. None where the sampler has none."""
-    gaps = [
-        (found[i].double() - torch.tensor(logps, dtype=torch.float64)).abs()
-        for i, logps in said.items()
-        if logps is not None
-    ]
-    if not gaps:
-        return None
-    last = torch.stack([gap[-1] for gap in gaps])
-    return max(torch.cat(gaps).mean().item(), last.mean().item())
-
-
 def texts_of(lm: LanguageModel, tree: Tree) -> list[str]:
     """The tree's answers as text, without their stop tokens."""
     from upweight.data.trees import text_after
