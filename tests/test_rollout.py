@@ -31,6 +31,7 @@ from upweight.training.rollout import (
     Rollouts,
     Sizes,
     credited,
+    num_rounds,
     ranked,
 )
 from upweight.training.round import Round, read_round, write_round
@@ -109,6 +110,7 @@ def test_a_round_that_is_read_back_is_the_round_that_was_written(drawn, values, 
     )
     first = next(iter(made.logps))
     made.logps[first][:] = torch.tensor(data.draw(fp32))
+    made = replace(made, stop_penalty=data.draw(st.floats(0, 10)))
     if rank:
         made = ranked(made)
     with tempfile.TemporaryDirectory() as folder:
@@ -116,6 +118,7 @@ def test_a_round_that_is_read_back_is_the_round_that_was_written(drawn, values, 
         again = read_round(Path(folder), made.number)
     assert (again.number, again.beta, again.trees) == (made.number, made.beta, made.trees)
     assert again.num_stopped == made.num_stopped
+    assert again.stop_penalty == made.stop_penalty
     assert list(again.scores.items()) == list(made.scores.items())
     for name in LISTS:
         one, other = getattr(made, name), getattr(again, name)
@@ -209,6 +212,35 @@ def test_a_policy_that_went_too_far_ends_its_round_and_stays_so_when_resumed(tmp
     assert free.trees(1) and free.now.number == 1
 
 
+def test_the_epoch_is_how_often_the_prompts_were_asked_also_where_rounds_end_early(tmp_path):
+    drawn = rollouts(tmp_path, prompts=12, per_round=3, kl_stop=0.1, epochs=0.75)
+    assert drawn.epoch(0) == 0
+    drawn.trees(0)
+    # Six steps a round, in which a quarter of the prompts is asked.
+    assert [drawn.epoch(step) for step in (1, 3, 6)] == [0.25 / 6, 0.125, 0.25]
+    drawn.after({"step": 2, "approx_kl": 0.2})
+    assert drawn.epoch(2) == 0.25 and not drawn.is_done(2)
+    drawn.trees(2)
+    assert [drawn.epoch(step) for step in (3, 8)] == [0.25 + 0.25 / 6, 0.5]
+    drawn.trees(8)
+    assert not drawn.is_done(13) and drawn.is_done(14)
+    drawn.after({"step": 9, "approx_kl": 0.2})
+    assert drawn.is_done(9) and drawn.epoch(9) == 0.75
+    back = rollouts(tmp_path, prompts=12, per_round=3, kl_stop=0.1, epochs=0.75)
+    back.go_back(drawn.position())
+    assert back.is_done(9) and back.epoch(9) == 0.75
+    drawn.epochs = None
+    assert not drawn.is_done(99)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "per_round", "epochs", "rounds"),
+    [(12, 4, 1.0, 3), (12, 5, 1.0, 3), (12, 5, 2.5, 6), (1, 16, 3.0, 1), (3, 1, 0.1 * 10, 3)],
+)
+def test_epochs_are_rounds_that_ask_every_prompt_so_often(prompts, per_round, epochs, rounds):
+    assert num_rounds(prompts, per_round, epochs) == rounds
+
+
 @pytest.mark.parametrize(("gap", "way"), [(4.0, 1), (-4.0, -1), (0.0, -1)])
 def test_beta_follows_the_kl_of_the_round_before(tmp_path, gap, way):
     drawn = rollouts(tmp_path, kl_target=2.0, gap=gap)
@@ -237,7 +269,8 @@ SCORES = [1.0, -2.0, 0.5, 3.0, 3.0, -1.0, 0.0, 4.0, 2.5]
 @pytest.mark.parametrize(("discount", "trace"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (1.0, 0.0)])
 def test_ppo_credits_each_token_as_the_definition_does(discount, trace):
     made = round_of(GROUPS, beta=0.3, scores=SCORES, stopped=STOPPED)
-    options = dict(group=None, kl="k1", discount=discount, trace=trace, stop_penalty=0.75)
+    made = replace(made, stop_penalty=0.75)
+    options = dict(group=None, kl="k1", discount=discount, trace=trace)
     found = credited(made, Credit(**options, whiten=False))
     for (i, score), stopped in zip(made.scores.items(), STOPPED, strict=True):
         logps, reference, values = (
@@ -266,7 +299,8 @@ def test_ppo_credits_each_token_as_the_definition_does(discount, trace):
 @pytest.mark.parametrize("group", ["rloo", "grpo", "dr_grpo"])
 def test_groups_credit_every_token_of_an_answer_as_the_definition_does(group, kl):
     made = round_of(GROUPS, beta=0.3, values=False, scores=SCORES, stopped=STOPPED)
-    found = credited(made, Credit(group=group, kl=kl, stop_penalty=0.75))
+    made = replace(made, stop_penalty=0.75)
+    found = credited(made, Credit(group=group, kl=kl))
     assert found.returns is None
     estimate = {
         "k1": lambda x: x,

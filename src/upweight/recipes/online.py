@@ -105,6 +105,7 @@ def online(state: State) -> Work:
         beta=run.loss.beta,
         kl_target=run.policy.kl_target,
         kl_stop=run.policy.kl_stop,
+        epochs=None if run.steps is not None else run.epochs,
     )
     if run.objective == "online_dpo":
         objective = pair(
@@ -156,7 +157,6 @@ def _credit(run: Run) -> Credit:
         discount=options.discount,
         trace=options.trace,
         whiten=options.whiten,
-        stop_penalty=run.rollout.stop_penalty,
     )
 
 
@@ -241,9 +241,10 @@ def _draw(
         advantages={i: torch.zeros_like(x) for i, x in logps.items()},
         values=values,
         computed=sum(tree.num_tokens for tree in trees) * _times_read(state),
+        stop_penalty=run.rollout.stop_penalty,
     )
     if run.objective == "online_dpo":
-        return ranked(made, run.rollout.stop_penalty)
+        return ranked(made)
     return credited(made, _credit(run))
 
 
@@ -346,6 +347,12 @@ class Session:
 
     def after(self, record: Record) -> None:
         self.rollouts.after(record)
+
+    def epoch(self, step: int) -> float:
+        return self.rollouts.epoch(step)
+
+    def is_done(self, step: int) -> bool:
+        return self.rollouts.is_done(step)
 
     def position(self) -> dict[str, Any]:
         return {**self.rollouts.position(), **self.reference.position()}
