@@ -22,6 +22,7 @@ from upweight.evidence.records.ledger import SCHEMA
 from upweight.evidence.report import verdict
 from upweight.models import probes, proof, reference
 from upweight.recipes.best import KL, SAMPLED
+from upweight.training import agreement
 from upweight.training.rundir import RECORDS
 from upweight.trust.codes import (
     CODES,
@@ -200,6 +201,9 @@ def test_numbers_on_the_pages_are_those_of_the_code() -> None:
     tolerance = reference.TOLERANCE_NATS
     assert f"{tolerance[torch.float32]} nats in float32" in CODES["UW107"].found_by
     assert f"{tolerance[torch.bfloat16]} in bfloat16" in CODES["UW107"].found_by
+    assert f"{tolerance[torch.bfloat16] / 20} nats a token" in CODES["UW101"].found_by
+    assert f"{tolerance[torch.bfloat16] / 10} a nat" in CODES["UW101"].found_by
+    assert agreement.SURE == 4 and "four standard errors" in CODES["UW101"].found_by
     num = inspect.signature(reference.verify).parameters["num"].default
     assert f"{num} rows" in CODES["UW107"].found_by
     assert f"{proof.TOLERANCE_NATS[torch.float32]} nats" in CODES["UW301"].guarded_by

@@ -422,6 +422,8 @@ def test_score_reads_beta_only_with_a_reference() -> None:
         (["objective=rloo", "clip_high=.28"], "Raise rollout.passes or rollout.minibatches"),
         (["objective=grpo", "kl_stop=1"], "has no effect while a round is one step"),
         (["objective=ppo", "passes=1", "value_clip=null"], "while a round is one step"),
+        (["objective=grpo", "beta=0", "kl_estimator=k2"], "has no effect while loss.beta is 0"),
+        (["objective=ppo", "beta=0", "kl_estimator=k3"], "has no effect while loss.beta is 0"),
     ],
 )
 def test_a_key_that_waits_for_another_is_refused_without_it(said: list[str], why: str) -> None:

@@ -588,13 +588,15 @@ def test_a_reward_model_reads_an_answer_that_was_cut_with_a_stop_token_behind_it
 
 def test_the_sampler_says_the_log_probs_of_the_trainer():
     from upweight.models.logprobs import token_logps
-    from upweight.training.rollout import Sizes, by_response, draw_answers, largest_gap
+    from upweight.training.agreement import held_against
+    from upweight.training.rollout import Sizes, by_response, draw_answers
 
     lm = load("model", dtype="float32")
     prompt = Tree(tuple(range(40, 60)), (), (), (ResponseId(RowId("x", 1), 0),), ())
     trees, said = draw_answers(lm, [prompt, prompt], 1, Sizes(2, 3, 9, 1, 1, 0), [2])
     found = by_response(lambda forest: token_logps(lm, forest), trees, 64)
-    assert len(found) == 6 and largest_gap(found, said) < 1e-5
+    compared = held_against(found, said, 1e-5)
+    assert len(found) == 6 and len(compared) == 4 and all(beside.agrees for beside in compared)
 
 
 def test_score_gives_a_reward_models_scores_of_each_preference(

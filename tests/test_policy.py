@@ -344,14 +344,54 @@ def test_equal_scores_and_lone_responses_have_no_advantage(name):
     assert GROUP_ADVANTAGES[name](scores, group_of).tolist() == [0] * 11
 
 
+NUDGES = f64(0.02, 0.04, 0.05, 0.01)
+
+
 def test_what_the_kl_takes_is_not_blown_up_where_no_reward_tells_answers_apart():
     scores, group_of = f64(1.0, 1.0, 0.0, 2.0), torch.tensor([0, 0, 1, 1])
     penalty = f64(0.02, 0.04, 0.1, 0.3)
     deviation = f64(0.01, -0.01, -0.9, 0.9)
     torch.testing.assert_close(dr_grpo(scores, group_of, penalty), deviation)
     torch.testing.assert_close(rloo(scores, group_of, penalty), 2 * deviation)
-    spread = f64(1.0, 1.0, math.sqrt(2) + 1e-4, math.sqrt(2) + 1e-4)
-    torch.testing.assert_close(grpo(scores, group_of, penalty), deviation / spread)
+    # Two values d apart have the variance d^2/2: 2 for the scores, 0.02 for what the KL takes.
+    weight = 2 / 2.02
+    factor = weight / (math.sqrt(2) + 1e-4) + 1 - weight
+    got = grpo(scores, group_of, penalty)
+    torch.testing.assert_close(got, deviation * f64(1.0, 1.0, factor, factor))
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-12, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
+def test_near_ties_of_grpo_are_not_blown_up_by_what_the_kl_takes(gap: float):
+    """Divided by the spread of the scores, the second pair's penalty would be 0.04 / 1e-4 at a gap
+    of 1e-6. A score's own part is below one deviation, sqrt(3) at most in a group of four."""
+    scores, group_of = f64(1.0 + gap, 1.0, 1.0, 1.0), torch.zeros(4, dtype=torch.long)
+    got = grpo(scores, group_of, NUDGES)
+    undivided = dr_grpo(torch.zeros_like(scores), group_of, NUDGES)
+    part = got - grpo(scores, group_of) * weight_of_scores(scores, NUDGES)
+    assert (part - undivided).abs().max() <= math.sqrt(3) / 2 + gap
+    assert got.abs().max() <= 1.5 * math.sqrt(3) + 0.05
+    if gap <= 1e-6:
+        torch.testing.assert_close(got, undivided, rtol=0, atol=1e-5)
+
+
+def weight_of_scores(scores, penalty):
+    return scores.var() / (scores.var() + penalty.var())
+
+
+def test_grpo_has_no_step_where_scores_begin_to_differ():
+    group_of = torch.zeros(4, dtype=torch.long)
+    gaps = [0.0, *(10 ** (-8 + n / 100) for n in range(801))]
+    found = [grpo(f64(1.0 + gap, 1.0, 1.0, 1.0), group_of, NUDGES) for gap in gaps]
+    steps = [(b - a).abs().max().item() for a, b in zip(found, found[1:], strict=False)]
+    assert max(steps) < 0.02
+
+
+def test_grpo_is_the_papers_formula_without_a_penalty_or_where_all_pay_the_same():
+    scores, group_of = noise(9), torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2])
+    wanted = torch.cat([(x - x.mean()) / (x.std() + 1e-4) for x in scores.split([3, 4, 2])])
+    for penalty in (None, torch.zeros(9), torch.full((9,), 0.25)):
+        got = grpo(scores, group_of, penalty)
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
 
 
 # Aggregations

@@ -55,6 +55,11 @@ def test_a_warning_of_a_set_is_on_the_chart_of_that_set():
     assert marked(html) == {"Change of log-prob: hard": [("uw304", 25.0)]}
 
 
+def test_a_sampled_kl_below_0_is_marked_on_the_chart_of_the_kl():
+    html = curves(records(warned("UW308", 20, "kl_high", set="hard")))
+    assert marked(html) == {"Sampled KL": [("uw308", 50.0)]}
+
+
 def test_one_chart_of_several_sets_has_the_warnings_of_each_and_of_training():
     html = curves(
         records(

@@ -253,6 +253,10 @@ def test_a_policy_far_from_its_reference_is_no_plain_success():
     assert (said.tone, said.label) == ("unclear", "Far from the reference")
     assert said.headline.endswith("But its answers are 80.0 nats from the reference (UW308).")
     assert verdict(evaluated(*GOOD, warnings=(warned("UW308", "kl"),))).tone == "good"
+    # What was said of an estimate below 0 says nothing of a distance that may still be chance.
+    wide = sampled(kl=80.0, kl_low=-5.0, kl_high=190.0)
+    below = (warned("UW308", "kl_high"),)
+    assert "UW308" not in verdict(evaluated(eval_line(0), wide, warnings=below)).headline
     fell = right(0.78, 0.71, 0.84) | {"logratios/chosen": -40.0}
     said = verdict(evaluated(eval_line(0), fell, warnings=(warned("UW304"),)))
     assert (said.tone, said.label) == ("unclear", "Chosen answers less likely")

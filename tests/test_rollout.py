@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
 from copy import deepcopy
 from dataclasses import replace
@@ -16,10 +17,8 @@ from torch import nn
 
 import upweight.recipes.online as online
 from oracles import gradients, loaded, random_trees, relative, tree_of
-from runs import furnish, write_rows
-from upweight.cli import main
 from upweight.data.pack import collate
-from upweight.errors import OutputError, Refusal
+from upweight.errors import OutputError
 from upweight.models.frozen import Frozen
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
@@ -32,7 +31,7 @@ from upweight.training.rollout import (
     Rollouts,
     Sizes,
     credited,
-    largest_gap,
+    num_rounds,
     ranked,
 )
 from upweight.training.round import Round, read_round, write_round
@@ -111,6 +110,7 @@ def test_a_round_that_is_read_back_is_the_round_that_was_written(drawn, values, 
     )
     first = next(iter(made.logps))
     made.logps[first][:] = torch.tensor(data.draw(fp32))
+    made = replace(made, stop_penalty=data.draw(st.floats(0, 10)))
     if rank:
         made = ranked(made)
     with tempfile.TemporaryDirectory() as folder:
@@ -118,6 +118,7 @@ def test_a_round_that_is_read_back_is_the_round_that_was_written(drawn, values, 
         again = read_round(Path(folder), made.number)
     assert (again.number, again.beta, again.trees) == (made.number, made.beta, made.trees)
     assert again.num_stopped == made.num_stopped
+    assert again.stop_penalty == made.stop_penalty
     assert list(again.scores.items()) == list(made.scores.items())
     for name in LISTS:
         one, other = getattr(made, name), getattr(again, name)
@@ -211,6 +212,35 @@ def test_a_policy_that_went_too_far_ends_its_round_and_stays_so_when_resumed(tmp
     assert free.trees(1) and free.now.number == 1
 
 
+def test_the_epoch_is_how_often_the_prompts_were_asked_also_where_rounds_end_early(tmp_path):
+    drawn = rollouts(tmp_path, prompts=12, per_round=3, kl_stop=0.1, epochs=0.75)
+    assert drawn.epoch(0) == 0
+    drawn.trees(0)
+    # Six steps a round, in which a quarter of the prompts is asked.
+    assert [drawn.epoch(step) for step in (1, 3, 6)] == [0.25 / 6, 0.125, 0.25]
+    drawn.after({"step": 2, "approx_kl": 0.2})
+    assert drawn.epoch(2) == 0.25 and not drawn.is_done(2)
+    drawn.trees(2)
+    assert [drawn.epoch(step) for step in (3, 8)] == [0.25 + 0.25 / 6, 0.5]
+    drawn.trees(8)
+    assert not drawn.is_done(13) and drawn.is_done(14)
+    drawn.after({"step": 9, "approx_kl": 0.2})
+    assert drawn.is_done(9) and drawn.epoch(9) == 0.75
+    back = rollouts(tmp_path, prompts=12, per_round=3, kl_stop=0.1, epochs=0.75)
+    back.go_back(drawn.position())
+    assert back.is_done(9) and back.epoch(9) == 0.75
+    drawn.epochs = None
+    assert not drawn.is_done(99)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "per_round", "epochs", "rounds"),
+    [(12, 4, 1.0, 3), (12, 5, 1.0, 3), (12, 5, 2.5, 6), (1, 16, 3.0, 1), (3, 1, 0.1 * 10, 3)],
+)
+def test_epochs_are_rounds_that_ask_every_prompt_so_often(prompts, per_round, epochs, rounds):
+    assert num_rounds(prompts, per_round, epochs) == rounds
+
+
 @pytest.mark.parametrize(("gap", "way"), [(4.0, 1), (-4.0, -1), (0.0, -1)])
 def test_beta_follows_the_kl_of_the_round_before(tmp_path, gap, way):
     drawn = rollouts(tmp_path, kl_target=2.0, gap=gap)
@@ -239,7 +269,8 @@ SCORES = [1.0, -2.0, 0.5, 3.0, 3.0, -1.0, 0.0, 4.0, 2.5]
 @pytest.mark.parametrize(("discount", "trace"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (1.0, 0.0)])
 def test_ppo_credits_each_token_as_the_definition_does(discount, trace):
     made = round_of(GROUPS, beta=0.3, scores=SCORES, stopped=STOPPED)
-    options = dict(group=None, kl="k1", discount=discount, trace=trace, stop_penalty=0.75)
+    made = replace(made, stop_penalty=0.75)
+    options = dict(group=None, kl="k1", discount=discount, trace=trace)
     found = credited(made, Credit(**options, whiten=False))
     for (i, score), stopped in zip(made.scores.items(), STOPPED, strict=True):
         logps, reference, values = (
@@ -268,7 +299,8 @@ def test_ppo_credits_each_token_as_the_definition_does(discount, trace):
 @pytest.mark.parametrize("group", ["rloo", "grpo", "dr_grpo"])
 def test_groups_credit_every_token_of_an_answer_as_the_definition_does(group, kl):
     made = round_of(GROUPS, beta=0.3, values=False, scores=SCORES, stopped=STOPPED)
-    found = credited(made, Credit(group=group, kl=kl, stop_penalty=0.75))
+    made = replace(made, stop_penalty=0.75)
+    found = credited(made, Credit(group=group, kl=kl))
     assert found.returns is None
     estimate = {
         "k1": lambda x: x,
@@ -278,21 +310,22 @@ def test_groups_credit_every_token_of_an_answer_as_the_definition_does(group, kl
     }[kl]
     flags = iter(STOPPED)
     for tree in GROUPS:
-        worth, earned = [], []
+        worth, earned, taken = [], [], []
         for i in tree.ids:
             gaps = (made.logps[i].double() - made.reference_logps[i].double()).tolist()
             stopped = next(flags)
             paid = made.scores[i] - (0.0 if stopped else 0.75)
             earned.append(paid)
-            worth.append(paid - 0.3 * sum(map(estimate, gaps)))
+            taken.append(0.3 * sum(map(estimate, gaps)))
+            worth.append(paid - taken[-1])
         mean = sum(worth) / len(worth)
-        middle = sum(earned) / len(earned)
-        spread = math.sqrt(sum((e - middle) ** 2 for e in earned) / (len(earned) - 1))
+        spread, of_penalty = statistics.stdev(earned), statistics.stdev(taken)
+        weight = spread**2 / (spread**2 + of_penalty**2)
         for k, i in enumerate(tree.ids):
             others = [w for j, w in enumerate(worth) if j != k]
             wanted = {
                 "dr_grpo": worth[k] - mean,
-                "grpo": (worth[k] - mean) / (spread + 1e-4),
+                "grpo": (worth[k] - mean) * (weight / (spread + 1e-4) + 1 - weight),
                 "rloo": worth[k] - sum(others) / len(others),
             }[group]
             length = len(made.logps[i])
@@ -417,39 +450,7 @@ def test_a_value_model_far_off_does_not_clip_the_policys_update_away():
     assert score_head(critic.model).weight.grad is None
 
 
-# The sampler and the trainer
-
-
-def test_a_sampler_that_is_not_the_policy_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    furnish(tmp_path, monkeypatch)
-    Path("count.py").write_text("def score(prompt, response, row):\n    return len(response)\n")
-    write_rows("prompts.jsonl", [{"prompt": f"question {i}"} for i in range(4)])
-    words = (
-        "train --model model --data prompts.jsonl --objective grpo --dtype float32 --steps 1 "
-        "--reward count.py:score --prompts_per_round 2 --responses 2 --max_tokens 4 --out"
-    )
-    draw = online.draw_answers
-
-    def other(*given):
-        trees, said = draw(*given)
-        return trees, {i: None if x is None else tuple(y + 0.1 for y in x) for i, x in said.items()}
-
-    assert main([*words.split(), "right"]) == 0
-    monkeypatch.setattr(online, "draw_answers", other)
-    capsys.readouterr()
-    assert main([*words.split(), "wrong"]) == 2
-    assert "UW101" in (printed := capsys.readouterr().err)
-    assert "the sampler is not the policy" in printed and "0.1 nats a token" in printed
-
-
-@pytest.mark.parametrize("gap", [0.1, math.nan, math.inf])
-def test_a_gap_that_rounding_does_not_explain_is_refused(gap):
-    lm = loaded()
-    online._require_same_policy(lm, 1e-6)
-    with pytest.raises(Refusal, match="the sampler is not the policy"):
-        online._require_same_policy(lm, gap)
+# What a step is told
 
 
 def test_what_is_known_of_a_round_comes_in_the_order_of_the_forests_tokens():
@@ -462,13 +463,3 @@ def test_what_is_known_of_a_round_comes_in_the_order_of_the_forests_tokens():
     tree: Tree = GROUPS[1]
     alone = replace(tree, responses=tree.responses[1:2], ids=tree.ids[1:2], preferences=())
     assert torch.equal(made.experience(collate([alone])).logps, made.logps[tree.ids[1]])
-
-
-def test_a_stop_token_that_is_drawn_otherwise_is_not_lost_in_a_long_answers_mean():
-    ids = [ResponseId(RowId("rows.jsonl", 1), k) for k in range(3)]
-    found = {i: torch.full((50,), -1.0) for i in ids}
-    said = {i: (-1.0,) * 49 + (-3.0,) for i in ids}
-    assert largest_gap(found, said) == pytest.approx(2.0)
-    assert largest_gap(found, {i: (-1.5,) * 50 for i in ids}) == pytest.approx(0.5)
-    assert largest_gap(found, {i: (-3.0,) + (-1.0,) * 49 for i in ids}) == pytest.approx(0.04)
-    assert largest_gap(found, {ids[0]: None}) is None

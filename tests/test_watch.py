@@ -116,6 +116,23 @@ def test_memory_of_the_training_rows_is_told_from_learning():
     assert codes(moving(), [by_heart]) == []
 
 
+def test_a_sampled_kl_that_is_negative_beyond_chance_is_named_once():
+    below = {"kl": -1.5, "kl_low": -2.5, "kl_high": -0.4}
+    watch = moving()
+    assert codes(watch, [evaluation(4, **below), evaluation(8, **below), record(9, **below)]) == [
+        "UW308"
+    ]
+    # It does not stand in the way of what is said of a policy that is far.
+    far = {"kl": 80.0, "kl_low": 60.0, "kl_high": 90.0}
+    (found,) = watch.after(evaluation(12, **far))
+    assert found.metric == "kl"
+    (found,) = moving().after(record(3, **below))
+    assert found.metric == "kl_high" and "which no KL can be" in found.said
+    near = {"kl": -0.05, "kl_low": -0.08, "kl_high": -0.03}
+    wide = {"kl": -1.5, "kl_low": -3.5, "kl_high": 0.2}
+    assert codes(moving(), [evaluation(4, **near), evaluation(8, **wide), record(9, **wide)]) == []
+
+
 def times_as_long(low: float, high: float) -> dict[str, float]:
     keys = ("length_ratio_low", "length_ratio", "length_ratio_high")
     return dict(zip(keys, (low, (low * high) ** 0.5, high), strict=True))

@@ -85,6 +85,10 @@ def _has_a_trunk_in_common(run: Run) -> bool:
     return run.policy.value == "shared"
 
 
+def _has_a_kl_term(run: Run) -> bool:
+    return run.loss.beta > 0
+
+
 def _logs_every_step(run: Run) -> bool:
     return run.log_every == 1
 
@@ -97,11 +101,6 @@ def _has_reference(run: Run) -> bool:
     return run.reference is not None
 
 
-def _shares_its_trunk(run: Run) -> bool:
-    return run.policy.value == "shared"
-
-
-_OWN_TRUNK = "has no effect while policy.value is own: the two losses then share no weight"
 _WITHOUT = (
     "has no effect without an evaluation: give evaluation.sets, evaluation.fraction or "
     "evaluation.prompt_files"
@@ -112,6 +111,7 @@ _UNLIKE = "has no effect while evaluation.temperature is not 1: samples are then
 _WHOLE = "has no effect without lora: all weights are trained, and there is no adapter to merge"
 _ADAPTED = "has no effect with lora: an adapter adds a product of factors, no sum of rates"
 _APART = "has no effect while policy.value is own: the two losses then move different weights"
+_UNWEIGHED = "has no effect while loss.beta is 0: no KL is taken from the reward or the loss"
 _UNLOGGED = "ends a round only after a step that is logged: leave log_every at 1"
 _ONE_STEP = (
     "has no effect while a round is one step: the policy is then still the one that drew it. Raise "
@@ -135,7 +135,7 @@ NEEDS: tuple[Need, ...] = (
     Need(_TRAINING, ("preflight.reach",), _trains_all_weights, _ADAPTED),
     Need(_TRAINING, ("policy.value_coefficient",), _has_a_trunk_in_common, _APART),
     Need(_TRAINING, ("policy.kl_stop",), _logs_every_step, _UNLOGGED),
-    Need(_TRAINING, ("policy.value_coefficient",), _shares_its_trunk, _OWN_TRUNK),
+    Need(_TRAINING, ("policy.kl_estimator",), _has_a_kl_term, _UNWEIGHED),
     Need(_TRAINING, _CLIPS, _moves_within_a_round, _ONE_STEP),
     Need(("score",), ("loss.beta",), _has_reference, _ALONE),
 )

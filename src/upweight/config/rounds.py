@@ -85,5 +85,6 @@ class Policy(Section):
     )
     kl_stop: Positive | None = Field(
         default=None,
-        description="Nats a token from a round's start at which its update ends; null: never.",
+        description="Nats a token from a round's start at which its update ends, as seen on the "
+        "way into a step, which is still taken; null: never.",
     )

@@ -111,19 +111,26 @@ def grpo(
     *,
     eps: float = 1e-4,
 ) -> Float[Tensor, " responses"]:
-    """(score - penalty - mean of its group) / (standard deviation of its group's scores + eps).
+    """(score - penalty - mean of its group) * (w / (s + eps) + 1 - w), w = s^2 / (s^2 + p^2).
 
-    Shao et al. 2024 (GRPO, arXiv:2402.03300), who have the KL in the loss and no penalty. The
-    deviation is that of a sample (divided by n - 1), as most implementations have it. Groups of
-    small spread weigh as much as others, so with a KL term in the loss, beta means beta times the
-    spread of each prompt. Where all scores of a group are equal it is divided by nothing: what is
-    left is the penalty, and its noise would be blown up to the size of a reward.
+    s and p are the standard deviations of a group's scores and of its penalties, those of a sample
+    (divided by n - 1), as most implementations have them. Without a penalty w is 1: Shao et al.
+    2024 (GRPO, arXiv:2402.03300), who have the KL in the loss. Groups of small spread weigh as much
+    as others then, so with a KL term in the loss, beta means beta times the spread of each prompt.
+
+    The weight w is ours. Divided by s + eps, scores that nearly tie would blow what the KL takes up
+    to p / eps. Here its share of the advantage is s p / (s^2 + p^2) <= 1/2 of a deviation, plus the
+    penalty itself, undivided; and as s goes to 0 the divisor goes, as it has to where no reward
+    tells answers apart. The numerator is that of `dr_grpo`, so that pref exp(score/beta)/Z, where
+    it is 0 in every group, stays a fixed point.
     """
-    deviation, size, sum_of_group = _deviations(scores, group_of)
-    variance = sum_of_group(deviation.square()) / (size - 1).clamp(min=1)
-    differ = variance > 0
+    spread = _variance(scores, group_of)
+    of_penalty = torch.zeros_like(spread) if penalty is None else _variance(penalty, group_of)
+    weight = torch.where(of_penalty > 0, spread / (spread + of_penalty), 1.0)
+    # Equal scores without a penalty: 0 divided by nothing.
+    divisor = torch.where(spread > 0, spread.sqrt() + eps, 1.0)
     above = _deviations(_after(scores, penalty), group_of)[0]
-    return above / torch.where(differ, variance.sqrt() + eps, 1.0)
+    return above * (weight / divisor + (1 - weight))
 
 
 def dr_grpo(
@@ -155,6 +162,12 @@ def rloo(
 
 def _after(scores: Tensor, penalty: Tensor | None) -> Tensor:
     return scores if penalty is None else scores - penalty
+
+
+def _variance(values: Tensor, group_of: Tensor) -> Tensor:
+    """Of a sample, in each value's group; exactly 0 where all are equal, or one is alone."""
+    deviation, size, sum_of_group = _deviations(values, group_of)
+    return sum_of_group(deviation.square()) / (size - 1).clamp(min=1)
 
 
 def _deviations(

@@ -15,12 +15,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from upweight.config import Evaluation, Resolved, require_read
+from upweight.config import Evaluation, Resolved, Run, require_read
 from upweight.config.methods import BEST_OF_N, Comparison, Method
 from upweight.errors import ConfigError, OutputError, UpweightError
 from upweight.evidence import comparison as scored
 from upweight.evidence.report.markup import duration
 from upweight.models.sample import sample
+from upweight.recipes.beside import has_own_critic
 from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.prepare import load_policy, prepare
 from upweight.recipes.reference import sampled_trees
@@ -210,7 +211,7 @@ def _trained(
         method.objective,
         _told(method),
         last["seconds"],
-        last["num_tokens"] + _not_trained_on(method, out, last),
+        last["num_tokens"] + _computed_besides(comparison.run_of(method, folder).run, out, last),
         tuple(points),
         taught=_taught(method, out, [r for r in records if r["kind"] == "train"]),
     )
@@ -236,13 +237,15 @@ def _taught(method: Method, out: Path, steps: Sequence[Mapping[str, Any]]) -> sc
     return scored.Taught(kind.rows, there, seen, last["step"], 0, scored.ROWS)
 
 
-def _not_trained_on(method: Method, out: Path, last: Mapping[str, Any]) -> int:
-    """Tokens that were computed and are no part of a step: the reference's pass over the rows of an
-    epoch, and what drawing and scoring the rounds took."""
-    if KINDS[method.trains_by].by_reference:
+def _computed_besides(run: Run, out: Path, last: Mapping[str, Any]) -> int:
+    """Tokens that were computed beside the policy's own steps: the reference's pass over the rows
+    of an epoch; what drawing and scoring the rounds took, and the steps of a value model with a
+    trunk of its own."""
+    if KINDS[run.objective].by_reference:
         return round(last["num_tokens"] / last["epoch"])
     files = (out / "rollouts").glob("round-*.parquet")
-    return sum(pq.read_table(file, columns=["computed"])[0][0].as_py() for file in files)
+    drawn = sum(pq.read_table(file, columns=["computed"])[0][0].as_py() for file in files)
+    return drawn + (last["num_tokens"] if has_own_critic(run) else 0)
 
 
 def _best_of(comparison: Comparison, method: Method, folder: Path) -> scored.Method:

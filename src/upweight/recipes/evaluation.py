@@ -26,7 +26,7 @@ from upweight.types import Tree
 
 def evaluate_sets(state: State, progress: Progress) -> bool:
     """Scores every set and samples answers; whether checkpoint.best is better than ever."""
-    run, last = state.run, progress.step == state.begun.plan.total_steps
+    run, last = state.run, state.is_last(progress.step)
     sets = {n: trees for n, trees in state.begun.prepared.trees.items() if n != "train"}
     answered = answered_sets(run, state.begun.prepared)
     sampled = _sampled(state, answered) if answered else {}
@@ -38,7 +38,7 @@ def evaluate_sets(state: State, progress: Progress) -> bool:
         measured, scored, losses = measure(state, progress, trees)
         record: Record = {
             "step": progress.step,
-            "epoch": progress.step / state.begun.plan.steps_per_epoch,
+            "epoch": state.epoch(progress.step),
             "kind": "eval",
             "set": name,
             **measured,

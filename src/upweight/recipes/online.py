@@ -34,6 +34,7 @@ from upweight.recipes.reference import reference_model
 from upweight.recipes.rewarding import Scorer, is_judge, make_scorer, reward_model_beside
 from upweight.recipes.start import rollout_sizes, trained
 from upweight.recipes.state import State, Values, Work, smaller_bins
+from upweight.training.agreement import Beside, held_against
 from upweight.training.loop import Record
 from upweight.training.objectives import Surrogate, of_round, pair, policy_gradient
 from upweight.training.rollout import (
@@ -42,7 +43,6 @@ from upweight.training.rollout import (
     by_response,
     credited,
     draw_answers,
-    largest_gap,
     ranked,
 )
 from upweight.training.round import Round
@@ -105,6 +105,7 @@ def online(state: State) -> Work:
         beta=run.loss.beta,
         kl_target=run.policy.kl_target,
         kl_stop=run.policy.kl_stop,
+        epochs=None if run.steps is not None else run.epochs,
     )
     if run.objective == "online_dpo":
         objective = pair(
@@ -156,7 +157,6 @@ def _credit(run: Run) -> Credit:
         discount=options.discount,
         trace=options.trace,
         whiten=options.whiten,
-        stop_penalty=run.rollout.stop_penalty,
     )
 
 
@@ -220,10 +220,9 @@ def _draw(
         found = by_response(functools.partial(_both, state), trees, state.tokens_per_bin, smaller)
     logps = {i: both[:, 0] for i, both in found.items()}
     values = None if state.values is None else {i: both[:, 1] for i, both in found.items()}
-    gap = largest_gap(logps, said)
-    if gap is not None:
-        _require_same_policy(lm, gap)
-    elif number == 1:
+    compared = held_against(logps, said, TOLERANCE_NATS[lm.compute_dtype])
+    _require_same_policy(compared)
+    if not compared and number == 1:
         state.screen.note(
             "the sampler's log-probs are not compared with the trainer's: transformers draws for "
             "this family, and says none"
@@ -242,9 +241,10 @@ def _draw(
         advantages={i: torch.zeros_like(x) for i, x in logps.items()},
         values=values,
         computed=sum(tree.num_tokens for tree in trees) * _times_read(state),
+        stop_penalty=run.rollout.stop_penalty,
     )
     if run.objective == "online_dpo":
-        return ranked(made, run.rollout.stop_penalty)
+        return ranked(made)
     return credited(made, _credit(run))
 
 
@@ -261,14 +261,13 @@ def _both(state: State, forest: Forest) -> Float[Tensor, "scored 2"]:
     return torch.stack([logps, torch.zeros_like(logps) if values is None else values], dim=1)
 
 
-def _require_same_policy(lm: LanguageModel, gap: float) -> None:
+def _require_same_policy(compared: Sequence[Beside]) -> None:
     """What drew the answers must be what is trained: raises Refusal UW101 otherwise."""
-    tolerance = TOLERANCE_NATS[lm.compute_dtype]
-    if not gap <= tolerance:
+    worst = max(compared, key=lambda beside: beside.beyond, default=None)
+    if worst is not None and not worst.agrees:
         raise Refusal(
             "UW101",
-            f"the sampler is not the policy: the log-probs it drew tokens with differ by {gap:.3g} "
-            f"nats a token from the trainer's (rounding: {tolerance}).",
+            f"the sampler is not the policy: {worst.said} (rounding: {worst.allowed:.2g}).",
         )
 
 
@@ -348,6 +347,12 @@ class Session:
 
     def after(self, record: Record) -> None:
         self.rollouts.after(record)
+
+    def epoch(self, step: int) -> float:
+        return self.rollouts.epoch(step)
+
+    def is_done(self, step: int) -> bool:
+        return self.rollouts.is_done(step)
 
     def position(self) -> dict[str, Any]:
         return {**self.rollouts.position(), **self.reference.position()}

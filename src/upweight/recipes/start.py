@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +49,7 @@ from upweight.training.loop import Plan
 from upweight.training.memory import MemoryPlan, plan_memory
 from upweight.training.moment import Position
 from upweight.training.optimizer import MOMENT_BYTES, require_moments
-from upweight.training.rollout import Sizes
+from upweight.training.rollout import Sizes, num_rounds
 from upweight.training.schedules import summed_factors
 from upweight.trust.finding import Finding, Refused
 from upweight.trust.identity import (
@@ -387,9 +386,8 @@ def _plan(run: Run, prepared: Prepared) -> Plan:
     trees, size = prepared.trees["train"], run.batch.pairs_per_step
     if KINDS[run.objective].draws:
         sizes = rollout_sizes(run)
-        rounds = max(1, len(trees) / sizes.prompts)
-        per_epoch = max(1, round(rounds * sizes.steps))
-        total = run.steps or math.ceil(rounds * run.epochs - 1e-9) * sizes.steps
+        per_epoch = max(1, round(len(trees) / sizes.prompts * sizes.steps))
+        total = run.steps or num_rounds(len(trees), sizes.prompts, run.epochs) * sizes.steps
     else:
         per_epoch = len(plan_epoch(trees, size, run.seed, 0))
         total = run.steps or num_steps(trees, size, run.seed, run.epochs)

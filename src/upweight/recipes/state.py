@@ -61,6 +61,10 @@ class Rounds(Protocol):
 
     def after(self, record: Record) -> None: ...
 
+    def epoch(self, step: int) -> float: ...
+
+    def is_done(self, step: int) -> bool: ...
+
     def position(self) -> dict[str, Any]: ...
 
     def go_back(self, where: Mapping[str, Any]) -> None: ...
@@ -107,6 +111,17 @@ class State:
     @property
     def lm(self) -> LanguageModel:
         return self.begun.lm
+
+    def epoch(self, step: int) -> float:
+        """How often the rows have been gone through after so many steps."""
+        return (self.begun.plan if self.rounds is None else self.rounds).epoch(step)
+
+    def is_done(self, step: int) -> bool:
+        """Whether all epochs are gone through, though the plan has more steps."""
+        return self.rounds is not None and self.rounds.is_done(step)
+
+    def is_last(self, step: int) -> bool:
+        return step == self.begun.plan.total_steps or self.is_done(step)
 
     @property
     def trained(self) -> nn.Module:
@@ -166,7 +181,7 @@ def save(state: State, progress: Progress) -> None:
     folder = state.rundir.file("checkpoints")
     position = Position(
         step=progress.step,
-        epoch=progress.step / state.begun.plan.steps_per_epoch,
+        epoch=state.epoch(progress.step),
         num_tokens=progress.num_tokens,
         order_seed=state.run.seed,
         reference_fingerprint=state.against.logps.fingerprint,

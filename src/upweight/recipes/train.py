@@ -140,6 +140,11 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
             screen.note(f"stopped after step {progress.step}; checkpoint saved.")
             screen.note(f"Go on with:  {resume_command(rundir.path)}")
             return Result(rundir.path, None, None, False, progress.step)
+        if progress.step < begun.plan.total_steps:
+            screen.note(
+                f"every prompt was asked as often as epochs say after step {progress.step} of "
+                f"{begun.plan.total_steps}: rounds ended early"
+            )
         return _finish(state, progress)
 
 
@@ -248,6 +253,8 @@ def _train(state: State, work: Work, progress: Progress, stop: threading.Event) 
         save=functools.partial(save, state),
         should_stop=stop.is_set,
         on_out_of_memory=on_out_of_memory,
+        is_done=state.is_done,
+        epoch=state.epoch,
     )
     plan = state.begun.plan
     if work.plan is not None:

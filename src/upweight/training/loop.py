@@ -41,6 +41,10 @@ class Plan:
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
 
+    def epoch(self, step: int) -> float:
+        """Passes over the rows after so many steps, where an epoch's number of steps is known."""
+        return step / self.steps_per_epoch
+
 
 @dataclass
 class Window:
@@ -99,13 +103,17 @@ class Progress:
 class Hooks:
     """What fit() calls. `evaluate` and `save` are given the progress so far; `evaluate` says
     whether the weights as they are should be saved, whatever the plan says. `on_out_of_memory` is
-    given the micro-batch that did not fit, and says whether the step is worth another try."""
+    given the micro-batch that did not fit, and says whether the step is worth another try.
+    `is_done` says whether a run has come to its end after so many steps, though the plan has more,
+    and `epoch` how often its rows have been gone through by then."""
 
     on_record: Callable[[Record], None]
     evaluate: Callable[[Progress], bool]
     save: Callable[[Progress], None]
     should_stop: Callable[[], bool] = lambda: False
     on_out_of_memory: Callable[[Progress, Forest], bool] = lambda progress, forest: False
+    is_done: Callable[[int], bool] = lambda step: False
+    epoch: Callable[[int], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,8 @@ def fit(
     hooks: Hooks,
     progress: Progress,
 ) -> bool:
-    """Train from `progress` to plan.total_steps; False when it was asked to stop before the end.
+    """Train from `progress` to plan.total_steps, or until hooks.is_done; False when it was asked to
+    stop before the end.
 
     `forests(step)` gives the micro-batches of a step, a function of the step alone, so that a
     resumed run reads what an uninterrupted one reads. Every item of a step weighs 1/(the step's
@@ -137,7 +146,11 @@ def fit(
     """
     parts = _parts(optimizer)
     guard = Guard(lm, objective, optimizer)
-    while progress.step < plan.total_steps:
+
+    def is_last() -> bool:
+        return progress.step >= plan.total_steps or hooks.is_done(progress.step)
+
+    while not is_last():
         if hooks.should_stop():
             guard.ask()
             hooks.save(progress)
@@ -172,10 +185,12 @@ def fit(
         seconds = time.monotonic() - began
         window.seconds += seconds
         progress.seconds += seconds
-        last = progress.step == plan.total_steps
-        if _due(progress.step, plan.log_every) or last:
-            hooks.on_record(_record(plan, progress, rate, objective.items))
+        if _due(progress.step, plan.log_every) or is_last():
+            guard.ask()  # a round that ended early was not looked at above
+            epoch = hooks.epoch or plan.epoch
+            hooks.on_record(_record(progress, epoch(progress.step), rate, objective.items))
             progress.window = Window()
+        last = is_last()  # what the record says may have ended the run
         to_keep = (_due(progress.step, plan.evaluate_every) or last) and hooks.evaluate(progress)
         if to_keep or _due(progress.step, plan.checkpoint_every) or last:
             hooks.save(progress)
@@ -293,13 +308,13 @@ def _no_moments(error: Exception) -> ModelError:
     return failure
 
 
-def _record(plan: Plan, progress: Progress, rate: float, items: str) -> Record:
+def _record(progress: Progress, epoch: float, rate: float, items: str) -> Record:
     window = progress.window
     means = window.means()
     assert math.isfinite(means["loss"])
     return {
         "step": progress.step,
-        "epoch": progress.step / plan.steps_per_epoch,
+        "epoch": epoch,
         "kind": "train",
         **means,
         "learning_rate": rate,

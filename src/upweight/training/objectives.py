@@ -199,23 +199,28 @@ def policy_gradient(
     def step(lm: LanguageModel, forest: Forest) -> Step:
         logps, now = values(lm, forest)
         known = experience(forest).to(logps.device)
+        weight, count = (x.to(logps.device) for x in weights(forest))
         clips = {"clip_low": surrogate.clip_low, "clip_high": surrogate.clip_high}
         old, advantages = known.logps, known.advantages
         loss = clipped_surrogate(logps, old, advantages, **clips)
-        metrics = {
-            "clip_fraction": clipped_tokens(logps, old, advantages, **clips).float(),
-            "approx_kl": KL_ESTIMATORS["k3"](old, logps.detach()),
-            "advantages/nonzero": (advantages != 0).float(),
-        }
+        metrics = _summed(
+            {
+                "clip_fraction": clipped_tokens(logps, old, advantages, **clips).float(),
+                "approx_kl": KL_ESTIMATORS["k3"](old, logps.detach()),
+                "ratio": (logps.detach() - old).exp(),
+                "advantages/nonzero": (advantages != 0).float(),
+            }
+        )
         if surrogate.kl is not None:
             loss = loss + beta() * KL_ESTIMATORS[surrogate.kl](logps, known.reference_logps)
         if now is not None:
             assert known.values is not None and known.returns is not None
             clip = torch.inf if surrogate.value_clip is None else surrogate.value_clip
             error = clipped_value_loss(now, known.values, known.returns, clip=clip)
+            # Means as the loss is one, so that it is the one plus the coefficient times the other.
+            for name, part in (("policy_loss", loss), ("value_loss", error)):
+                metrics[name] = (weight * part.detach()).sum(), count
             loss = loss + surrogate.value_coefficient * error
-            metrics["value_loss"] = error
-        weight, count = (x.to(logps.device) for x in weights(forest))
-        return Step((weight * loss).sum(), count, _summed(metrics))
+        return Step((weight * loss).sum(), count, metrics)
 
     return Objective(items, lambda forest: float(weights(forest)[1]), step)

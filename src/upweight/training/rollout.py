@@ -7,6 +7,7 @@ person can read what was said and what it was worth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,6 @@ from upweight.losses.advantages import (
     generalized_advantages,
     next_kl_coefficient,
     penalized_rewards,
-    stop_penalized,
     whiten,
 )
 from upweight.losses.policy import KL_ESTIMATORS
@@ -62,7 +62,11 @@ class Credit:
     discount: float = 1.0
     trace: float = 0.95
     whiten: bool = True
-    stop_penalty: float = 0.0
+
+
+def num_rounds(num_prompts: int, prompts_per_round: int, epochs: float) -> int:
+    """Rounds in which every prompt is asked `epochs` times, the last round whole; one at least."""
+    return max(1, math.ceil(num_prompts / prompts_per_round * epochs - 1e-9))
 
 
 def by_response(
@@ -127,8 +131,8 @@ def draw_answers(
 def credited(found: Round, credit: Credit) -> Round:
     """The round with its advantages, and returns where it has values."""
     ids = list(found.logps)
-    penalized = _penalized(found, credit.stop_penalty)
-    scores = torch.tensor([penalized[i] for i in ids])
+    compared = found.compared
+    scores = torch.tensor([compared[i] for i in ids])
     lengths = torch.tensor([len(found.logps[i]) for i in ids])
     logps, reference = (
         torch.cat([known[i] for i in ids]) for known in (found.logps, found.reference_logps)
@@ -157,24 +161,13 @@ def credited(found: Round, credit: Credit) -> Round:
     return replace(found, advantages=pieces(each.repeat_interleave(lengths)))
 
 
-def _penalized(found: Round, penalty: float) -> dict[ResponseId, float]:
-    """The scores, lower by `penalty` for answers that do not stop by themselves."""
-    ids = [i for tree in found.trees for i in tree.ids]
-    scores = stop_penalized(
-        torch.tensor([found.scores[i] for i in ids]),
-        torch.tensor([stops for tree in found.trees for stops in tree.stopped]),
-        penalty=penalty,
-    )
-    return dict(zip(ids, scores.tolist(), strict=True))
-
-
-def ranked(found: Round, stop_penalty: float = 0.0) -> Round:
+def ranked(found: Round) -> Round:
     """The round with the best answer of each prompt preferred to the worst, and no others; prompts
     whose answers all score the same are left out."""
-    penalized = _penalized(found, stop_penalty)
+    compared = found.compared
     trees: list[Tree] = []
     for tree in found.trees:
-        scores = [penalized[i] for i in tree.ids]
+        scores = [compared[i] for i in tree.ids]
         for p in preferences_from_scores(scores, "extremes"):
             pick = (p.chosen, p.rejected)
             trees.append(
@@ -194,7 +187,7 @@ class Rollouts:
     """The rounds of a run: the one that is learned from, made anew when its steps are done.
 
     `make(asked, number, beta)` draws the round of that number, or one of the next; `asked` gives
-    the prompts of a round.
+    the prompts of a round. With `epochs` the run is done when the prompts were asked so often.
     """
 
     prompts: Sequence[Tree]
@@ -204,6 +197,7 @@ class Rollouts:
     beta: float
     kl_target: float | None = None
     kl_stop: float | None = None
+    epochs: float | None = None
     round: Round | None = None
     begins: int = 0
     ends: int = 0
@@ -248,6 +242,21 @@ class Rollouts:
             found.append(self.prompts[orders[epoch][at % total]])
         return found
 
+    def epoch(self, step: int) -> float:
+        """How often the prompts were asked: those of the rounds before, and of this one the share
+        of its steps that are taken, which are fewer where it ends early."""
+        if self.round is None:
+            return 0.0
+        taken = (step - self.begins) / max(1, self.ends - self.begins)
+        return (self.round.number - 1 + min(1.0, taken)) * self.sizes.prompts / len(self.prompts)
+
+    def is_done(self, step: int) -> bool:
+        """Whether after so many steps the round at hand is learned from, and no epoch is left."""
+        if self.round is None or self.epochs is None or step < self.ends:
+            return False
+        rounds = num_rounds(len(self.prompts), self.sizes.prompts, self.epochs)
+        return self.round.number >= rounds
+
     def after(self, record: Mapping[str, object]) -> None:
         """Ends the round's update where the policy has gone too far from what drew it."""
         moved = record.get("approx_kl")
@@ -265,22 +274,6 @@ class Rollouts:
         """To where `position` was. Raises OutputError where the round's file is gone."""
         self.begins, self.ends, self.beta = where["begins"], where["ends"], where["beta"]
         self.round = read_round(self.folder, where["round"]) if where["round"] else None
-
-
-def largest_gap(
-    found: ByResponse, said: Mapping[ResponseId, tuple[float, ...] | None]
-) -> float | None:
-    """Between the trainer's log-probs and the sampler's own, in nats: the mean over all tokens or
-    over the last ones of all responses, whichever is larger. None where the sampler has none."""
-    gaps = [
-        (found[i].double() - torch.tensor(logps, dtype=torch.float64)).abs()
-        for i, logps in said.items()
-        if logps is not None
-    ]
-    if not gaps:
-        return None
-    last = torch.stack([gap[-1] for gap in gaps])
-    return max(torch.cat(gaps).mean().item(), last.mean().item())
 
 
 def texts_of(lm: LanguageModel, tree: Tree) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import OutputError
+from upweight.losses.advantages import stop_penalized
 from upweight.stats import mean_interval, repeated, wilson_interval
 from upweight.training.rundir import write_atomic
 from upweight.types import Experience, Forest, Preference, ResponseId, RowId, Tree
@@ -25,8 +27,9 @@ ByResponse = dict[ResponseId, Float[Tensor, " tokens"]]
 
 @dataclass(frozen=True)
 class Round:
-    """What was drawn, by response; `beta` is the weight of the KL term that it was made with, and
-    `computed` the tokens that went through a model to make it, each time that they did."""
+    """What was drawn, by response; `beta` is the weight of the KL term that it was made with,
+    `stop_penalty` what answers that do not stop by themselves pay, and `computed` the tokens that
+    went through a model to make it, each time that they did."""
 
     number: int
     beta: float
@@ -39,6 +42,7 @@ class Round:
     values: ByResponse | None = None
     returns: ByResponse | None = None
     computed: int = 0
+    stop_penalty: float = 0.0
 
     def experience(self, forest: Forest) -> Experience:
         """What is known of the forest's tokens, in their order."""
@@ -62,12 +66,48 @@ class Round:
         return sum(gaps) / len(gaps)
 
     @property
+    def compared(self) -> dict[ResponseId, float]:
+        """What the answers that are learned from are compared by: their scores, lower by the
+        penalty where they do not stop by themselves."""
+        ids = [i for tree in self.trees for i in tree.ids]
+        compared = stop_penalized(
+            torch.tensor([self.scores[i] for i in ids], dtype=torch.float32),
+            torch.tensor([stop for tree in self.trees for stop in tree.stopped], dtype=torch.bool),
+            penalty=self.stop_penalty,
+        )
+        return dict(zip(ids, compared.tolist(), strict=True))
+
+    @property
     def tied(self) -> float | None:
         """The share of prompts whose answers all earn the same, so that no reward tells them
         apart; None where a prompt has one answer, or pairs are what is learned from."""
         groups = [tree.ids for tree in self.trees if len(tree.ids) > 1 and not tree.preferences]
-        same = [len({self.scores[i] for i in ids}) == 1 for ids in groups]
+        compared = self.compared
+        same = [len({compared[i] for i in ids}) == 1 for ids in groups]
         return sum(same) / len(same) if same else None
+
+    @property
+    def entropy(self) -> float:
+        """Nats a token: the mean of -log pi over the tokens that the policy drew, an unbiased
+        estimate of the entropy of what it drew them from."""
+        drawn = torch.cat(list(self.logps.values()))
+        return -drawn.double().mean().item()
+
+    @property
+    def explained_variance(self) -> float | None:
+        """1 - var(returns - values) / var(returns) over all tokens: 1 for values that foresee what
+        is earned, 0 for those that know no more than the mean, below for worse ones. None without
+        values, or where all returns are equal."""
+        if self.values is None or self.returns is None:
+            return None
+        values, returns = (
+            torch.cat([known[i] for i in self.logps]).double()
+            for known in (self.values, self.returns)
+        )
+        spread = returns.var(correction=0).item()
+        if not spread > 0:
+            return None
+        return 1 - (returns - values).var(correction=0).item() / spread
 
     @cached_property
     def means(self) -> dict[str, float]:
@@ -94,10 +134,19 @@ class Round:
             for end, value in (("low", interval.low), ("high", interval.high))
             if math.isfinite(value)
         }
+        scores, lengths = list(self.scores.values()), [len(x) for x in self.logps.values()]
+        known = {
+            "reward_std": statistics.stdev(scores) if len(scores) > 1 else None,
+            "tied": self.tied,
+            "explained_variance": self.explained_variance,
+        }
         return {
-            "reward": sum(self.scores.values()) / len(self.scores),
+            "reward": sum(scores) / len(scores),
             "beta": self.beta,
-            **({} if self.tied is None else {"tied": self.tied}),
+            "entropy": self.entropy,
+            "length/min": float(min(lengths)),
+            "length/max": float(max(lengths)),
+            **{name: value for name, value in known.items() if value is not None},
             **{name: interval.value for name, interval in found.items()},
             **ends,
         }
@@ -108,7 +157,7 @@ _SCHEMA = pa.schema(
     [("source", pa.string()), ("line", pa.int64()), ("index", pa.int64()), ("score", pa.float64())]
     + [("tree", pa.int64()), ("chosen", pa.bool_()), ("rejected", pa.bool_())]
     + [("stopped", pa.bool_()), ("beta", pa.float64()), ("num_stopped", pa.int64())]
-    + [("computed", pa.int64())]
+    + [("computed", pa.int64()), ("stop_penalty", pa.float64())]
     + [("prompt", pa.list_(pa.int32())), ("response", pa.list_(pa.int32()))]
     + [(name, pa.list_(pa.float32())) for name in _LISTS]
 )
@@ -135,6 +184,7 @@ def write_round(folder: Path, made: Round) -> None:
             "beta": made.beta,
             "num_stopped": made.num_stopped,
             "computed": made.computed,
+            "stop_penalty": made.stop_penalty,
         }
         for key in _LISTS:
             known: ByResponse | None = getattr(made, key)
@@ -184,6 +234,7 @@ def read_round(folder: Path, number: int) -> Round:
         trees=tuple(_read_tree(group) for _, group in sorted(groups.items())),
         num_stopped=rows[0]["num_stopped"],
         computed=rows[0]["computed"] or 0,
+        stop_penalty=rows[0]["stop_penalty"] or 0.0,
         scores=scores,
         logps=known["logps"],
         reference_logps=known["reference_logps"],

@@ -179,9 +179,20 @@ CURVES = (
     Curve(
         "Loss",
         "",
-        "Its level says little, for each round begins anew: read reward and KL.",
-        _train("loss"),
+        "Its level says little, for each round begins anew: read reward and KL. The policy's own "
+        "part is drawn where the value loss is in it too.",
+        (*_train("loss"), Line("policy_loss", "policy", "t-policy", dashed=True)),
         about=("answers",),
+    ),
+    Curve(
+        "Entropy",
+        "nats per token",
+        "How undecided the policy was about the tokens that it drew, as estimated from them; a "
+        "fall to nearly 0 is a policy that has stopped trying anything else.",
+        _train("entropy", "rollouts"),
+        about=("answers",),
+        optional=True,
+        include=(0.0,),
     ),
     Curve(
         "Clipped tokens",
@@ -223,6 +234,16 @@ CURVES = (
         about=("answers",),
         optional=True,
         include=(0.0,),
+    ),
+    Curve(
+        "Explained variance",
+        "share of the returns' variance",
+        "What of an answer's worth the value model foresaw: 1 is all of it, 0 no more than a "
+        "constant does, below 0 less.",
+        _train("explained_variance", "rollouts"),
+        about=("answers",),
+        optional=True,
+        include=(0.0, 1.0),
     ),
     Curve(
         "Weight of the KL term",

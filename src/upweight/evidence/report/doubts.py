@@ -163,7 +163,8 @@ def _beside_the_reference(
 def _besides(records: Records, set_name: str | None) -> Iterator[tuple[str, str]]:
     seen = [found for found in records.warnings if found.step is not None]
     codes = {found.code for found in seen}
-    said_of = {found.set for found in seen if found.code == FAR}
+    # Not what was said of an estimate below 0.
+    said_of = {f.set for f in seen if f.code == FAR and f.metric != "kl_high"}
     distances = _measured(records, "kl", said_of) if said_of else ()
     if far := next((found for found in distances if found.low > found.limit), None):
         yield (

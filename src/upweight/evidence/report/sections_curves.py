@@ -46,6 +46,7 @@ def _charts(curve: Curve, records: Records) -> Iterator[Chart]:
     trained = tuple(_series(line, records.train) for line in curve.train)
     if curve.steered and not any(map(_moves, trained)):
         return
+    ends = {f"{curve.bounds}_{end}" for end in ("low", "high")}  # a bound may be what was wrong
     sets = list(records.evals)
     crowded = len(sets) > (_MOST_SETS_IN_ONE if len(curve.evals) == 1 else 1) and curve.evals
     for group in [[name] for name in sets] if crowded else [sets]:
@@ -63,7 +64,10 @@ def _charts(curve: Curve, records: Records) -> Iterator[Chart]:
             guides=curve.guides,
             events=epochs(records.train),
             marks=_marks(
-                records, {x.key for x in curve.train}, {x.key for x in curve.evals}, group
+                records,
+                ends.union(x.key for x in curve.train),
+                ends.union(x.key for x in curve.evals),
+                group,
             ),
             percent=curve.percent,
             log=curve.log,

@@ -23,8 +23,11 @@ PAGES: tuple[Page, ...] = (
             "in float32, 0.1 in bfloat16. With `reference` null a difference is refused. With a "
             "`reference` that you named it is reported: the first `loss` in `metrics.jsonl` is "
             "then not ln 2 = 0.6931. A run that learns from its own answers compares, in every "
-            "round, the log-probs that the sampler drew tokens with and the trainer's: more than "
-            "that rounding per token is refused."
+            "round, the log-probs that the sampler drew tokens with and the trainer's. More than "
+            "that rounding is refused, as a mean over all tokens, over the last ones or over one "
+            "answer; so is a difference that does not average out, or that grows with how "
+            "unlikely a token is, as at another temperature (bfloat16: 0.005 nats a token and "
+            "0.01 a nat, plus four standard errors)."
         ),
         guarded_by=(
             "While `reference` is null, the reference log-probs are computed from the policy "
@@ -297,7 +300,8 @@ PAGES: tuple[Page, ...] = (
             "it. Refused as well: keys of an evaluation without `evaluation.sets` or "
             "`evaluation.fraction`, keys of samples while `evaluation.samples` is 0, "
             "`export.merge` without `lora`, `policy.clip_low`, `policy.clip_high`, "
-            "`policy.value_clip` and `policy.kl_stop` where a round is one step, a variable in "
+            "`policy.value_clip` and `policy.kl_stop` where a round is one step, "
+            "`policy.kl_estimator` while `loss.beta` is 0, a variable in "
             "`data.template_options` that the chat template never looks up, and `data.pairing` or "
             "`data.min_score_gap` where no row has scores."
         ),

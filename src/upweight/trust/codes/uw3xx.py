@@ -279,7 +279,9 @@ PAGES: tuple[Page, ...] = (
             "in nats per answer, is above `watch.kl`. Beta is named as the cause where beta times "
             "that distance is below 1, the learning rate otherwise. Answers longer than "
             "`evaluation.max_new_tokens` count up to there. In a run that learns from its own "
-            "answers, at each round too."
+            "answers, at each round too. A sampled KL whose whole interval is below 0, by more "
+            "than 0.1 nats, is reported as well: no KL is negative, so that this estimate of it "
+            "says nothing of the distance."
         ),
         guarded_by=(
             "The report shows the last value with its interval, and its headline is no success "
@@ -290,6 +292,8 @@ PAGES: tuple[Page, ...] = (
             "Too many `epochs`.",
             "`loss.beta` is so small that little holds the policy to the reference, or was "
             "chosen for log-probs that are counted otherwise (UW307).",
+            "Where `kl` is below 0: few prompts, which have not met the rare answers that carry "
+            "the distance, or answers that are not the policy's own.",
         ),
         do=(
             "Lower `optimizer.learning_rate`.",
@@ -299,7 +303,10 @@ PAGES: tuple[Page, ...] = (
             "rising (`checkpoint.best`).",
         ),
         source="Rafailov et al. 2024 (arXiv:2406.02900)",
-        detectors=("upweight.trust.watch.answers:far_from_the_reference",),
+        detectors=(
+            "upweight.trust.watch.answers:far_from_the_reference",
+            "upweight.trust.watch.answers:kl_below_zero",
+        ),
     ),
     Page(
         code="UW309",

@@ -14,6 +14,7 @@ from upweight.trust.finding import Finding
 from upweight.trust.watch.answers import (
     does_not_stop,
     far_from_the_reference,
+    kl_below_zero,
     length_runs_away,
     repeats_itself,
 )
@@ -53,6 +54,7 @@ TRAINING: Sequence[Observer] = (
     same_order,
     answers_change,
     far_from_the_reference,
+    kl_below_zero,
 )
 """What looks at training records."""
 
@@ -64,6 +66,7 @@ EVALUATION: Sequence[Observer] = (
     repeats_itself,
     does_not_stop,
     far_from_the_reference,
+    kl_below_zero,
 )
 """What looks at the records of evaluations."""
 

@@ -10,6 +10,11 @@ from upweight.trust.watch.seen import Record, Seen
 CUT = 0.1
 """The share of chosen responses without their end that is a likely cause."""
 
+NEGATIVE = 0.1
+"""Nats an answer below 0 that are let pass. A policy that is still its reference has a KL of
+rounding, in bf16 some 0.0005 nats a token; and where all gaps are that small, one interval in forty
+lies below 0 by chance, in a run of a hundred rounds two or three."""
+
 LONGER = 1.2
 """How many times the rejected responses' length makes the chosen ones' a likely cause."""
 
@@ -84,6 +89,21 @@ def _cause(seen: Seen, record: Record, ratio: float = 1.0) -> str:
             "optimizer.learning_rate or raise loss.beta"
         )
     return "read samples.jsonl, and train for fewer steps or with a smaller learning rate"
+
+
+def kl_below_zero(seen: Seen, record: Record) -> Finding | None:
+    """The sampled KL is negative beyond what chance explains, and a KL is not."""
+    if not record.get("kl_high", math.nan) < -NEGATIVE:
+        return None
+    return Finding(
+        "UW308",
+        f"step {record['step']:.0f}: the sampled KL to the reference is {record['kl']:.2g} nats an "
+        f"answer [to {record['kl_high']:.2g}], which no KL can be: what was drawn is likelier "
+        "under the reference than under the policy. Either these prompts are too few to have met "
+        "the rare answers that carry it, or what drew them is not the policy: ask more prompts, "
+        "and do not steer by this kl.",
+        metric="kl_high",
+    )
 
 
 def far_from_the_reference(seen: Seen, record: Record) -> Finding | None:
