@@ -32,6 +32,9 @@ OPERATIONS = 3e14
 """Multiplications and additions of a run from which on compiling pays: a quarter of an hour on two
 cores, of which it saves a seventh to a third, and it takes some ten to forty seconds."""
 
+COMPILED = "_compiled_call_impl"
+"""Where torch keeps what a module is called by instead, once it is compiled."""
+
 FAILURES = (RuntimeError, OSError, ImportError, AttributeError, TypeError, NotImplementedError)
 """What a compiler raises where it cannot go on; torch's own are RuntimeErrors."""
 
@@ -78,7 +81,7 @@ def compile_layers(lm: LanguageModel) -> None:
         fault = f"{type(error).__name__}: {first_lines(error, 1)}"
     if fault is not None:
         for layer in layers:
-            layer._compiled_call_impl = None
+            vars(layer).pop(COMPILED, None)
         AttentionInterface.register(NAME, forest_attention)
         raise ModelError(
             f"compute.compile is true, and the layers of {lm.name} cannot be compiled here "
@@ -88,7 +91,7 @@ def compile_layers(lm: LanguageModel) -> None:
 
 
 def is_compiled(lm: LanguageModel) -> bool:
-    return any(m._compiled_call_impl is not None for m in lm.causal.modules())
+    return any(vars(m).get(COMPILED) is not None for m in lm.causal.modules())
 
 
 @contextlib.contextmanager
