@@ -1,3 +1,4 @@
+import contextlib
 import subprocess
 import sys
 
@@ -6,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import upweight.models.sample as sampling
 from oracles import SHAPES, gradients, loaded, random_trees, weigh
 from upweight.data.pack import collate
 from upweight.errors import ModelError
@@ -139,3 +141,30 @@ def test_a_first_adapter_says_nothing_of_products_that_it_does_not_use() -> None
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_answers_are_drawn_from_matrices_that_are_converted_once_and_are_the_same_to_the_bit(
+    monkeypatch,
+):
+    lm = adapted(rounded=False)
+    frozen = {n: p for n, p in lm.model.named_parameters() if "base_layer" in n and p.ndim == 2}
+    seen = set()
+
+    def look(module, given):
+        seen.add(module.weight.dtype)
+
+    handles = [
+        m.register_forward_pre_hook(look)
+        for n, m in lm.model.named_modules()
+        if n.endswith("base_layer")
+    ]
+    before = {n: (p.data_ptr(), p.dtype) for n, p in frozen.items()}
+    drawn = sampling.sample(lm, [[5, 6, 7], [8, 9]], num=3, max_new_tokens=6)
+    assert seen == {torch.bfloat16}
+    assert {n: (p.data_ptr(), p.dtype) for n, p in frozen.items()} == before
+    seen.clear()
+    monkeypatch.setattr(sampling, "converted_once", lambda lm: contextlib.nullcontext())
+    assert sampling.sample(lm, [[5, 6, 7], [8, 9]], num=3, max_new_tokens=6) == drawn
+    assert seen == {torch.float32}
+    for handle in handles:
+        handle.remove()

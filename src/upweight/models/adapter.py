@@ -135,6 +135,26 @@ def _frozen_matrices(lm: LanguageModel) -> list[Any]:
     ]
 
 
+@contextlib.contextmanager
+def converted_once(lm: LanguageModel) -> Generator[None]:
+    """In the block plain frozen matrices stand in the dtype that autocast would convert them to,
+    the same numbers, for each product anew: where answers are drawn, for every token."""
+    from transformers.pytorch_utils import Conv1D
+
+    dtype = lm.compute_dtype
+    mixed = lm.dtype == torch.float32 and dtype != torch.float32
+    # Those that want a gradient autocast keeps, for as long as it is on.
+    wide = [m for m in _frozen_matrices(lm) if m.weight.dtype == torch.float32 and mixed]
+    wide = [m for m in wide if type(m) in (nn.Linear, Conv1D)]
+    kept = [m.weight.data for m in wide]
+    try:
+        _convert(wide, dtype)
+        yield
+    finally:
+        for module, weight in zip(wide, kept, strict=True):
+            module.weight.data = weight
+
+
 def _fits(weight: Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(weight.to(dtype).to(weight.dtype), weight)
 
