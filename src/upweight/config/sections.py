@@ -172,8 +172,8 @@ class Compute(Section):
     )
     compile: bool | None = Field(
         default=None,
-        description="Decoder layers through torch.compile; null: on a CPU, where the run is long "
-        "enough to pay for it.",
+        description="Decoder layers through torch.compile; null: on a CPU, without lora, where the "
+        "run is long enough to pay for it.",
     )
     offload: bool = Field(
         default=False,

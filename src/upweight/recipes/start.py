@@ -211,7 +211,8 @@ def _compiled(resolved: Resolved, lm: LanguageModel, num_tokens: float, screen: 
     """Compiles the layers where that was left open and pays; where it cannot be, says so."""
     if resolved.run.compute.compile is not None:
         return resolved
-    pays = pays_back(lm, num_tokens) and can_compile()
+    # With an adapter nothing was gained (LOG.md, 2026-11-28).
+    pays = not lm.has_adapter and pays_back(lm, num_tokens) and can_compile()
     if pays:
         screen.note("compiling the layers: the run is long enough to pay for it")
         try:
