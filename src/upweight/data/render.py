@@ -3,7 +3,7 @@
 What is rendered here is what serving renders. The prompt is the chat template's, with a generation
 prompt. A response is all that the template writes after that, up to and including the first stop
 token after the last message's content: so also what it puts before the content, such as an empty
-block of thought, and, where a response is several messages, the turns between the assistant's.
+block of thought, and, where a response is several of the assistant's messages, their headers.
 """
 
 from __future__ import annotations

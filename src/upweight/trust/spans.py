@@ -16,7 +16,7 @@ from typing import cast
 import jinja2
 
 from upweight.config import Preflight
-from upweight.data.account import Account
+from upweight.data.account import ONE_ANSWER, Account
 from upweight.data.render import Renderer
 from upweight.trust.finding import Finding, Refused
 from upweight.trust.reread import Kind, Odd, again, decode, plainly_says, served, turns_of
@@ -92,7 +92,7 @@ def examine_texts(texts: Texts) -> list[Finding]:
 
 def scored(texts: Texts) -> list[_Wrong]:
     """The scored tokens are the response's, all of them, and of nothing else."""
-    found: list[_Wrong] = []
+    found = _dropped(texts, "other_turns_in_response", "UW201", _OTHER_TURNS, ONE_ANSWER)
     for odd in _of(texts, "span")[:1]:
         found.append(_wrong("UW201", texts.said(odd.detail), [odd]))
     total, limit = len(texts.rows), texts.limits.spans
@@ -112,6 +112,7 @@ def scored(texts: Texts) -> list[_Wrong]:
     return found
 
 
+_OTHER_TURNS = "whose responses hold turns that are not the assistant's and would be learned"
 _TEXT_LOST: dict[Kind, str] = {
     "rewritten": "the chat template leaves out part of a response, and it is not scored",
     "unwritten": "the tokenizer has no tokens for part of a response, and it is not scored",
@@ -134,7 +135,7 @@ def stops(texts: Texts) -> list[_Wrong]:
         for ids, stopped, of in zip(tree.responses, tree.stopped, tree.ids, strict=True):
             places = [k for k, i in enumerate(ids) if i in renderer.stop_ids]
             turns = turns_of(example.responses[of.index].content, "assistant")
-            # Turns before the last have stops of their own.
+            # The assistant's turns before the last have stops of their own.
             inner = places[:-1] if stopped else places
             if (stopped and places[-1:] != [len(ids) - 1]) or (inner and len(turns) == 1):
                 said = f"response {of.index} has {len(places)} stop tokens in {len(ids)}"
@@ -208,7 +209,7 @@ def _of(texts: Texts, kind: Kind) -> list[Odd]:
     return [odd for odd in texts.odd if odd.kind == kind]
 
 
-def _dropped(texts: Texts, reason: str, code: str, what: str) -> list[_Wrong]:
+def _dropped(texts: Texts, reason: str, code: str, what: str, advice: str = "") -> list[_Wrong]:
     account, limit = texts.account, texts.limits.spans
     rows, left = account.dropped.get(reason, 0), account.left_out.get(reason, 0)
     answers = account.responses + sum(account.left_out.values())
@@ -217,7 +218,8 @@ def _dropped(texts: Texts, reason: str, code: str, what: str) -> list[_Wrong]:
     said = f"{rows} of {account.read} rows and {left} of {answers} responses were left out, {what}"
     named = account.examples.get(reason, [])
     said += f", such as {named[0][0]}: {named[0][1]}" if named else ""
-    return [_Wrong(Finding(code, texts.said(f"{said} (preflight.spans is {limit:.0%}).")))]
+    said = texts.said(f"{said} (preflight.spans is {limit:.0%}). {advice}".strip())
+    return [_Wrong(Finding(code, said))]
 
 
 def _spread(rows: Sequence[tuple[Example, Tree]]) -> list[tuple[Example, Tree]]:

@@ -18,6 +18,9 @@ PAGES: tuple[Page, ...] = (
             "Before step 1, in every set: each scored span is decoded and compared with the row's "
             "text; up to 100 rows where it is not plainly the same, and up to 100 of the others, "
             "are tokenized again as one text. One row in which other tokens are scored is refused. "
+            "Responses that hold a turn which is not the assistant's (a user's, a tool's result) "
+            "are not used and are counted as `other_turns_in_response`; a share of rows or of "
+            "responses above `preflight.spans` is refused. "
             "Rows of which the chat template or the tokenizer leaves out text are reported, and "
             "refused above `preflight.spans`. So many rows whose responses all begin with the "
             "whole prompt are reported only: the task may be to repeat it."
@@ -31,17 +34,22 @@ PAGES: tuple[Page, ...] = (
             "Prompt and response come apart elsewhere than you think: the column `prompt` is "
             "missing, and what both responses share was taken as the prompt.",
             "The response repeats the prompt as text.",
+            "Chosen and rejected are whole conversations that differ in an early answer: all that "
+            "follows would be the response.",
             "The chat template takes thoughts out of an answer, which then are not learned.",
             "A bug in upweight.",
         ),
         do=(
             "Give `prompt` as a column of its own, and responses without it.",
+            "Of whole conversations give as `prompt` the messages up to the last user turn that "
+            "both share, and one answer each; for sft the conversation in the column messages, "
+            "with `data.turns=all`.",
             "Run `upweight check run.yaml` and read the first rows: what is scored stands between "
             "the bars.",
             "Compare `tokens_chosen` and `tokens_rejected` in the lines of `upweight score` with "
             "your own count.",
         ),
-        detectors=("upweight.trust.spans:scored",),
+        detectors=("upweight.data.account:require_used", "upweight.trust.spans:scored"),
     ),
     Page(
         code="UW202",
