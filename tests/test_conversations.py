@@ -12,7 +12,9 @@ import pytest
 import upweight as uw
 from families import assistant, user
 from runs import furnish, plain_rows, train, write_rows
+from tiny import CHATML, byte_tokenizer
 from upweight.errors import Refusal
+from upweight.trust import spans
 
 
 @pytest.fixture(autouse=True)
@@ -127,3 +129,98 @@ def test_several_turns_of_the_assistants_are_one_answer():
         },
     )
     assert "UW201" not in findings(rows)
+
+
+# What the chat template does not write
+
+HEAD = "<|im_start|>{{ m['role'] }}\n"
+TEXT = "{{ m['content'] }}"
+
+
+def template(old: str, new: str) -> None:
+    """model/ with a ChatML in which `old` is `new`."""
+    assert old in CHATML
+    byte_tokenizer(CHATML.replace(old, new)).save_pretrained("model")
+
+
+def asked(*before: Row) -> Callable[[Row], Row]:
+    """Rows of messages, with these in front."""
+    return lambda row: {
+        "prompt": [*before, user(row["prompt"])],
+        "chosen": [assistant(row["chosen"])],
+        "rejected": [assistant(row["rejected"])],
+    }
+
+
+SYSTEM = {"role": "system", "content": "Be terse."}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"a": "b"}}}
+CALLING = {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]}
+
+
+def with_tools(row: Row) -> Row:
+    return row | {"tools": TOOLS}
+
+
+def calling(row: Row) -> Row:
+    return asked()(row) | {"chosen": [assistant(row["chosen"]) | {"tool_calls": [CALL]}]}
+
+
+SKIPS = "{% if m['role'] == 'ROLE' %}{% continue %}{% endif %}" + HEAD
+CUTS = "{{ m['content'] if m['role'] == 'assistant' else m['content'][:6] }}"
+
+
+@pytest.mark.parametrize(
+    ("change", "old", "new", "code", "says"),
+    [
+        (asked(SYSTEM), HEAD, SKIPS.replace("ROLE", "system"), "UW202", "the system turn 'Be t"),
+        (asked(user("a"), CALLING), HEAD, HEAD, "UW202", "the tool call 'find'"),
+        (with_tools, HEAD, HEAD, "UW202", "the tools, which it does not read"),
+        (calling, HEAD, HEAD, "UW201", "the tool call 'find'"),
+    ],
+)  # fmt: skip
+def test_what_the_template_does_not_write_is_refused_or_reported(
+    change: Callable[[Row], Row], old: str, new: str, code: str, says: str
+):
+    template(old, new)
+    said = refused(code, some(60, change))
+    assert "in 60 of 60 rows the chat template leaves out part of" in said and says in said
+    assert "rows.jsonl:1" in said
+    few = findings(some(4, change))
+    assert "in 4 of 60 rows" in few[code] and says in few[code]
+
+
+@pytest.mark.parametrize(("old", "new"), [(HEAD, SKIPS.replace("ROLE", "user")), (TEXT, CUTS)])
+def test_a_template_that_loses_or_cuts_the_question_is_refused(old: str, new: str):
+    template(old, new)
+    said = refused("UW202", ROWS)
+    assert "in 60 of 60 rows the chat template leaves out part of the prompt" in said
+    assert "such as the user turn 'question 0'" in said
+
+
+def test_text_without_a_template_has_no_tools():
+    plain = {"data.template": "none"}
+    assert "does not read" in refused("UW202", some(60, with_tools), **plain)
+
+
+def test_a_template_that_writes_tools_and_calls_raises_nothing():
+    tools = "{% for t in tools or [] %}{{ t.function.name }}\n{% endfor %}"
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+    written = tools + CHATML.replace(TEXT, TEXT + calls)
+    byte_tokenizer(written).save_pretrained("model")
+    for change in (with_tools, calling, asked(user("a"), CALLING), asked(SYSTEM)):
+        # That only chosen answers call is a shortcut.
+        assert findings(some(60, change)).keys() <= {"UW211"}
+
+
+def test_thoughts_and_white_space_that_a_template_takes_out_of_a_prompt_raise_nothing():
+    template(TEXT, "{{ m['content'].split('</think>')[-1].strip() if m['role'] == 'assistant' "
+             "else m['content'] | tojson }}")  # fmt: skip
+    before = (user(" a\n\tlong\u00a0way "), assistant("<think>hm, well</think>\n\nYes?"))
+    assert findings(some(60, asked(*before))) == {}
+
+
+def test_a_large_set_is_judged_by_its_sample(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(spans, "NUM_AGAIN", 6)
+    assert "in 60 of 60 rows" in refused("UW202", some(60, with_tools)).replace("about ", "")
+    assert "UW201" in refused("UW201", some(60, calling))

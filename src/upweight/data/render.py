@@ -30,7 +30,7 @@ else:
 Truncation = Literal["drop", "prompt", "response"]
 
 # What templates raise on a conversation that they do not take.
-_TEMPLATE_ERRORS = (
+TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
 )  # fmt: skip
 _NO_TOKEN = re.compile(r"(?!)")
@@ -187,7 +187,7 @@ def render(example: Example, indices: Sequence[int], renderer: Renderer) -> Rend
         return Dropped(example.row, "empty_prompt", "the prompt has no words")
     try:
         prompt_text = _apply(prompt, example, renderer, add_generation_prompt=True)
-    except _TEMPLATE_ERRORS as error:
+    except TEMPLATE_ERRORS as error:
         return Dropped(example.row, "template", _said(error))
     written = _special_in([_without_roles(turn) for turn in prompt], renderer) is not None
     answers: dict[int, Answer] = {}
@@ -200,7 +200,7 @@ def render(example: Example, indices: Sequence[int], renderer: Renderer) -> Rend
             continue
         try:
             full = _apply((*prompt, *turns), example, renderer, add_generation_prompt=False)
-        except _TEMPLATE_ERRORS as error:
+        except TEMPLATE_ERRORS as error:
             problems[i] = Problem("template", _said(error))
             continue
         found = _answer(prompt_text, full, turns, renderer)
@@ -336,7 +336,7 @@ def _probe(tokenizer: Tokenizer, options: Mapping[str, Any]) -> tuple[str, str |
             )
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"The chat template cannot be parsed: {error}.") from None
-        except _TEMPLATE_ERRORS:
+        except TEMPLATE_ERRORS:
             continue
         before, found, after = full.rpartition(_ANSWER)
         if found:

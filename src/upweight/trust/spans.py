@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
 
@@ -19,7 +19,7 @@ from upweight.config import Preflight
 from upweight.data.account import ONE_ANSWER, Account
 from upweight.data.render import Renderer
 from upweight.trust.finding import Finding, Refused
-from upweight.trust.reread import Kind, Odd, again, decode, plainly_says, served, turns_of
+from upweight.trust.reread import Kind, Odd, again, decode, plainly_says, served, turns_of, unsaid
 from upweight.types import Example, Message, Response, RowId, Tree
 
 NUM_AGAIN = 100
@@ -61,15 +61,15 @@ class Texts:
     @cached_property
     def odd(self) -> list[Odd]:
         """What tokenizing again showed, for the rows of which that was asked."""
-        asked = [
-            row
-            for wanted in (False, True)
-            for row in _spread(
-                [r for r, p in zip(self.rows, self.plain, strict=True) if p == wanted]
-            )
-        ]
-        found = [again(*row, self.renderer) for row in asked]
-        return [one for one in found if one is not None]
+        found: list[Odd] = []
+        for wanted in (False, True):
+            rows = [r for r, p in zip(self.rows, self.plain, strict=True) if p == wanted]
+            asked = _spread(rows)
+            for example, tree in asked:
+                odds = (again(example, tree, self.renderer), unsaid(example, self.renderer))
+                share = len(rows) / len(asked)
+                found += [replace(one, stands_for=share) for one in odds if one is not None]
+        return found
 
     def said(self, text: str) -> str:
         return f"{self.name}: {text}"
@@ -95,14 +95,9 @@ def scored(texts: Texts) -> list[_Wrong]:
     found = _dropped(texts, "other_turns_in_response", "UW201", _OTHER_TURNS, ONE_ANSWER)
     for odd in _of(texts, "span")[:1]:
         found.append(_wrong("UW201", texts.said(odd.detail), [odd]))
-    total, limit = len(texts.rows), texts.limits.spans
     for kind, what in _TEXT_LOST.items():
-        odds, num_unlike = _of(texts, kind), texts.plain.count(False)
-        if odds:
-            num = round(len(odds) * max(1.0, num_unlike / NUM_AGAIN))
-            said = f"in {'' if num == len(odds) else 'about '}{num} of {total} rows {what}, such as"
-            said = texts.said(f"{said} {odds[0].detail} (preflight.spans is {limit:.0%}).")
-            found.append(_wrong("UW201", said, odds, num > limit * total))
+        found += _lost(texts, kind, "UW201", what)
+    total, limit = len(texts.rows), texts.limits.spans
     echoes = [example.row for example, _ in texts.rows if _echoes(example)]
     if len(echoes) > limit * total:
         said = f"in {len(echoes)} of {total} rows every response begins with the whole prompt"
@@ -124,7 +119,22 @@ def boundary(texts: Texts) -> list[_Wrong]:
     odds = _of(texts, "prompt")
     if odds:
         return [_wrong("UW202", texts.said(odds[0].detail), odds)]
-    return _dropped(texts, "boundary", "UW202", "whose prompt and response do not come apart")
+    found = _dropped(texts, "boundary", "UW202", "whose prompt and response do not come apart")
+    return found + _lost(texts, "unsaid", "UW202", _PROMPT_LOST)
+
+
+_PROMPT_LOST = "the chat template leaves out part of the prompt, and the model never sees it"
+
+
+def _lost(texts: Texts, kind: Kind, code: str, what: str) -> list[_Wrong]:
+    """Text that does not become tokens, as many rows as there are likely to be."""
+    odds, total, limit = _of(texts, kind), len(texts.rows), texts.limits.spans
+    if not odds:
+        return []
+    num = round(sum(odd.stands_for for odd in odds))
+    said = f"in {'' if num == len(odds) else 'about '}{num} of {total} rows {what}, such as"
+    said = texts.said(f"{said} {odds[0].detail} (preflight.spans is {limit:.0%}).")
+    return [_wrong(code, said, odds, num > limit * total)]
 
 
 def stops(texts: Texts) -> list[_Wrong]:

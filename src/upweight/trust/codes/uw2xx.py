@@ -36,7 +36,8 @@ PAGES: tuple[Page, ...] = (
             "The response repeats the prompt as text.",
             "Chosen and rejected are whole conversations that differ in an early answer: all that "
             "follows would be the response.",
-            "The chat template takes thoughts out of an answer, which then are not learned.",
+            "The chat template takes thoughts out of an answer, or does not write its tool calls, "
+            "which then are not learned.",
             "A bug in upweight.",
         ),
         do=(
@@ -53,19 +54,25 @@ PAGES: tuple[Page, ...] = (
     ),
     Page(
         code="UW202",
-        title="The prompt's tokens are not how prompt and response together begin",
+        title="The prompt's tokens are not the row's, or not how prompt and response together begin",
         severity="refuses",
         meaning=(
             "Serving gives the model the tokens of the prompt alone. If tokenizing prompt and "
             "response as one text gives other tokens at their boundary, or the chat template "
             "writes another prompt when a response follows, training scores a continuation of a "
-            "prompt that serving never shows."
+            "prompt that serving never shows. And what the template does not write at all, such as "
+            "tools, tool calls or a system message that it does not know, the model never sees."
         ),
         found_by=(
             "Before step 1, in every set: the share of rows and of responses that were left out as "
             "`boundary`. More than `preflight.spans` is refused. Up to 200 rows are also tokenized "
             "again, by the tokenizer's own chat template: one whose prompt then has other tokens, "
-            "alone or with a response, is refused. `examples` in `account.json` has the first five "
+            "alone or with a response, is refused. In the same rows the letters of every turn of "
+            "the prompt must be in what the template writes (but for the thoughts of the "
+            "assistant's turns), the names of the tools too, and it must write something else "
+            "without the tools or a tool call; rows of which it leaves out any of this are "
+            "reported, and refused above `preflight.spans` (a response's tool calls: UW201). "
+            "`examples` in `account.json` has the first five "
             "rows of each reason, with the tokens; `boundary_repaired` counts the rows whose "
             "prompt gave white space to the responses."
         ),
@@ -78,10 +85,13 @@ PAGES: tuple[Page, ...] = (
             "The chat template writes something at the end of a bare prompt that it leaves out "
             "before an answer, such as the beginning of a thought.",
             "In plain text, the response begins inside a word or number that the prompt began.",
+            "The chat template does not read tools or tool calls, skips a role, or cuts texts.",
         ),
         do=(
             "Set the template's own variables in `data.template_options`, such as enable_thinking.",
             "In plain text, end prompts without white space and begin responses with it.",
+            "Take a model whose chat template writes what the rows have, or write it into the "
+            "texts yourself: a system message before the question, say.",
         ),
         detectors=("upweight.data.account:require_used", "upweight.trust.spans:boundary"),
     ),
