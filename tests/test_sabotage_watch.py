@@ -121,9 +121,19 @@ def test_a_policy_that_is_its_own_reference_is_refused(
     monkeypatch.setattr(objectives, "pair", aliased)
     assert train("run") == 2
     said = capsys.readouterr().err
-    assert "error[UW102]" in said and "step 2" in said
+    assert "error[UW102]" in said and "step 3" in said
     assert warned()["UW102"]["refused"]
-    assert "step 2, and ended the run" in Path("run/report.html").read_text()
+    assert "step 3, and ended the run" in Path("run/report.html").read_text()
+
+
+def test_updates_that_bf16_rounds_away_are_no_policy_that_is_its_own_reference(
+    capsys: pytest.CaptureFixture[str],
+):
+    small = ("--lora", "--learning-rate", "1e-8", "--dtype", "bfloat16", "--steps", "9")
+    assert train("run", *small) == 0
+    rows = [row for row in rows_of("run/metrics.jsonl") if row["kind"] == "train"]
+    assert all(row["logratios/chosen"] == 0 for row in rows)
+    assert "UW102" not in capsys.readouterr().err
 
 
 # How a step is made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_weights_in_fp32_hold_the_same_updates():
 
 
 def moving(**limits: float) -> Watch:
-    watch = Watch(loaded(), Limits(**limits))
+    watch = Watch(loaded(), Limits(**limits), Told(trees=random_trees([(6, 5, 4)])))
     watch.seen.moved, watch.seen.judged = 1.0, True
     return watch
 
@@ -79,10 +80,32 @@ def codes(watch: Watch, records: list[dict[str, object]]) -> list[str]:
 
 def test_a_policy_is_told_from_its_reference_unless_that_was_just_renewed():
     same = {"logratios/chosen": 0.0, "logratios/rejected": 0.0}
-    assert codes(moving(), [record(2, **same, **{"reference/renewed": 1.0})]) == []
+
+    def after_two_records(move: bool, **more: float) -> list[str]:
+        watch = moving()
+        found = codes(watch, [record(2, **same, **more)])
+        with torch.no_grad():
+            for p in watch.seen.lm.model.parameters():
+                p += 1e-3 * move
+        return found + codes(watch, [record(3, **same, **more)])
+
+    assert after_two_records(True, **{"reference/renewed": 1.0}) == []
+    # Updates may be too small for what a forward pass holds: its log-probs are those of before.
+    assert after_two_records(False) == []
     for more in ({}, {"reference/renewed": 0.5}):
         with pytest.raises(Refusal, match="the reference is the policy itself"):
-            codes(moving(), [record(2, **same, **more)])
+            after_two_records(True, **more)
+
+
+def test_a_policy_without_rows_is_told_from_its_reference_by_its_prompts():
+    bare = [replace(t, responses=(), ids=t.ids[:1], stopped=()) for t in random_trees([(6, 5, 4)])]
+    watch = moving()
+    watch.seen.told = Told(trees=bare)
+    assert not watch.seen.says_something_else()
+    with torch.no_grad():
+        for p in watch.seen.lm.model.parameters():
+            p += 1e-3
+    assert watch.seen.says_something_else()
 
 
 def test_chosen_responses_that_lose_probability_are_reported_once():

@@ -59,8 +59,12 @@ PAGES: tuple[Page, ...] = (
             "them back."
         ),
         found_by=(
-            "From the second training record on: the log-ratios of chosen and rejected are "
-            "exactly 0, and the first step has moved weights. Not where "
+            "From the second training record on, where the log-ratios of chosen and rejected are "
+            "exactly 0 though the first step has moved weights: the policy scores a training row, "
+            "and again after each record. Once most of that row's tokens have other log-probs than "
+            "before and the log-ratios are still exactly 0, the run is refused. Updates of a small "
+            "learning rate, or of a long warmup, can be too small for a forward pass in bfloat16 "
+            "to show; nothing is said of those before the end (UW307). Not where "
             "`rollout.renew_reference` has just made the policy its own reference."
         ),
         guarded_by=(

@@ -54,7 +54,7 @@ PAGES: tuple[Page, ...] = (
     ),
     Page(
         code="UW202",
-        title="The prompt's tokens are not the row's, or not how prompt and response together begin",
+        title="The prompt's tokens are not its row's, or not how it begins with its response",
         severity="refuses",
         meaning=(
             "Serving gives the model the tokens of the prompt alone. If tokenizing prompt and "
