@@ -224,3 +224,59 @@ def test_a_large_set_is_judged_by_its_sample(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(spans, "NUM_AGAIN", 6)
     assert "in 60 of 60 rows" in refused("UW202", some(60, with_tools)).replace("about ", "")
     assert "UW201" in refused("UW201", some(60, calling))
+
+
+# Rows that were rendered before
+
+
+def rendered(row: Row) -> Row:
+    said = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+    return row | {"prompt": said}
+
+
+def test_prompts_that_were_rendered_already_are_refused():
+    said = refused("UW204", some(30, rendered))
+    assert "30 of 60 rows hold <|im_start|>, which the chat template writes" in said
+    assert "data.template=none" in said and "rows.jsonl:1" in said
+    found = check(some(4, rendered))
+    assert not found.findings and found.accounts["train"].special_in_prompt == 4
+
+
+def test_prompts_that_were_rendered_already_are_refused_where_answers_are_drawn():
+    drawing = {"objective": "grpo", "rollout.reward": "vader"}
+    assert "<|im_start|>" in refused("UW204", some(30, rendered), **drawing)
+    assert "does not read" in refused("UW202", some(30, with_tools), **drawing)
+    assert findings(ROWS, **drawing) == {}
+
+
+def test_prompts_with_special_tokens_that_no_template_writes_are_reported():
+    said = findings(some(30, lambda row: row | {"prompt": f"<|endoftext|> {row['prompt']}"}))
+    assert "30 of 60 rows hold <|endoftext|>" in said["UW204"]
+
+
+@pytest.mark.parametrize(
+    ("change", "marker"),
+    [
+        (lambda row: row | {"prompt": f"[INST] {row['prompt']} [/INST]"}, "[INST]"),
+        (lambda row: row | {"chosen": f"{row['chosen']}</s>"}, "</s>"),
+        (lambda row: row | {"prompt": f"\n\nHuman: {row['prompt']}\n\nAssistant:"}, "Human:"),
+        (lambda row: row | {"rejected": f"{row['rejected']}\n\nHuman: ok"}, "Human:"),
+        (lambda row: row | {"chosen": f"<start_of_turn>{row['chosen']}"}, "<start_of_turn>"),
+    ],
+)
+def test_markers_of_other_templates_are_reported(change: Callable[[Row], Row], marker: str):
+    said = findings(some(3, change))["UW204"]
+    assert "3 of 60 rows hold what a chat template writes, such as" in said
+    assert marker in said and "rows.jsonl:1" in said and "preflight.markers is 2%" in said
+    assert "UW204" not in findings(some(1, change))
+    assert "UW204" not in findings(some(3, change), **{"preflight.markers": 0.1})
+
+
+def test_text_without_a_template_may_be_a_transcript_but_holds_no_other_models_tokens():
+    def changed(row: Row) -> Row:
+        return row | {"prompt": f"\n\nHuman: {row['prompt']}\n\nAssistant:"}
+
+    plain = {"data.template": "none"}
+    assert findings(some(60, changed), **plain) == {}
+    said = findings(some(30, lambda row: row | {"chosen": f"{row['chosen']}</s>"}), **plain)
+    assert "</s>" in said["UW204"]

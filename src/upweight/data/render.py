@@ -154,9 +154,9 @@ def make_renderer(
         template_options=options,
         header=header,
         after=after,
-        stops=_any_of(stops),
-        specials=_any_of(special | stops),
-        splits=_any_of(splits) if chat else _NO_TOKEN,
+        stops=any_of(stops),
+        specials=any_of(special | stops),
+        splits=any_of(splits) if chat else _NO_TOKEN,
         stop_ids=frozenset(stop_ids),
         added_stop=stop_ids[0],
         end=stop_ids[0] if written is None else written,
@@ -348,7 +348,7 @@ def _probe(tokenizer: Tokenizer, options: Mapping[str, Any]) -> tuple[str, str |
 def _first_token(after: str, texts: Mapping[int, str]) -> int | None:
     """The added token that comes first in what follows an answer's content."""
     by_text = {text: i for i, text in texts.items()}
-    found = _any_of(text for text in by_text if text.strip()).search(after)
+    found = any_of(text for text in by_text if text.strip()).search(after)
     return by_text[found.group()] if found else None
 
 
@@ -368,7 +368,7 @@ def _reserved(tokenizer: type) -> frozenset[str]:
     return frozenset(names) - {"self", "kwargs", "documents"} | {"messages"}
 
 
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """A pattern for any of the texts, the longest first, as a tokenizer looks for them."""
     ordered = sorted({t for t in texts if t}, key=lambda t: (-len(t), t))
     return re.compile("|".join(map(re.escape, ordered))) if ordered else _NO_TOKEN

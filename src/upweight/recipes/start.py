@@ -243,8 +243,6 @@ def _texts(
     run: Run, prepared: Prepared, lm: LanguageModel
 ) -> dict[str, tuple[Figures, Sequence[Finding]]]:
     """What is found where the scored tokens are read back, by set."""
-    if KINDS[run.objective].draws:
-        return {}
     stops = frozenset(lm.stop_token_ids)
     accounts, renderer = prepared.accounts, prepared.renderer
     return {

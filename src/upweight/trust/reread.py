@@ -120,15 +120,15 @@ def unsaid(example: Example, renderer: Renderer) -> Odd | None:
     tool call."""
     if renderer.template == "none":
         return Odd(example.row, "unsaid", _TOOLS_UNREAD) if example.tools else None
-    written = str(_apply(example, None, renderer, tokenize=False))
-    text = _letters(written)
+    whole = str(_apply(example, None, renderer, tokenize=False))
+    text = _letters(whole)
     for turn in turns_of(example.prompt, "user"):
         content = str(turn.get("content", ""))
         if turn["role"] == "assistant":
             content = _THOUGHTS.sub("", content)
         if not _is_in(content, text):
             return Odd(example.row, "unsaid", f"the {turn['role']} turn {ascii(content[:60])}")
-    if example.tools and written == _tried(replace(example, tools=()), None, renderer):
+    if example.tools and whole == written(replace(example, tools=()), None, renderer):
         return Odd(example.row, "unsaid", _TOOLS_UNREAD)
     for tool in example.tools:
         if _letters(_name(tool)) not in text:
@@ -160,15 +160,15 @@ def _unwritten_call(example: Example, response: Response | None, renderer: Rende
         bare = {key: value for key, value in turn.items() if key != "tool_calls"}
         changed = (*turns[:i], {"content": "", **bare}, *turns[i + 1 :])
         if response is None:
-            other = _tried(replace(example, prompt=changed), None, renderer)
+            other = written(replace(example, prompt=changed), None, renderer)
         else:
-            other = _tried(example, replace(response, content=changed), renderer)
+            other = written(example, replace(response, content=changed), renderer)
         if other == str(_apply(example, response, renderer, tokenize=False)):
             return f"the tool call {ascii(_name(turn['tool_calls'][0]))}"
     return None
 
 
-def _tried(example: Example, response: Response | None, renderer: Renderer) -> str | None:
+def written(example: Example, response: Response | None, renderer: Renderer) -> str | None:
     """The text that the template writes, None where it refuses: then it has looked."""
     try:
         return str(_apply(example, response, renderer, tokenize=False))

@@ -19,6 +19,13 @@ from upweight.config import Preflight
 from upweight.data.account import ONE_ANSWER, Account
 from upweight.data.render import Renderer
 from upweight.trust.finding import Finding, Refused
+from upweight.trust.markers import (
+    Held,
+    in_prompts,
+    in_texts,
+    other_markers,
+    specials_written,
+)
 from upweight.trust.reread import Kind, Odd, again, decode, plainly_says, served, turns_of, unsaid
 from upweight.types import Example, Message, Response, RowId, Tree
 
@@ -45,8 +52,12 @@ class Texts:
 
     @cached_property
     def rows(self) -> list[tuple[Example, Tree]]:
+        """A prompt alone has an id that is of no response."""
         by_row = {example.row: example for example in self.examples}
-        return [(by_row[tree.ids[0].row], tree) for tree in self.trees]
+        return [
+            (by_row[tree.ids[0].row], tree if tree.responses else replace(tree, ids=()))
+            for tree in self.trees
+        ]
 
     @cached_property
     def plain(self) -> list[bool]:
@@ -171,8 +182,10 @@ def beginnings(texts: Texts) -> list[_Wrong]:
     renderer, rows = texts.renderer, list[RowId]()
     bos, own = renderer.bos, dict[str, int]()
     if bos is None or bos in renderer.stop_ids:
-        return []
+        return rendered_before(texts)
     for example, tree in texts.rows:
+        if not tree.responses:
+            continue  # a prompt alone: what is said of specials below is all
         longest = max(tree.responses, key=lambda ids: ids.count(bos))
         num = tree.prompt.count(bos) + longest.count(bos)
         if num > (tree.prompt[0] == bos):
@@ -181,7 +194,7 @@ def beginnings(texts: Texts) -> list[_Wrong]:
             if plain or num > _written_by_template(example, response, renderer, own):
                 rows.append(example.row)
     if not rows:
-        return []
+        return rendered_before(texts)
     limit, total = texts.limits.spans, len(texts.rows)
     said = texts.said(
         f"{len(rows)} of {total} rows hold {renderer.tokenizer.bos_token} themselves, which makes "
@@ -189,6 +202,35 @@ def beginnings(texts: Texts) -> list[_Wrong]:
     )
     named = tuple(map(str, rows[:_ROWS_NAMED]))
     return [_Wrong(Finding("UW204", said, named), len(rows) > limit * total)]
+
+
+def rendered_before(texts: Texts) -> list[_Wrong]:
+    """Rows that hold what a chat template writes: rendered once more they say something else."""
+    renderer, limits, total = texts.renderer, texts.limits, len(texts.rows)
+    if renderer.template == "chat":
+        own = in_prompts(texts.examples, specials_written(renderer))
+        if len(own) > limits.spans * total:
+            said = "which the chat template writes: they were rendered before. Give messages or "
+            said += "texts without it, or set data.template=none"
+            return [_marked(texts, own, said, f"preflight.spans is {limits.spans:.0%}", True)]
+        special = in_prompts(texts.examples, renderer.specials)
+        if len(special) > limits.spans * total:
+            said = "a special token, in their prompts"
+            return [_marked(texts, special, said, f"preflight.spans is {limits.spans:.0%}", False)]
+    foreign = in_texts(texts.examples, other_markers(renderer))
+    if len(foreign) > limits.markers * total:
+        first = ascii(next(iter(foreign.values())))
+        said = f"{len(foreign)} of {total} rows hold what a chat template writes, such as {first}"
+        said = f"{said}: it is learned as text (preflight.markers is {limits.markers:.0%})."
+        rows = tuple(map(str, foreign))[:_ROWS_NAMED]
+        return [_Wrong(Finding("UW204", texts.said(said), rows), certain=False)]
+    return []
+
+
+def _marked(texts: Texts, held: Held, what: str, limit: str, certain: bool) -> _Wrong:
+    said = f"{len(held)} of {len(texts.rows)} rows hold {next(iter(held.values()))}, {what}"
+    rows = tuple(map(str, held))[:_ROWS_NAMED]
+    return _Wrong(Finding("UW204", texts.said(f"{said} ({limit})."), rows), certain)
 
 
 def accounted(texts: Texts) -> list[_Wrong]:
@@ -269,4 +311,6 @@ def _echoes(example: Example) -> bool:
     said = said.strip()
     answers = [turns_of(r.content, "assistant")[:1] for r in example.responses]
     texts = [str(turn.get("content", "")).strip() for turns in answers for turn in turns]
-    return len(said) >= _ECHO and all(t.startswith(said) and t != said for t in texts)
+    return (
+        len(said) >= _ECHO and bool(texts) and all(t.startswith(said) and t != said for t in texts)
+    )

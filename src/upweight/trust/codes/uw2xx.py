@@ -138,7 +138,7 @@ PAGES: tuple[Page, ...] = (
     ),
     Page(
         code="UW204",
-        title="Beginning-of-text is doubled or inside a response",
+        title="Beginning-of-text is doubled, or a text was rendered before",
         severity="refuses",
         meaning=(
             "Models are trained with one beginning-of-text token, at the first position. A second "
@@ -149,7 +149,12 @@ PAGES: tuple[Page, ...] = (
             "Before step 1, in every set: the beginning-of-text tokens of each row are counted, "
             "and those subtracted that the chat template writes around an empty conversation of "
             "the same turns, for some templates begin each turn with one. Rows with more are "
-            "reported, and refused above `preflight.spans`. `special_in_prompt` in `account.json` "
+            "reported, and refused above `preflight.spans`. So are rows whose prompts hold a "
+            "special token that the chat template writes, above `preflight.spans`: they were "
+            "rendered before; with another special token they are reported. Reported too, above "
+            "`preflight.markers`: rows that hold what other templates write and this tokenizer "
+            "reads as text, such as [INST], </s> or \\n\\nHuman:. "
+            "`special_in_prompt` in `account.json` "
             "counts the rows that contain any special token's text before the template adds one."
         ),
         guarded_by=(
@@ -164,7 +169,11 @@ PAGES: tuple[Page, ...] = (
             "Give the conversation as messages, without special tokens.",
             "For text that is rendered already, set `data.template=none`.",
         ),
-        detectors=("upweight.trust.spans:beginnings",),
+        detectors=(
+            "upweight.trust.spans:_marked",
+            "upweight.trust.spans:beginnings",
+            "upweight.trust.spans:rendered_before",
+        ),
     ),
     Page(
         code="UW205",
