@@ -30,6 +30,7 @@ from upweight.models.scalar import response_scores, with_scalar_head
 from upweight.models.weights import load_tokenizer
 from upweight.recipes.beside import has_own_critic, held_beside, require_room
 from upweight.recipes.best import Best, best_metric
+from upweight.recipes.exported import require_start_as_exported
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import (
     Prepared,
@@ -98,6 +99,7 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     _require_offload_has_effect(resolved.run)
     screen.stage("model")
     lm = load_policy(resolved.run)
+    require_start_as_exported(resolved.run, resolved.run.model, lm)
     resolved = _with_model(resolved, lm)
     run = resolved.run
     if run.reference is not None:
