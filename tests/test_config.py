@@ -570,7 +570,11 @@ WRONG = {
     "beta=1e999": "beta must be a number >= 0, found 1e999.",
     "beta=.nan": 'beta must be a number >= 0, found ".nan".',
     "beta=true": "beta must be a number >= 0, found true.",
-    "beta=": "beta must be a number >= 0, found null.",
+    "beta=": "beta is given no value. Write beta=null where none is meant, or leave it out.",
+    "reference=": (
+        "reference is given no value. Write reference=null where none is meant, or leave it out."
+    ),
+    "beta=null": "beta must be a number >= 0, found null.",
     'beta="0.1"': 'beta must be a number >= 0, found "0.1".',
     "label_smoothing=0.5": "label_smoothing must be a number >= 0 and < 0.5, found 0.5.",
     "steps=1e3": "steps must be a whole number >= 1 or null, found 1e3.",
@@ -637,6 +641,10 @@ def test_flags_are_named_as_they_are_typed() -> None:
     with pytest.raises(ConfigError, match="^--loss.beta must be a number >= 0, found -1.$"):
         values = values_from_flags({"model": "m", "data.path": ["d"], "loss.beta": "-1"})
         load_run(None, values=values, origin_of_values="flag")
+    for empty in ("", " ", ["a", ""]):
+        with pytest.raises(ConfigError, match="^--reference is given no value. Write --ref"):
+            values_from_flags({"reference": empty})
+    assert values_from_flags({"reference": '""'}) == {"reference": ""}
     with pytest.raises(ConfigError, match="^--out:1:3: this is not valid YAML"):
         values_from_flags({"out": "[a"})
 
