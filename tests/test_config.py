@@ -412,7 +412,6 @@ def test_score_reads_beta_only_with_a_reference() -> None:
         (["fraction=.2", "samples=0", "temperature=.5"], "while evaluation.samples is 0"),
         (["fraction=.2", "temperature=0", "watch.kl=9"], "while evaluation.temperature is not 1"),
         (["merge=true"], "export.merge is true, and it has no effect without lora"),
-        (["lora=true", "reach=1e-5"], "preflight.reach is 1.0e-05, and it has no effect with lora"),
         (["watch.easy=.9"], "watch.easy is 0.9, and it has no effect without an evaluation"),
         (["objective=ppo", "value_coefficient=1"], "has no effect while policy.value is own"),
         (["prompt_files=[p.jsonl]", "samples=0"], "while evaluation.samples is 0"),

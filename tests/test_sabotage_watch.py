@@ -302,6 +302,28 @@ def test_means_in_place_of_sums_leave_margins_at_zero(monkeypatch: pytest.Monkey
     assert "log-probs are averaged over tokens" in warned()["UW307"]["said"]
 
 
+@pytest.mark.parametrize(
+    ("more", "cause"),
+    [
+        (("--beta", "1e-9"), "loss.beta is 1e-09: raise it"),
+        (("--optimizer.epsilon", "1000"), "optimizer.epsilon is too large"),
+        (("--lora", "--learning-rate", "1e-9"), "the peak learning rate is too small"),
+    ],
+)
+def test_a_run_of_a_few_steps_that_moves_nothing_says_so(
+    more: tuple[str, ...], cause: str, capsys: pytest.CaptureFixture[str]
+):
+    write_rows("pairs.jsonl", plain_rows())
+    for out, held_out in (("run", "0.2"), ("alone", "0")):
+        sampled = ("--samples", "0") if held_out != "0" else ()
+        words = "train --model model --data pairs.jsonl --learning-rate 1e-3 --dtype float32"
+        words += f" --pairs_per_step 8 --steps 8 --fraction {held_out} --out {out}"
+        assert main([*words.split(), *sampled, *more]) == 0
+        assert cause in warned(out)["UW307"]["said"]
+        assert "warning[UW307]" in capsys.readouterr().err
+        assert "The policy hardly differs from its start" in Path(f"{out}/report.html").read_text()
+
+
 # What the policy says
 
 

@@ -62,7 +62,7 @@ class Preflight(Section):
     reach: NotNegative = Field(
         default=2e-6,
         description="How far a whole run can move a weight, which is the sum of its learning "
-        "rates; less is reported (UW103; not with LoRA).",
+        "rates; less is reported (UW103).",
     )
 
 

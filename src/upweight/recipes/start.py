@@ -21,7 +21,7 @@ from upweight.config import (
 )
 from upweight.data.stream import num_steps, plan_epoch
 from upweight.errors import Refusal
-from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype
+from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype, most_change
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.logprobs import token_logps
 from upweight.models.nf4 import require_quantizer
@@ -61,7 +61,7 @@ from upweight.trust.identity import (
     starts_elsewhere,
 )
 from upweight.trust.likely import by_reference, spread, swapped
-from upweight.trust.preflight import Examined, Figures, examine, hardly_moves, settle
+from upweight.trust.preflight import Examined, Figures, Reach, examine, hardly_moves, settle
 from upweight.trust.spans import Texts, examine_texts
 from upweight.types import Tree
 
@@ -154,21 +154,25 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     if run.batch.tokens_per_bin is None:
         resolved = resolved.with_value("batch.tokens_per_bin", memory.tokens_per_bin, RESOLVED)
     plan = _plan(resolved.run, prepared)
-    prepared = _noticed(prepared, {"train": ({}, _still(run, plan))}, screen)
+    prepared = _noticed(prepared, {"train": ({}, _still(run, plan, lm))}, screen)
     resolved = _with_plan(resolved, plan)
     if resolved.run.out is not None:
         require_room(resolved.run, lm, Path(resolved.run.out))
     return Start(resolved, lm, prepared, plan, best, memory)
 
 
-def _still(run: Run, plan: Plan) -> list[Finding]:
-    """What is said of a plan that gets nowhere. Not with an adapter: what that adds is a product of
-    two factors, of which one starts at 0."""
+def _still(run: Run, plan: Plan, lm: LanguageModel) -> list[Finding]:
+    """What is said of a plan that gets nowhere."""
+    reach = summed_factors(plan.total_steps, plan.warmup, plan.schedule) * plan.learning_rate
     if run.lora is not None:
-        return []
-    factors = summed_factors(plan.total_steps, plan.warmup, plan.schedule)
-    reach, limit = factors * plan.learning_rate, run.preflight.reach
-    return hardly_moves(plan.total_steps, plan.learning_rate, reach, limit)
+        reach *= most_change(lm)
+    options = run.optimizer
+    # |g| / (|g| + epsilon) is what is left of a step, and no element is above the clipped norm.
+    held = 1.0
+    if plan.max_grad_norm is not None:
+        held = min(1.0, plan.max_grad_norm / options.epsilon)
+    steps = Reach(plan.total_steps, plan.learning_rate, reach * held, held)
+    return hardly_moves(steps, run.preflight.reach, adapted=run.lora is not None)
 
 
 def _require_offload_has_effect(run: Run) -> None:

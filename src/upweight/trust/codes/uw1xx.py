@@ -91,10 +91,13 @@ PAGES: tuple[Page, ...] = (
             "gradient reached the trained weights, or the updates were too small to matter."
         ),
         found_by=(
-            "Before step 1, and by `upweight check`, where all weights are trained: AdamW moves a "
-            "weight by about its learning rate at most in a step, whatever the gradient's size. "
+            "Before step 1, and by `upweight check`: AdamW moves a "
+            "weight by about its learning rate at most in a step, whatever the gradient's size, "
+            "and by less where `optimizer.epsilon` is large beside `optimizer.max_grad_norm`. "
             "Where the rates of all steps come to less than `preflight.reach`, which is some "
-            "ten-thousandth of a weight's usual size, it is reported, and the run goes on. "
+            "ten-thousandth of a weight's usual size, it is reported, and the run goes on. Of an "
+            "adapter, whose second factor starts at 0, the rates are taken times its first. "
+            "That margins are no larger at the end than at the start is UW307. "
             "After the first step: some 256 elements of every "
             "trained tensor are compared with what they were before. If none has moved the run is "
             "refused; the message says whether no gradient arrived (`grad_norm` is 0) or the "
