@@ -213,7 +213,7 @@ def test_numbers_on_the_pages_are_those_of_the_code() -> None:
     assert curves.ALIKE == 0.8 and "four fifths" in CODES["UW304"].found_by
     assert RECENT == 8 and "last eight" in CODES["UW304"].found_by + CODES["UW306"].found_by
     assert curves.KNOWN == 0.9 and "0.9 or more" in CODES["UW306"].found_by
-    assert f"run of {curves.FEWEST_STEPS} steps" in CODES["UW307"].found_by
+    assert f"run of {curves.FEWEST_STEPS} steps or more" in CODES["UW307"].found_by
     assert orders.FEWEST_ROWS == 10 and "fewer than ten rows" in CODES["UW309"].found_by
     assert f"{verdict._NOTEWORTHY_LENGTH} times" in CODES["UW305"].guarded_by
     assert f"{100 * verdict._NOTEWORTHY_DROPS:.0f} %" in CODES["UW205"].guarded_by

@@ -129,6 +129,7 @@ OTHER: dict[str, Any] = {
     "preflight.contradictory": 0.1,
     "preflight.repeated": 0.2,
     "preflight.spans": 0.3,
+    "preflight.markers": 0.1,
     "preflight.identical": 0.2,
     "preflight.similar": 0.2,
     "preflight.edits": 0.1,
@@ -411,7 +412,6 @@ def test_score_reads_beta_only_with_a_reference() -> None:
         (["fraction=.2", "samples=0", "temperature=.5"], "while evaluation.samples is 0"),
         (["fraction=.2", "temperature=0", "watch.kl=9"], "while evaluation.temperature is not 1"),
         (["merge=true"], "export.merge is true, and it has no effect without lora"),
-        (["lora=true", "reach=1e-5"], "preflight.reach is 1.0e-05, and it has no effect with lora"),
         (["watch.easy=.9"], "watch.easy is 0.9, and it has no effect without an evaluation"),
         (["objective=ppo", "value_coefficient=1"], "has no effect while policy.value is own"),
         (["prompt_files=[p.jsonl]", "samples=0"], "while evaluation.samples is 0"),
@@ -571,7 +571,11 @@ WRONG = {
     "beta=1e999": "beta must be a number >= 0, found 1e999.",
     "beta=.nan": 'beta must be a number >= 0, found ".nan".',
     "beta=true": "beta must be a number >= 0, found true.",
-    "beta=": "beta must be a number >= 0, found null.",
+    "beta=": "beta is given no value. Write beta=null where none is meant, or leave it out.",
+    "reference=": (
+        "reference is given no value. Write reference=null where none is meant, or leave it out."
+    ),
+    "beta=null": "beta must be a number >= 0, found null.",
     'beta="0.1"': 'beta must be a number >= 0, found "0.1".',
     "label_smoothing=0.5": "label_smoothing must be a number >= 0 and < 0.5, found 0.5.",
     "steps=1e3": "steps must be a whole number >= 1 or null, found 1e3.",
@@ -638,6 +642,10 @@ def test_flags_are_named_as_they_are_typed() -> None:
     with pytest.raises(ConfigError, match="^--loss.beta must be a number >= 0, found -1.$"):
         values = values_from_flags({"model": "m", "data.path": ["d"], "loss.beta": "-1"})
         load_run(None, values=values, origin_of_values="flag")
+    for empty in ("", " ", ["a", ""]):
+        with pytest.raises(ConfigError, match="^--reference is given no value. Write --ref"):
+            values_from_flags({"reference": empty})
+    assert values_from_flags({"reference": '""'}) == {"reference": ""}
     with pytest.raises(ConfigError, match="^--out:1:3: this is not valid YAML"):
         values_from_flags({"out": "[a"})
 

@@ -278,6 +278,14 @@ def test_an_accuracy_by_margins_of_nothing_is_no_success():
         assert verdict(evaluated(eval_line(0), line, settings=own)).tone == tone
 
 
+def test_a_run_that_did_not_move_its_margins_says_so_first():
+    still = {"rewards/spread": 0.0004}
+    said = verdict(evaluated(eval_line(0), right(0.55, 0.44, 0.66) | still))
+    assert (said.tone, said.label) == ("unclear", "Hardly trained")
+    assert said.headline.startswith("The policy hardly differs from its start")
+    assert "not shown that the policy learned" in said.facts[0]
+
+
 def test_a_loss_that_is_not_shown_to_be_below_its_start_is_no_success():
     last = right(0.78, 0.71, 0.84)
     change = {"loss_change": -0.01, "loss_change_low": -0.05, "loss_change_high": 0.03}

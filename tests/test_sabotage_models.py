@@ -364,3 +364,40 @@ def test_what_a_server_must_be_told_is_said_at_the_end(capsys: pytest.CaptureFix
     assert train("plain", "--template_options", "{style: ''}") == 0
     said = capsys.readouterr().err
     assert "requests must" not in said and "completions of text" not in said
+
+
+def moved(folder: str) -> None:
+    """The weights in a folder, changed by a twentieth of a matrix."""
+    file = Path(folder, "model.safetensors")
+    tensors = load_file(file)
+    tensors["lm_head.weight"] *= 1.05
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+@pytest.mark.parametrize("key", ["--model", "--reference"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_start_or_reference_that_is_not_what_was_exported_is_refused(
+    lora: bool, key: str, command: str, capsys: pytest.CaptureFixture[str]
+):
+    assert train("first", *(["--lora"] if lora else [])) == 0
+    before = "first/adapter" if Path("first/adapter").is_dir() else "first/model"
+    assert train("second", key, before, command=command) == 0
+    # Of an adapter it is the base that was trained on or replaced.
+    moved("model" if lora else "first/model")
+    capsys.readouterr()
+    assert train("third", key, before, command=command) == 2
+    said = capsys.readouterr().err
+    assert f"error[UW401]: {before} is not the model that was exported" in said
+    assert f"remove {before}/probes.json if it was changed on purpose" in said
+    Path(before, "probes.json").unlink()
+    assert train("fourth", key, before, command=command) == 0
+
+
+def test_a_start_whose_template_is_another_than_at_its_export_is_refused(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert train("first") == 0
+    Path("first/model/chat_template.jinja").write_text("You are a bird. " + CHATML)
+    assert train("second", "--model", "first/model", command="check") == 2
+    assert "error[UW402]: first/model writes other tokens" in capsys.readouterr().err

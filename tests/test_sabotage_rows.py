@@ -57,6 +57,12 @@ def test_a_plan_that_can_hardly_move_a_weight(capsys: pytest.CaptureFixture[str]
     assert "by about 5e-07 (preflight.reach is 2e-06)" in said
     assert check(learning_rate=None, **{"preflight.reach": 0.0}) == {}
     assert check(learning_rate=None, lora=True) == {}
+    adapted = check(learning_rate=1e-9, steps=8, lora=True)["UW103"]
+    assert "8 steps at learning rates of 1e-09" in adapted and "lora: true" not in adapted
+    held = check(steps=8, **{"optimizer.epsilon": 1e4})["UW103"]
+    assert "optimizer.epsilon beside optimizer.max_grad_norm leaves 0.0001 of each" in held
+    assert "UW103" in check(steps=8, **{"optimizer.max_grad_norm": 1e-14})
+    assert check(steps=8, **{"optimizer.max_grad_norm": 1e-7}) == {}
     # The rates of n steps come to (n + 1) / 2 times their peak: 2e-6 is reached with 7.
     assert "UW103" in check(learning_rate=None, steps=6)
     assert check(learning_rate=None, steps=7) == {}

@@ -121,9 +121,19 @@ def test_a_policy_that_is_its_own_reference_is_refused(
     monkeypatch.setattr(objectives, "pair", aliased)
     assert train("run") == 2
     said = capsys.readouterr().err
-    assert "error[UW102]" in said and "step 2" in said
+    assert "error[UW102]" in said and "step 3" in said
     assert warned()["UW102"]["refused"]
-    assert "step 2, and ended the run" in Path("run/report.html").read_text()
+    assert "step 3, and ended the run" in Path("run/report.html").read_text()
+
+
+def test_updates_that_bf16_rounds_away_are_no_policy_that_is_its_own_reference(
+    capsys: pytest.CaptureFixture[str],
+):
+    small = ("--lora", "--learning-rate", "1e-8", "--dtype", "bfloat16", "--steps", "9")
+    assert train("run", *small) == 0
+    rows = [row for row in rows_of("run/metrics.jsonl") if row["kind"] == "train"]
+    assert all(row["logratios/chosen"] == 0 for row in rows)
+    assert "UW102" not in capsys.readouterr().err
 
 
 # How a step is made
@@ -290,6 +300,28 @@ def test_means_in_place_of_sums_leave_margins_at_zero(monkeypatch: pytest.Monkey
     monkeypatch.setattr(objectives, "pair_logps", averaged)
     assert train("run", *usual) == 0
     assert "log-probs are averaged over tokens" in warned()["UW307"]["said"]
+
+
+@pytest.mark.parametrize(
+    ("more", "cause"),
+    [
+        (("--beta", "1e-9"), "loss.beta is 1e-09: raise it"),
+        (("--optimizer.epsilon", "1000"), "optimizer.epsilon is too large"),
+        (("--lora", "--learning-rate", "1e-9"), "the peak learning rate is too small"),
+    ],
+)
+def test_a_run_of_a_few_steps_that_moves_nothing_says_so(
+    more: tuple[str, ...], cause: str, capsys: pytest.CaptureFixture[str]
+):
+    write_rows("pairs.jsonl", plain_rows())
+    for out, held_out in (("run", "0.2"), ("alone", "0")):
+        sampled = ("--samples", "0") if held_out != "0" else ()
+        words = "train --model model --data pairs.jsonl --learning-rate 1e-3 --dtype float32"
+        words += f" --pairs_per_step 8 --steps 8 --fraction {held_out} --out {out}"
+        assert main([*words.split(), *sampled, *more]) == 0
+        assert cause in warned(out)["UW307"]["said"]
+        assert "warning[UW307]" in capsys.readouterr().err
+        assert "The policy hardly differs from its start" in Path(f"{out}/report.html").read_text()
 
 
 # What the policy says

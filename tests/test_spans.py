@@ -90,7 +90,6 @@ def test_rows_that_are_rendered_right_raise_nothing():
             "prompt": [{"role": "user", "content": f"question {i}"}],
             "chosen": [
                 {"role": "assistant", "content": row["chosen"]},
-                {"role": "user", "content": "And?"},
                 {"role": "assistant", "content": f"{i} more"},
             ],
             "rejected": [{"role": "assistant", "content": row["rejected"]}],

@@ -44,10 +44,10 @@ def test_a_plain_prompt_alone_is_the_trees():
 
 def test_a_response_of_several_turns_is_scored_to_its_last_stop():
     tok = FAMILIES["chatml"].tokenizer
-    chosen = [assistant("a"), user("b"), assistant("im")]
+    chosen = [assistant("a"), assistant("im")]
     found, _ = grown(pair_of([user("p")], chosen, [assistant("a")]), tok)
     assert texts(found, tok)[1:] == [
-        "a<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nim<|im_end|>",
+        "a<|im_end|>\n<|im_start|>assistant\nim<|im_end|>",
         "a<|im_end|>",
     ]
 
@@ -69,9 +69,9 @@ def test_a_tool_call_without_content_is_scored_to_its_stop():
     assert prompt.startswith("look\n<|im_start|>user")
     assert chosen == "<call>look<|eom|>"
     assert rejected == "No.<|im_end|>"
-    later = pair_of([user("p")], [assistant("x"), user("y"), call], [assistant("No.")])
+    later = pair_of([user("p")], [assistant("x"), call], [assistant("No.")])
     found, _ = grown(later, tok, stop_token_ids=stops)
-    assert texts(found, tok)[1].endswith("y<|im_end|>\n<|im_start|>assistant\n<call>look<|eom|>")
+    assert texts(found, tok)[1].endswith("x<|im_end|>\n<|im_start|>assistant\n<call>look<|eom|>")
 
 
 def test_template_options_reach_the_template_and_a_rows_own_come_first():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_weights_in_fp32_hold_the_same_updates():
 
 
 def moving(**limits: float) -> Watch:
-    watch = Watch(loaded(), Limits(**limits))
+    watch = Watch(loaded(), Limits(**limits), Told(trees=random_trees([(6, 5, 4)])))
     watch.seen.moved, watch.seen.judged = 1.0, True
     return watch
 
@@ -79,10 +80,32 @@ def codes(watch: Watch, records: list[dict[str, object]]) -> list[str]:
 
 def test_a_policy_is_told_from_its_reference_unless_that_was_just_renewed():
     same = {"logratios/chosen": 0.0, "logratios/rejected": 0.0}
-    assert codes(moving(), [record(2, **same, **{"reference/renewed": 1.0})]) == []
+
+    def after_two_records(move: bool, **more: float) -> list[str]:
+        watch = moving()
+        found = codes(watch, [record(2, **same, **more)])
+        with torch.no_grad():
+            for p in watch.seen.lm.model.parameters():
+                p += 1e-3 * move
+        return found + codes(watch, [record(3, **same, **more)])
+
+    assert after_two_records(True, **{"reference/renewed": 1.0}) == []
+    # Updates may be too small for what a forward pass holds: its log-probs are those of before.
+    assert after_two_records(False) == []
     for more in ({}, {"reference/renewed": 0.5}):
         with pytest.raises(Refusal, match="the reference is the policy itself"):
-            codes(moving(), [record(2, **same, **more)])
+            after_two_records(True, **more)
+
+
+def test_a_policy_without_rows_is_told_from_its_reference_by_its_prompts():
+    bare = [replace(t, responses=(), ids=t.ids[:1], stopped=()) for t in random_trees([(6, 5, 4)])]
+    watch = moving()
+    watch.seen.told = Told(trees=bare)
+    assert not watch.seen.says_something_else()
+    with torch.no_grad():
+        for p in watch.seen.lm.model.parameters():
+            p += 1e-3
+    assert watch.seen.says_something_else()
 
 
 def test_chosen_responses_that_lose_probability_are_reported_once():
@@ -323,7 +346,9 @@ def test_margins_that_stay_at_zero_are_reported_at_the_end_of_a_run():
 
     assert ending(40, 0.004) == ["UW307"]
     assert ending(40, 0.02) == []
-    assert ending(20, 0.004) == []
+    # Of a few steps, the largest but for the first: that is from before any update.
+    assert ending(8, 0.004) == ending(2, 0.004) == ["UW307"]
+    assert ending(8, 0.02) == ending(1, 0.004) == []
 
 
 @pytest.mark.parametrize(

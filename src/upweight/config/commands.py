@@ -77,10 +77,6 @@ def _has_adapter(run: Run) -> bool:
     return run.lora is not None
 
 
-def _trains_all_weights(run: Run) -> bool:
-    return run.lora is None
-
-
 def _has_a_trunk_in_common(run: Run) -> bool:
     return run.policy.value == "shared"
 
@@ -109,7 +105,6 @@ _UNSAMPLED = "has no effect while evaluation.samples is 0"
 _UNASKED = "has no effect: sft asks it for answers alone, and no evaluation samples any"
 _UNLIKE = "has no effect while evaluation.temperature is not 1: samples are then not the policy's"
 _WHOLE = "has no effect without lora: all weights are trained, and there is no adapter to merge"
-_ADAPTED = "has no effect with lora: an adapter adds a product of factors, no sum of rates"
 _APART = "has no effect while policy.value is own: the two losses then move different weights"
 _UNWEIGHED = "has no effect while loss.beta is 0: no KL is taken from the reward or the loss"
 _UNLOGGED = "ends a round only after a step that is logged: leave log_every at 1"
@@ -132,7 +127,6 @@ NEEDS: tuple[Need, ...] = (
     Need(_TRAINING, _WATCHED, _has_answers_to_watch, _UNSAMPLED),
     Need(_TRAINING, ("watch.kl",), _draws_or_samples_are_the_policys, _UNLIKE),
     Need(_TRAINING, ("export.merge",), _has_adapter, _WHOLE),
-    Need(_TRAINING, ("preflight.reach",), _trains_all_weights, _ADAPTED),
     Need(_TRAINING, ("policy.value_coefficient",), _has_a_trunk_in_common, _APART),
     Need(_TRAINING, ("policy.kl_stop",), _logs_every_step, _UNLOGGED),
     Need(_TRAINING, ("policy.kl_estimator",), _has_a_kl_term, _UNWEIGHED),

@@ -38,6 +38,11 @@ class Preflight(Section):
         description="Rows whose tokens do not come apart into prompt, response and one stop, as a "
         "share: more is refused (UW201 to UW204).",
     )
+    markers: Share = Field(
+        default=0.02,
+        description="Rows that hold what another chat template writes, such as [INST], as a share "
+        "(UW204).",
+    )
     similar: Share = Field(
         default=0.1,
         description="Preferences whose responses are nearly the same, as a share (UW210).",
@@ -57,7 +62,7 @@ class Preflight(Section):
     reach: NotNegative = Field(
         default=2e-6,
         description="How far a whole run can move a weight, which is the sum of its learning "
-        "rates; less is reported (UW103; not with LoRA).",
+        "rates; less is reported (UW103).",
     )
 
 

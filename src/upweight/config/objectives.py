@@ -14,7 +14,7 @@ _ROWS_LEARNED = (
     *of_section("data", "format", "truncation", "pairing", "min_score_gap"),
     "batch.pairs_per_step",
     *_REPEATS,
-    *of_section("preflight", "identical", "spans"),
+    *of_section("preflight", "identical", "spans", "markers"),
 )
 _PAIRS = (*_ROWS_LEARNED, *of_section("preflight", "contradictory", "similar", "shortcut"))
 _ANSWERS = (
@@ -26,7 +26,11 @@ _ANSWERS = (
 )
 _MARGINS = of_section("watch", "displaced", "solved", "spread", "flat")
 # A prompt has no responses that could nearly be another's.
-_ROUNDS = (*_ANSWERS, *of_section("preflight", "cut", "repeated"), "rollout", "loss.beta")
+_ROUNDS = (
+    *_ANSWERS,
+    *of_section("preflight", "cut", "repeated", "spans", "markers"),
+    *("rollout", "loss.beta"),
+)
 _SURROGATE = of_section("policy", "clip_low", "clip_high", "kl_estimator", "kl_target", "kl_stop")
 _GROUP = of_section("policy", "advantages", "aggregation")
 _VALUES = of_section(

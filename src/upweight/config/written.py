@@ -109,9 +109,15 @@ def parse_value(text: str, name: str) -> Any:
     """A value as typed on a command line: YAML in brackets or quotes, else one plain value.
 
     Outside of brackets and quotes nothing is special: `*.jsonl` is no alias and `a #1` has no
-    comment, so no part of what was typed is lost.
+    comment, so no part of what was typed is lost. Raises ConfigError for nothing at all: a shell
+    variable that is not set would else be null, and what it was meant to name left out.
     """
     stripped = text.strip()
+    if not stripped:
+        null = f"{name} null" if name.startswith("--") else f"{name}=null"
+        raise ConfigError(
+            f"{name} is given no value. Write {null} where none is meant, or leave it out."
+        )
     if not stripped.startswith(("[", "{", '"', "'")):
         return Plain(stripped)
     document = parse(text, name)

@@ -17,6 +17,7 @@ REASONS: dict[str, str] = {
     "not_assistant": "the last message is not the assistant's",
     "empty_prompt": "no prompt, and no beginning-of-text token to stand for it",
     "empty_response": "a response without a word",
+    "other_turns_in_response": "a response that holds turns which are not the assistant's",
     "identical_responses": "responses that are the same, as text or as tokens after cutting",
     "no_preference": "no two responses of which one is preferred",
     "template": "the chat template refuses the conversation",
@@ -27,6 +28,13 @@ REASONS: dict[str, str] = {
     "unpaired": "in no preference, by its score or the pairing asked for",
 }
 """Why a row is dropped or a response left out, as the account's reader is told."""
+
+ONE_ANSWER = (
+    "Give as prompt the messages up to the last user turn that both share, and as chosen and "
+    "rejected one answer each. For sft give the whole conversation in the column messages, with "
+    "data.turns=all."
+)
+"""What to do about rows whose responses hold other turns than the assistant's."""
 
 _NUM_EXAMPLES = 5
 _PERCENTILES = (50, 90, 99)
@@ -150,7 +158,7 @@ def percentiles(values: Sequence[int]) -> Mapping[str, int]:
 def require_used(account: Account, what: str) -> None:
     """Raises DataError, with what became of the rows, where none is left to use.
 
-    Where template or tokenizer are what most rows fail at, it is a Refusal, UW202 or UW203.
+    Where most rows fail at what a diagnosis is about, it is a Refusal.
     """
     if account.used:
         return
@@ -161,5 +169,11 @@ def require_used(account: Account, what: str) -> None:
     ]
     said = "\n".join([f"{what}: none of {account.read} rows can be used.", *lines])
     most = max(account.dropped, key=lambda reason: account.dropped[reason], default="")
-    code = {"boundary": "UW202", "stop_in_response": "UW203"}.get(most)
+    code = {
+        "boundary": "UW202",
+        "stop_in_response": "UW203",
+        "other_turns_in_response": "UW201",
+    }.get(most)
+    if code == "UW201":
+        said = f"{said}\n{ONE_ANSWER}"
     raise Refusal(code, said) if code else DataError(said)

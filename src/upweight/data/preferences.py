@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -47,11 +47,14 @@ def preferences_from_scores(
 
 
 def left_out(example: Example) -> dict[int, str]:
-    """The responses that no preference may use, and why: empty, or equal to an earlier one."""
+    """The responses that no preference may use, and why: empty, equal to an earlier one, or with
+    turns inside that are not the assistant's, which would be learned with it."""
     reasons: dict[int, str] = {}
     for i, first in enumerate(_first_equal(example)):
         if is_empty(example.responses[i].content):
             reasons[i] = "empty_response"
+        elif _other_turn(example.responses[i].content) is not None:
+            reasons[i] = "other_turns_in_response"
         elif first != i:
             reasons[i] = "identical_responses"
     return reasons
@@ -98,7 +101,9 @@ def unusable(example: Example, *, require_preferences: bool) -> Dropped | None:
     if example.preferences or (num_usable and not require_preferences):
         return None
     if num_usable < 2 and out:
-        reason = "empty_response" if "empty_response" in out.values() else "identical_responses"
+        reason = next(reason for reason in _WORST if reason in out.values())
+        if reason == "other_turns_in_response":
+            return Dropped(example.row, reason, _said_other(example, out))
         shown = " | ".join(clipped(a.content) for a in example.responses[:3])
         return Dropped(example.row, reason, shown)
     scores = [a.score for a in example.responses]
@@ -109,6 +114,24 @@ def unusable(example: Example, *, require_preferences: bool) -> Dropped | None:
     else:
         detail = f"no two scores differ by more than the gap: {clipped(scores)}"
     return Dropped(example.row, "no_preference", detail)
+
+
+_WORST = ("other_turns_in_response", "empty_response", "identical_responses")
+"""Of several reasons the one that a row is dropped for."""
+
+
+def _other_turn(content: Text) -> int | None:
+    """The place of the first turn that is not the assistant's."""
+    turns = () if isinstance(content, str) else content
+    return next((i for i, turn in enumerate(turns) if turn["role"] != "assistant"), None)
+
+
+def _said_other(example: Example, out: Mapping[int, str]) -> str:
+    i = next(i for i, reason in out.items() if reason == "other_turns_in_response")
+    turns, at = example.responses[i].content, _other_turn(example.responses[i].content)
+    assert isinstance(turns, tuple) and at is not None
+    where = f"message {at + 1} of {len(turns)} after the prompt"
+    return f"response {i} holds a {clipped(turns[at]['role'])[1:-1]} turn ({where})"
 
 
 def is_empty(content: Text) -> bool:

@@ -3,7 +3,7 @@
 What is rendered here is what serving renders. The prompt is the chat template's, with a generation
 prompt. A response is all that the template writes after that, up to and including the first stop
 token after the last message's content: so also what it puts before the content, such as an empty
-block of thought, and, where a response is several messages, the turns between the assistant's.
+block of thought, and, where a response is several of the assistant's messages, their headers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ else:
 Truncation = Literal["drop", "prompt", "response"]
 
 # What templates raise on a conversation that they do not take.
-_TEMPLATE_ERRORS = (
+TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
 )  # fmt: skip
 _NO_TOKEN = re.compile(r"(?!)")
@@ -154,9 +154,9 @@ def make_renderer(
         template_options=options,
         header=header,
         after=after,
-        stops=_any_of(stops),
-        specials=_any_of(special | stops),
-        splits=_any_of(splits) if chat else _NO_TOKEN,
+        stops=any_of(stops),
+        specials=any_of(special | stops),
+        splits=any_of(splits) if chat else _NO_TOKEN,
         stop_ids=frozenset(stop_ids),
         added_stop=stop_ids[0],
         end=stop_ids[0] if written is None else written,
@@ -187,7 +187,7 @@ def render(example: Example, indices: Sequence[int], renderer: Renderer) -> Rend
         return Dropped(example.row, "empty_prompt", "the prompt has no words")
     try:
         prompt_text = _apply(prompt, example, renderer, add_generation_prompt=True)
-    except _TEMPLATE_ERRORS as error:
+    except TEMPLATE_ERRORS as error:
         return Dropped(example.row, "template", _said(error))
     written = _special_in([_without_roles(turn) for turn in prompt], renderer) is not None
     answers: dict[int, Answer] = {}
@@ -200,7 +200,7 @@ def render(example: Example, indices: Sequence[int], renderer: Renderer) -> Rend
             continue
         try:
             full = _apply((*prompt, *turns), example, renderer, add_generation_prompt=False)
-        except _TEMPLATE_ERRORS as error:
+        except TEMPLATE_ERRORS as error:
             problems[i] = Problem("template", _said(error))
             continue
         found = _answer(prompt_text, full, turns, renderer)
@@ -336,7 +336,7 @@ def _probe(tokenizer: Tokenizer, options: Mapping[str, Any]) -> tuple[str, str |
             )
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"The chat template cannot be parsed: {error}.") from None
-        except _TEMPLATE_ERRORS:
+        except TEMPLATE_ERRORS:
             continue
         before, found, after = full.rpartition(_ANSWER)
         if found:
@@ -348,7 +348,7 @@ def _probe(tokenizer: Tokenizer, options: Mapping[str, Any]) -> tuple[str, str |
 def _first_token(after: str, texts: Mapping[int, str]) -> int | None:
     """The added token that comes first in what follows an answer's content."""
     by_text = {text: i for i, text in texts.items()}
-    found = _any_of(text for text in by_text if text.strip()).search(after)
+    found = any_of(text for text in by_text if text.strip()).search(after)
     return by_text[found.group()] if found else None
 
 
@@ -368,7 +368,7 @@ def _reserved(tokenizer: type) -> frozenset[str]:
     return frozenset(names) - {"self", "kwargs", "documents"} | {"messages"}
 
 
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """A pattern for any of the texts, the longest first, as a tokenizer looks for them."""
     ordered = sorted({t for t in texts if t}, key=lambda t: (-len(t), t))
     return re.compile("|".join(map(re.escape, ordered))) if ordered else _NO_TOKEN

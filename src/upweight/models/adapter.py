@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,18 @@ from upweight.models.logprobs import token_logps
 from upweight.models.nf4 import Nf4Linear
 from upweight.models.proof import probe_forest
 from upweight.models.weights import first_lines, quiet_peft, require_untied, tied_modules
+
+
+def most_change(lm: LanguageModel) -> float:
+    """How far an element of a weight moves at most per unit that every element of a LoRA's second
+    factor moves, which starts at 0: the scaling times the largest sum over the ranks of the first
+    factor's sizes."""
+    layers = [module for module in lm.model.modules() if hasattr(module, "lora_A")]
+    return max(
+        float(layer.scaling[name]) * float(a.weight.detach().abs().sum(0).max())
+        for layer in cast("list[Any]", layers)
+        for name, a in layer.lora_A.items()
+    )
 
 
 def add_lora(

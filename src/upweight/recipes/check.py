@@ -3,25 +3,20 @@ still the one that was exported."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from upweight.config import Resolved, Run
 from upweight.data.account import Account
-from upweight.data.pack import collate
 from upweight.data.trees import Shown, show
-from upweight.errors import DataError, ModelError, Refusal
+from upweight.errors import ModelError
 from upweight.evidence.track import clients
-from upweight.models.load import LanguageModel
-from upweight.models.probes import FILE, Probes, probe_trees, read_probes, require_same_probes
-from upweight.models.proof import TOLERANCE_NATS, one_at_a_time
+from upweight.models.probes import FILE, read_probes
 from upweight.models.scalar import is_reward_model
 from upweight.models.weights import WHERE_REWARDS_GO
+from upweight.recipes.exported import probes_beside, require_as_exported
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import (
     Prepared,
@@ -133,14 +128,13 @@ def check_model(run: Run, screen: Screen | None = None) -> float:
     other tokens, UW401 where it gives other log-probs.
     """
     screen = screen or Silent()
-    path = Path(run.model).expanduser()
-    if is_reward_model(path):
+    if is_reward_model(Path(run.model).expanduser()):
         raise ModelError(
             f"{run.model} is a reward model: it gives no log-probs to compare, and is exported "
             f"without a {FILE}. {WHERE_REWARDS_GO}: upweight score --model {run.model} --data FILE "
             "--out FILE shows how it ranks preferences."
         )
-    file = (path.parent if path.is_file() else path) / FILE
+    file = probes_beside(run.model)
     if not file.is_file():
         raise ModelError(
             f"{file} does not exist: without data, check compares a model with the {FILE} that it "
@@ -149,36 +143,9 @@ def check_model(run: Run, screen: Screen | None = None) -> float:
     probes = read_probes(file)
     screen.stage("model")
     lm = load_policy(run)
-    largest = max(max(*p.prompt_ids, *p.response_ids) for p in probes.probes)
-    if largest >= lm.vocab_size:
-        raise DataError(
-            f"{file} has the token id {largest:,}, and {run.model} has {lm.vocab_size:,} tokens: "
-            f"it is another model's. Copy the {FILE} that this one was exported with."
-        )
-    require_same_probes(run.model, lm.tokenizer, probes)
-    worst, allowed = _largest_difference(lm, probes), _rounding(Path(lm.folder))
-    if not worst <= allowed:
-        raise Refusal(
-            "UW401",
-            f"{run.model} is not the model that was exported: a token's log-prob is {worst:.3g} "
-            f"nats off (rounding of its weights: {allowed}).",
-        )
+    found = require_as_exported(run.model, lm, probes)
     screen.note(
-        f"{run.model}: {len(probes.probes)} probes have the same tokens, and log-probs that differ "
-        f"by {worst:.2g} nats a token at most (rounding of its weights: {allowed})"
+        f"{run.model}: {found.num_probes} probes have the same tokens, and log-probs that differ "
+        f"by {found.worst:.2g} nats a token at most (rounding of its weights: {found.allowed})"
     )
-    return worst
-
-
-def _largest_difference(lm: LanguageModel, probes: Probes) -> float:
-    known = torch.tensor([x for probe in probes.probes for x in probe.logps])
-    found = one_at_a_time(lm, collate(probe_trees(probes))).cpu()
-    return (found - known).abs().max().item()
-
-
-def _rounding(folder: Path) -> float:
-    """What the dtype that the weights are stored in explains. An adapter's base is read in fp32."""
-    config = folder / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    stored = settings.get("dtype") or settings.get("torch_dtype") or "float32"
-    return TOLERANCE_NATS.get(getattr(torch, str(stored), torch.float32), 0.0)
+    return found.worst

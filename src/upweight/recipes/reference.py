@@ -27,6 +27,7 @@ from upweight.models.load import (
 from upweight.models.logprobs import token_logps
 from upweight.models.reference import Reference
 from upweight.models.sample import Sample
+from upweight.recipes.exported import require_start_as_exported
 from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.prepare import Prepared, fill_reference
 from upweight.recipes.screen import Screen
@@ -115,10 +116,19 @@ def _probes(trees: Sequence[Tree]) -> list[Tree]:
     return sorted(by_prompt.values(), key=lambda tree: tree.num_tokens)[:FEWEST_ROWS]
 
 
-def _at_start(run: Run, lm: LanguageModel) -> contextlib.AbstractContextManager[LanguageModel]:
-    """The reference before step 1, where without a name or an adapter it is the policy itself."""
-    itself = run.reference is None and not lm.has_adapter
-    return contextlib.nullcontext(lm) if itself else reference_model(run, lm)
+@contextlib.contextmanager
+def _at_start(run: Run, lm: LanguageModel) -> Generator[LanguageModel]:
+    """The reference before step 1, where without a name or an adapter it is the policy itself.
+
+    Raises Refusal UW401 or UW402 for one that is not what was exported.
+    """
+    if run.reference is None and not lm.has_adapter:
+        yield lm
+        return
+    with reference_model(run, lm) as model:
+        if run.reference is not None:
+            require_start_as_exported(run, run.reference, model)
+        yield model
 
 
 def answered_sets(run: Run, prepared: Prepared) -> dict[str, list[Tree]]:

@@ -20,7 +20,7 @@ from upweight.config import (
 )
 from upweight.data.stream import num_steps, plan_epoch
 from upweight.errors import ModelError, Refusal
-from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype
+from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype, most_change
 from upweight.models.compiled import can_compile, compile_layers, pays_back
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.logprobs import token_logps
@@ -30,6 +30,7 @@ from upweight.models.scalar import response_scores, with_scalar_head
 from upweight.models.weights import load_tokenizer
 from upweight.recipes.beside import has_own_critic, held_beside, require_room
 from upweight.recipes.best import Best, best_metric
+from upweight.recipes.exported import require_start_as_exported
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import (
     Prepared,
@@ -60,7 +61,7 @@ from upweight.trust.identity import (
     starts_elsewhere,
 )
 from upweight.trust.likely import by_reference, spread, swapped
-from upweight.trust.preflight import Examined, Figures, examine, hardly_moves, settle
+from upweight.trust.preflight import Examined, Figures, Reach, examine, hardly_moves, settle
 from upweight.trust.spans import Texts, examine_texts
 from upweight.types import Tree
 
@@ -98,6 +99,7 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     _require_offload_has_effect(resolved.run)
     screen.stage("model")
     lm = load_policy(resolved.run)
+    require_start_as_exported(resolved.run, resolved.run.model, lm)
     resolved = _with_model(resolved, lm)
     run = resolved.run
     if run.reference is not None:
@@ -154,21 +156,25 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     screen.note(memory.describe())
     if run.batch.tokens_per_bin is None:
         resolved = resolved.with_value("batch.tokens_per_bin", memory.tokens_per_bin, RESOLVED)
-    prepared = _noticed(prepared, {"train": ({}, _still(run, plan))}, screen)
+    prepared = _noticed(prepared, {"train": ({}, _still(run, plan, lm))}, screen)
     resolved = _with_plan(resolved, plan)
     if resolved.run.out is not None:
         require_room(resolved.run, lm, Path(resolved.run.out))
     return Start(resolved, lm, prepared, plan, best, memory)
 
 
-def _still(run: Run, plan: Plan) -> list[Finding]:
-    """What is said of a plan that gets nowhere. Not with an adapter: what that adds is a product of
-    two factors, of which one starts at 0."""
+def _still(run: Run, plan: Plan, lm: LanguageModel) -> list[Finding]:
+    """What is said of a plan that gets nowhere."""
+    reach = summed_factors(plan.total_steps, plan.warmup, plan.schedule) * plan.learning_rate
     if run.lora is not None:
-        return []
-    factors = summed_factors(plan.total_steps, plan.warmup, plan.schedule)
-    reach, limit = factors * plan.learning_rate, run.preflight.reach
-    return hardly_moves(plan.total_steps, plan.learning_rate, reach, limit)
+        reach *= most_change(lm)
+    options = run.optimizer
+    # |g| / (|g| + epsilon) is what is left of a step, and no element is above the clipped norm.
+    held = 1.0
+    if plan.max_grad_norm is not None:
+        held = min(1.0, plan.max_grad_norm / options.epsilon)
+    steps = Reach(plan.total_steps, plan.learning_rate, reach * held, held)
+    return hardly_moves(steps, run.preflight.reach, adapted=run.lora is not None)
 
 
 def _require_offload_has_effect(run: Run) -> None:
@@ -270,8 +276,6 @@ def _texts(
     run: Run, prepared: Prepared, lm: LanguageModel
 ) -> dict[str, tuple[Figures, Sequence[Finding]]]:
     """What is found where the scored tokens are read back, by set."""
-    if KINDS[run.objective].draws:
-        return {}
     stops = frozenset(lm.stop_token_ids)
     accounts, renderer = prepared.accounts, prepared.renderer
     return {

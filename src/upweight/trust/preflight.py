@@ -261,24 +261,45 @@ def _shortcut(examined: Examined, rule: str, found: Interval) -> Finding | None:
     )
 
 
-def hardly_moves(
-    total_steps: int, learning_rate: float, reach: float, limit: float
-) -> list[Finding]:
+@dataclass(frozen=True)
+class Reach:
+    """How far a plan can move a weight: `total`, of which clipping and epsilon have left the share
+    `held`."""
+
+    total_steps: int
+    learning_rate: float
+    total: float
+    held: float = 1.0
+
+
+def hardly_moves(reach: Reach, limit: float, *, adapted: bool = False) -> list[Finding]:
     """A plan whose learning rates are so small, or so few, that no weight gets anywhere.
 
     AdamW moves a weight by about its learning rate at most, whatever the gradient's size: the mean
     of gradients is divided by the root of their mean square. So no weight moves by more than about
-    the sum of the rates, which is the `reach` of the plan. Weights are hundredths in size.
+    the sum of the rates, which is the reach of the plan. Weights are hundredths in size. Epsilon
+    is added to that root: where it is larger than what gradients are clipped to, less is left.
     """
-    if reach >= limit:
+    if reach.total >= limit:
         return []
-    steps = "1 step" if total_steps == 1 else f"{total_steps:,} steps"
+    steps = "1 step" if reach.total_steps == 1 else f"{reach.total_steps:,} steps"
     said = (
-        f"the whole run, {steps} at learning rates of {learning_rate:.3g} at most, can move a "
-        f"weight by about {reach:.2g} (preflight.reach is {limit:g}): the model will answer as the "
-        "one that it begins with. Raise epochs or optimizer.learning_rate, or train with lora: "
-        "true, whose rates are higher."
+        f"the whole run, {steps} at learning rates of {reach.learning_rate:.3g} at most, can move "
+        f"a weight by about {reach.total:.2g} (preflight.reach is {limit:g}): the model will "
+        "answer as the one that it begins with. "
     )
+    if reach.held < 0.5:
+        said += (
+            f"optimizer.epsilon beside optimizer.max_grad_norm leaves {reach.held:.2g} of each "
+            "update: lower the one or raise the other."
+        )
+    elif adapted:
+        said += "Raise epochs or optimizer.learning_rate."
+    else:
+        said += (
+            "Raise epochs or optimizer.learning_rate, or train with lora: true, whose rates are "
+            "higher."
+        )
     return [Finding("UW103", said)]
 
 

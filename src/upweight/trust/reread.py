@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeGuard, cast
 
-from upweight.data.render import Renderer
+from upweight.data.render import TEMPLATE_ERRORS, Renderer
 from upweight.types import Example, Message, Response, RowId, Tree
 
 Ids = tuple[int, ...]
-Kind = Literal["span", "prompt", "rewritten", "unwritten"]
+Kind = Literal["span", "prompt", "rewritten", "unwritten", "unsaid"]
 """What is not as the row has it: the scored tokens, the prompt's tokens, a response's text because
-of the chat template, or because of the tokenizer."""
+of the chat template, or because of the tokenizer, or what the prompt says."""
+
+_THOUGHTS = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>|^.*</think>", re.DOTALL)
+"""What templates take out of the assistant's earlier turns, as serving does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Odd:
-    """A row whose tokens are not as it says, and in what."""
+    """A row whose tokens are not as it says, and in what. `stands_for` is how many rows it speaks
+    for where only some were asked."""
 
     row: RowId
     kind: Kind
     detail: str
+    stands_for: float = 1.0
 
 
 def plainly_says(span: str, response: Response, renderer: Renderer) -> bool:
@@ -91,6 +97,8 @@ def _base(alone: Ids, prompt: Ids, renderer: Renderer) -> Ids | None:
 
 def _text_lost(example: Example, response: Response, ids: Ids, renderer: Renderer) -> Odd | None:
     (span,) = map(_letters, decode([ids], renderer))
+    if call := _unwritten_call(example, response, renderer):
+        return Odd(example.row, "rewritten", call)
     for turn in turns_of(response.content, "assistant"):
         content = str(turn.get("content", ""))
         letters = _letters(content)
@@ -105,6 +113,77 @@ def _text_lost(example: Example, response: Response, ids: Ids, renderer: Rendere
             return Odd(example.row, "unwritten", near)
         return Odd(example.row, "span", f"the scored tokens do not say {near}.")
     return None
+
+
+def unsaid(example: Example, renderer: Renderer) -> Odd | None:
+    """What the chat template leaves out of the prompt: a turn's text or a part of it, a tool, or a
+    tool call."""
+    if renderer.template == "none":
+        return Odd(example.row, "unsaid", _TOOLS_UNREAD) if example.tools else None
+    whole = str(_apply(example, None, renderer, tokenize=False))
+    text = _letters(whole)
+    for turn in turns_of(example.prompt, "user"):
+        content = str(turn.get("content", ""))
+        if turn["role"] == "assistant":
+            content = _THOUGHTS.sub("", content)
+        if not _is_in(content, text):
+            return Odd(example.row, "unsaid", f"the {turn['role']} turn {ascii(content[:60])}")
+    if example.tools and whole == written(replace(example, tools=()), None, renderer):
+        return Odd(example.row, "unsaid", _TOOLS_UNREAD)
+    for tool in example.tools:
+        if _letters(_name(tool)) not in text:
+            return Odd(example.row, "unsaid", f"the tool {ascii(_name(tool))}")
+    call = _unwritten_call(example, None, renderer)
+    return Odd(example.row, "unsaid", call) if call else None
+
+
+_TOOLS_UNREAD = "the tools, which it does not read"
+
+
+def _is_in(content: str, text: str) -> bool:
+    """Whether the letters of all of it are there: in one piece, or word by word, as where line
+    breaks are written as in JSON."""
+    return _letters(content) in text or all(_letters(word) in text for word in content.split())
+
+
+def _unwritten_call(example: Example, response: Response | None, renderer: Renderer) -> str | None:
+    """The first tool call, of the response or else of the prompt, without which the template writes
+    the same."""
+    if renderer.template == "none":
+        return None
+    turns = turns_of(example.prompt, "user")
+    if response is not None:
+        turns = turns_of(response.content, "assistant")
+    for i, turn in enumerate(turns):
+        if not turn.get("tool_calls"):
+            continue
+        bare = {key: value for key, value in turn.items() if key != "tool_calls"}
+        changed = (*turns[:i], {"content": "", **bare}, *turns[i + 1 :])
+        if response is None:
+            other = written(replace(example, prompt=changed), None, renderer)
+        else:
+            other = written(example, replace(response, content=changed), renderer)
+        if other == str(_apply(example, response, renderer, tokenize=False)):
+            return f"the tool call {ascii(_name(turn['tool_calls'][0]))}"
+    return None
+
+
+def written(example: Example, response: Response | None, renderer: Renderer) -> str | None:
+    """The text that the template writes, None where it refuses: then it has looked."""
+    try:
+        return str(_apply(example, response, renderer, tokenize=False))
+    except TEMPLATE_ERRORS:
+        return None
+
+
+def _name(tool: object) -> str:
+    """Of a tool's definition, or of a call."""
+    inner: object = tool.get("function", tool) if _is_object(tool) else None
+    return str(inner.get("name", "")) if _is_object(inner) else ""
+
+
+def _is_object(value: object) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping)
 
 
 def served(example: Example, response: Response | None, renderer: Renderer) -> Ids:

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
 
 import jinja2
 
 from upweight.config import Preflight
-from upweight.data.account import Account
+from upweight.data.account import ONE_ANSWER, Account
 from upweight.data.render import Renderer
 from upweight.trust.finding import Finding, Refused
-from upweight.trust.reread import Kind, Odd, again, decode, plainly_says, served, turns_of
+from upweight.trust.markers import (
+    Held,
+    in_prompts,
+    in_texts,
+    other_markers,
+    specials_written,
+)
+from upweight.trust.reread import Kind, Odd, again, decode, plainly_says, served, turns_of, unsaid
 from upweight.types import Example, Message, Response, RowId, Tree
 
 NUM_AGAIN = 100
@@ -45,8 +52,12 @@ class Texts:
 
     @cached_property
     def rows(self) -> list[tuple[Example, Tree]]:
+        """A prompt alone has an id that is of no response."""
         by_row = {example.row: example for example in self.examples}
-        return [(by_row[tree.ids[0].row], tree) for tree in self.trees]
+        return [
+            (by_row[tree.ids[0].row], tree if tree.responses else replace(tree, ids=()))
+            for tree in self.trees
+        ]
 
     @cached_property
     def plain(self) -> list[bool]:
@@ -61,15 +72,15 @@ class Texts:
     @cached_property
     def odd(self) -> list[Odd]:
         """What tokenizing again showed, for the rows of which that was asked."""
-        asked = [
-            row
-            for wanted in (False, True)
-            for row in _spread(
-                [r for r, p in zip(self.rows, self.plain, strict=True) if p == wanted]
-            )
-        ]
-        found = [again(*row, self.renderer) for row in asked]
-        return [one for one in found if one is not None]
+        found: list[Odd] = []
+        for wanted in (False, True):
+            rows = [r for r, p in zip(self.rows, self.plain, strict=True) if p == wanted]
+            asked = _spread(rows)
+            for example, tree in asked:
+                odds = (again(example, tree, self.renderer), unsaid(example, self.renderer))
+                share = len(rows) / len(asked)
+                found += [replace(one, stands_for=share) for one in odds if one is not None]
+        return found
 
     def said(self, text: str) -> str:
         return f"{self.name}: {text}"
@@ -92,17 +103,12 @@ def examine_texts(texts: Texts) -> list[Finding]:
 
 def scored(texts: Texts) -> list[_Wrong]:
     """The scored tokens are the response's, all of them, and of nothing else."""
-    found: list[_Wrong] = []
+    found = _dropped(texts, "other_turns_in_response", "UW201", _OTHER_TURNS, ONE_ANSWER)
     for odd in _of(texts, "span")[:1]:
         found.append(_wrong("UW201", texts.said(odd.detail), [odd]))
-    total, limit = len(texts.rows), texts.limits.spans
     for kind, what in _TEXT_LOST.items():
-        odds, num_unlike = _of(texts, kind), texts.plain.count(False)
-        if odds:
-            num = round(len(odds) * max(1.0, num_unlike / NUM_AGAIN))
-            said = f"in {'' if num == len(odds) else 'about '}{num} of {total} rows {what}, such as"
-            said = texts.said(f"{said} {odds[0].detail} (preflight.spans is {limit:.0%}).")
-            found.append(_wrong("UW201", said, odds, num > limit * total))
+        found += _lost(texts, kind, "UW201", what)
+    total, limit = len(texts.rows), texts.limits.spans
     echoes = [example.row for example, _ in texts.rows if _echoes(example)]
     if len(echoes) > limit * total:
         said = f"in {len(echoes)} of {total} rows every response begins with the whole prompt"
@@ -112,6 +118,7 @@ def scored(texts: Texts) -> list[_Wrong]:
     return found
 
 
+_OTHER_TURNS = "whose responses hold turns that are not the assistant's and would be learned"
 _TEXT_LOST: dict[Kind, str] = {
     "rewritten": "the chat template leaves out part of a response, and it is not scored",
     "unwritten": "the tokenizer has no tokens for part of a response, and it is not scored",
@@ -123,7 +130,22 @@ def boundary(texts: Texts) -> list[_Wrong]:
     odds = _of(texts, "prompt")
     if odds:
         return [_wrong("UW202", texts.said(odds[0].detail), odds)]
-    return _dropped(texts, "boundary", "UW202", "whose prompt and response do not come apart")
+    found = _dropped(texts, "boundary", "UW202", "whose prompt and response do not come apart")
+    return found + _lost(texts, "unsaid", "UW202", _PROMPT_LOST)
+
+
+_PROMPT_LOST = "the chat template leaves out part of the prompt, and the model never sees it"
+
+
+def _lost(texts: Texts, kind: Kind, code: str, what: str) -> list[_Wrong]:
+    """Text that does not become tokens, as many rows as there are likely to be."""
+    odds, total, limit = _of(texts, kind), len(texts.rows), texts.limits.spans
+    if not odds:
+        return []
+    num = round(sum(odd.stands_for for odd in odds))
+    said = f"in {'' if num == len(odds) else 'about '}{num} of {total} rows {what}, such as"
+    said = texts.said(f"{said} {odds[0].detail} (preflight.spans is {limit:.0%}).")
+    return [_wrong(code, said, odds, num > limit * total)]
 
 
 def stops(texts: Texts) -> list[_Wrong]:
@@ -134,7 +156,7 @@ def stops(texts: Texts) -> list[_Wrong]:
         for ids, stopped, of in zip(tree.responses, tree.stopped, tree.ids, strict=True):
             places = [k for k, i in enumerate(ids) if i in renderer.stop_ids]
             turns = turns_of(example.responses[of.index].content, "assistant")
-            # Turns before the last have stops of their own.
+            # The assistant's turns before the last have stops of their own.
             inner = places[:-1] if stopped else places
             if (stopped and places[-1:] != [len(ids) - 1]) or (inner and len(turns) == 1):
                 said = f"response {of.index} has {len(places)} stop tokens in {len(ids)}"
@@ -160,8 +182,10 @@ def beginnings(texts: Texts) -> list[_Wrong]:
     renderer, rows = texts.renderer, list[RowId]()
     bos, own = renderer.bos, dict[str, int]()
     if bos is None or bos in renderer.stop_ids:
-        return []
+        return rendered_before(texts)
     for example, tree in texts.rows:
+        if not tree.responses:
+            continue  # a prompt alone: what is said of specials below is all
         longest = max(tree.responses, key=lambda ids: ids.count(bos))
         num = tree.prompt.count(bos) + longest.count(bos)
         if num > (tree.prompt[0] == bos):
@@ -170,7 +194,7 @@ def beginnings(texts: Texts) -> list[_Wrong]:
             if plain or num > _written_by_template(example, response, renderer, own):
                 rows.append(example.row)
     if not rows:
-        return []
+        return rendered_before(texts)
     limit, total = texts.limits.spans, len(texts.rows)
     said = texts.said(
         f"{len(rows)} of {total} rows hold {renderer.tokenizer.bos_token} themselves, which makes "
@@ -178,6 +202,35 @@ def beginnings(texts: Texts) -> list[_Wrong]:
     )
     named = tuple(map(str, rows[:_ROWS_NAMED]))
     return [_Wrong(Finding("UW204", said, named), len(rows) > limit * total)]
+
+
+def rendered_before(texts: Texts) -> list[_Wrong]:
+    """Rows that hold what a chat template writes: rendered once more they say something else."""
+    renderer, limits, total = texts.renderer, texts.limits, len(texts.rows)
+    if renderer.template == "chat":
+        own = in_prompts(texts.examples, specials_written(renderer))
+        if len(own) > limits.spans * total:
+            said = "which the chat template writes: they were rendered before. Give messages or "
+            said += "texts without it, or set data.template=none"
+            return [_marked(texts, own, said, f"preflight.spans is {limits.spans:.0%}", True)]
+        special = in_prompts(texts.examples, renderer.specials)
+        if len(special) > limits.spans * total:
+            said = "a special token, in their prompts"
+            return [_marked(texts, special, said, f"preflight.spans is {limits.spans:.0%}", False)]
+    foreign = in_texts(texts.examples, other_markers(renderer))
+    if len(foreign) > limits.markers * total:
+        first = ascii(next(iter(foreign.values())))
+        said = f"{len(foreign)} of {total} rows hold what a chat template writes, such as {first}"
+        said = f"{said}: it is learned as text (preflight.markers is {limits.markers:.0%})."
+        rows = tuple(map(str, foreign))[:_ROWS_NAMED]
+        return [_Wrong(Finding("UW204", texts.said(said), rows), certain=False)]
+    return []
+
+
+def _marked(texts: Texts, held: Held, what: str, limit: str, certain: bool) -> _Wrong:
+    said = f"{len(held)} of {len(texts.rows)} rows hold {next(iter(held.values()))}, {what}"
+    rows = tuple(map(str, held))[:_ROWS_NAMED]
+    return _Wrong(Finding("UW204", texts.said(f"{said} ({limit})."), rows), certain)
 
 
 def accounted(texts: Texts) -> list[_Wrong]:
@@ -208,7 +261,7 @@ def _of(texts: Texts, kind: Kind) -> list[Odd]:
     return [odd for odd in texts.odd if odd.kind == kind]
 
 
-def _dropped(texts: Texts, reason: str, code: str, what: str) -> list[_Wrong]:
+def _dropped(texts: Texts, reason: str, code: str, what: str, advice: str = "") -> list[_Wrong]:
     account, limit = texts.account, texts.limits.spans
     rows, left = account.dropped.get(reason, 0), account.left_out.get(reason, 0)
     answers = account.responses + sum(account.left_out.values())
@@ -217,7 +270,8 @@ def _dropped(texts: Texts, reason: str, code: str, what: str) -> list[_Wrong]:
     said = f"{rows} of {account.read} rows and {left} of {answers} responses were left out, {what}"
     named = account.examples.get(reason, [])
     said += f", such as {named[0][0]}: {named[0][1]}" if named else ""
-    return [_Wrong(Finding(code, texts.said(f"{said} (preflight.spans is {limit:.0%}).")))]
+    said = texts.said(f"{said} (preflight.spans is {limit:.0%}). {advice}".strip())
+    return [_Wrong(Finding(code, said))]
 
 
 def _spread(rows: Sequence[tuple[Example, Tree]]) -> list[tuple[Example, Tree]]:
@@ -257,4 +311,6 @@ def _echoes(example: Example) -> bool:
     said = said.strip()
     answers = [turns_of(r.content, "assistant")[:1] for r in example.responses]
     texts = [str(turn.get("content", "")).strip() for turns in answers for turn in turns]
-    return len(said) >= _ECHO and all(t.startswith(said) and t != said for t in texts)
+    return (
+        len(said) >= _ECHO and bool(texts) and all(t.startswith(said) and t != said for t in texts)
+    )

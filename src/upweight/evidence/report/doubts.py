@@ -11,12 +11,13 @@ from upweight.evidence.records import Measurement, Records
 from upweight.evidence.report.findings import (
     Latest,
     elsewhere,
+    is_unfinished,
     latest,
     rows_with,
     subject,
     watch_limit,
 )
-from upweight.evidence.report.judgements import Judgement
+from upweight.evidence.report.judgements import Judgement, hardly_trained
 from upweight.evidence.report.markup import count, number, percent
 
 DISPLACED, DEGENERATE, FAR = "UW304", "UW305", "UW308"
@@ -35,6 +36,11 @@ def doubted(records: Records, set_name: str | None, judged: Judgement | None) ->
             "Answers degenerate",
             f"The policy's answers degenerate: {', and '.join(said)}.",
         )
+    if said := _still(records, set_name):
+        if judged is None:
+            return Judgement("unclear", "Hardly trained", said)
+        if judged.label != "Hardly trained":
+            return replace(_before(judged, "Hardly trained", said), tone="unclear")
     if judged is None or judged.tone != "good":
         return judged
     besides = tuple(_besides(records, set_name))
@@ -43,6 +49,15 @@ def doubted(records: Records, set_name: str | None, judged: Judgement | None) ->
     (label, _), *_ = besides
     said = " ".join(sentence for _, sentence in besides)
     return replace(judged, tone="unclear", label=label, headline=f"{judged.headline} {said}")
+
+
+def _still(records: Records, set_name: str | None) -> str:
+    """What is to be said of a finished run whose margins are still 0 but for rounding."""
+    if subject(records) != "preferences" or is_unfinished(records):
+        return ""
+    # The margins of the first step are from before any update.
+    trained = [row for row in records.train if row.step > 1]
+    return hardly_trained(records, records.evals.get(set_name or "", ()) or trained)
 
 
 def _before(judged: Judgement | None, label: str, headline: str) -> Judgement:

@@ -100,12 +100,8 @@ def _no_better(
             f"It is not shown that training made the {who} right more often: before it, it was on "
             f"{percent(before)}."
         )
-    size = latest(rows, "rewards/spread")
-    if size is not None and size.value < watch_limit(records, "flat"):
-        return "Hardly trained", (
-            f"The {who} hardly differs from its start: margins are {number(size.value)} in size, "
-            "and 0 there. Train for more steps or at a larger learning rate."
-        )
+    if said := hardly_trained(records, rows, who):
+        return "Hardly trained", said
     first, last = (rows[0].values.get("loss", math.nan), latest(rows, "loss"))
     if last is None or rows[0].step != 0 or not math.isfinite(first):
         return "", ""
@@ -118,6 +114,18 @@ def _no_better(
             f"was {number(first)} before training and is {number(last.value)}{shown}."
         )
     return "", ""
+
+
+def hardly_trained(records: Records, rows: Sequence[Measurement], who: str = "policy") -> str:
+    """What is to be said of margins that are 0 but for rounding at the last of the rows, '' of
+    others."""
+    size = latest(rows, "rewards/spread")
+    if size is None or size.step == 0 or not size.value < watch_limit(records, "flat"):
+        return ""
+    return (
+        f"The {who} hardly differs from its start: margins are {number(size.value)} in size, "
+        "and 0 there. Train for more steps or at a larger learning rate."
+    )
 
 
 def _preferences(records: Records, set_name: str) -> str:

@@ -62,8 +62,12 @@ PAGES: tuple[Page, ...] = (
             "them back."
         ),
         found_by=(
-            "From the second training record on: the log-ratios of chosen and rejected are "
-            "exactly 0, and the first step has moved weights. Not where "
+            "From the second training record on, where the log-ratios of chosen and rejected are "
+            "exactly 0 though the first step has moved weights: the policy scores a training row, "
+            "and again after each record. Once most of that row's tokens have other log-probs than "
+            "before and the log-ratios are still exactly 0, the run is refused. Updates of a small "
+            "learning rate, or of a long warmup, can be too small for a forward pass in bfloat16 "
+            "to show; nothing is said of those before the end (UW307). Not where "
             "`rollout.renew_reference` has just made the policy its own reference."
         ),
         guarded_by=(
@@ -90,10 +94,13 @@ PAGES: tuple[Page, ...] = (
             "gradient reached the trained weights, or the updates were too small to matter."
         ),
         found_by=(
-            "Before step 1, and by `upweight check`, where all weights are trained: AdamW moves a "
-            "weight by about its learning rate at most in a step, whatever the gradient's size. "
+            "Before step 1, and by `upweight check`: AdamW moves a "
+            "weight by about its learning rate at most in a step, whatever the gradient's size, "
+            "and by less where `optimizer.epsilon` is large beside `optimizer.max_grad_norm`. "
             "Where the rates of all steps come to less than `preflight.reach`, which is some "
-            "ten-thousandth of a weight's usual size, it is reported, and the run goes on. "
+            "ten-thousandth of a weight's usual size, it is reported, and the run goes on. Of an "
+            "adapter, whose second factor starts at 0, the rates are taken times its first. "
+            "That margins are no larger at the end than at the start is UW307. "
             "After the first step: some 256 elements of every "
             "trained tensor are compared with what they were before. If none has moved the run is "
             "refused; the message says whether no gradient arrived (`grad_norm` is 0) or the "

@@ -18,6 +18,9 @@ PAGES: tuple[Page, ...] = (
             "Before step 1, in every set: each scored span is decoded and compared with the row's "
             "text; up to 100 rows where it is not plainly the same, and up to 100 of the others, "
             "are tokenized again as one text. One row in which other tokens are scored is refused. "
+            "Responses that hold a turn which is not the assistant's (a user's, a tool's result) "
+            "are not used and are counted as `other_turns_in_response`; a share of rows or of "
+            "responses above `preflight.spans` is refused. "
             "Rows of which the chat template or the tokenizer leaves out text are reported, and "
             "refused above `preflight.spans`. So many rows whose responses all begin with the "
             "whole prompt are reported only: the task may be to repeat it."
@@ -31,33 +34,45 @@ PAGES: tuple[Page, ...] = (
             "Prompt and response come apart elsewhere than you think: the column `prompt` is "
             "missing, and what both responses share was taken as the prompt.",
             "The response repeats the prompt as text.",
-            "The chat template takes thoughts out of an answer, which then are not learned.",
+            "Chosen and rejected are whole conversations that differ in an early answer: all that "
+            "follows would be the response.",
+            "The chat template takes thoughts out of an answer, or does not write its tool calls, "
+            "which then are not learned.",
             "A bug in upweight.",
         ),
         do=(
             "Give `prompt` as a column of its own, and responses without it.",
+            "Of whole conversations give as `prompt` the messages up to the last user turn that "
+            "both share, and one answer each; for sft the conversation in the column messages, "
+            "with `data.turns=all`.",
             "Run `upweight check run.yaml` and read the first rows: what is scored stands between "
             "the bars.",
             "Compare `tokens_chosen` and `tokens_rejected` in the lines of `upweight score` with "
             "your own count.",
         ),
-        detectors=("upweight.trust.spans:scored",),
+        detectors=("upweight.data.account:require_used", "upweight.trust.spans:scored"),
     ),
     Page(
         code="UW202",
-        title="The prompt's tokens are not how prompt and response together begin",
+        title="The prompt's tokens are not its row's, or not how it begins with its response",
         severity="refuses",
         meaning=(
             "Serving gives the model the tokens of the prompt alone. If tokenizing prompt and "
             "response as one text gives other tokens at their boundary, or the chat template "
             "writes another prompt when a response follows, training scores a continuation of a "
-            "prompt that serving never shows."
+            "prompt that serving never shows. And what the template does not write at all, such as "
+            "tools, tool calls or a system message that it does not know, the model never sees."
         ),
         found_by=(
             "Before step 1, in every set: the share of rows and of responses that were left out as "
             "`boundary`. More than `preflight.spans` is refused. Up to 200 rows are also tokenized "
             "again, by the tokenizer's own chat template: one whose prompt then has other tokens, "
-            "alone or with a response, is refused. `examples` in `account.json` has the first five "
+            "alone or with a response, is refused. In the same rows the letters of every turn of "
+            "the prompt must be in what the template writes (but for the thoughts of the "
+            "assistant's turns), the names of the tools too, and it must write something else "
+            "without the tools or a tool call; rows of which it leaves out any of this are "
+            "reported, and refused above `preflight.spans` (a response's tool calls: UW201). "
+            "`examples` in `account.json` has the first five "
             "rows of each reason, with the tokens; `boundary_repaired` counts the rows whose "
             "prompt gave white space to the responses."
         ),
@@ -70,10 +85,13 @@ PAGES: tuple[Page, ...] = (
             "The chat template writes something at the end of a bare prompt that it leaves out "
             "before an answer, such as the beginning of a thought.",
             "In plain text, the response begins inside a word or number that the prompt began.",
+            "The chat template does not read tools or tool calls, skips a role, or cuts texts.",
         ),
         do=(
             "Set the template's own variables in `data.template_options`, such as enable_thinking.",
             "In plain text, end prompts without white space and begin responses with it.",
+            "Take a model whose chat template writes what the rows have, or write it into the "
+            "texts yourself: a system message before the question, say.",
         ),
         detectors=("upweight.data.account:require_used", "upweight.trust.spans:boundary"),
     ),
@@ -120,7 +138,7 @@ PAGES: tuple[Page, ...] = (
     ),
     Page(
         code="UW204",
-        title="Beginning-of-text is doubled or inside a response",
+        title="Beginning-of-text is doubled, or a text was rendered before",
         severity="refuses",
         meaning=(
             "Models are trained with one beginning-of-text token, at the first position. A second "
@@ -131,7 +149,12 @@ PAGES: tuple[Page, ...] = (
             "Before step 1, in every set: the beginning-of-text tokens of each row are counted, "
             "and those subtracted that the chat template writes around an empty conversation of "
             "the same turns, for some templates begin each turn with one. Rows with more are "
-            "reported, and refused above `preflight.spans`. `special_in_prompt` in `account.json` "
+            "reported, and refused above `preflight.spans`. So are rows whose prompts hold a "
+            "special token that the chat template writes, above `preflight.spans`: they were "
+            "rendered before; with another special token they are reported. Reported too, above "
+            "`preflight.markers`: rows that hold what other templates write and this tokenizer "
+            "reads as text, such as [INST], </s> or \\n\\nHuman:. "
+            "`special_in_prompt` in `account.json` "
             "counts the rows that contain any special token's text before the template adds one."
         ),
         guarded_by=(
@@ -146,7 +169,11 @@ PAGES: tuple[Page, ...] = (
             "Give the conversation as messages, without special tokens.",
             "For text that is rendered already, set `data.template=none`.",
         ),
-        detectors=("upweight.trust.spans:beginnings",),
+        detectors=(
+            "upweight.trust.spans:_marked",
+            "upweight.trust.spans:beginnings",
+            "upweight.trust.spans:rendered_before",
+        ),
     ),
     Page(
         code="UW205",

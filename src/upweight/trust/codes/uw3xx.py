@@ -240,8 +240,10 @@ PAGES: tuple[Page, ...] = (
             "that were not trained on yet, which are those of the first epoch (over eight "
             "training records) and those of an evaluation, it is above `watch.spread`: beta is "
             "named as the cause where the log-ratios are less than `watch.kl` nats apart, the "
-            "learning rate otherwise. Or it is below `watch.flat` at the last step of a run of 30 "
-            "steps or more."
+            "learning rate otherwise. Or it is below `watch.flat` at the last step: of a "
+            "run of 30 steps or more its mean over the last records, of a shorter one the largest "
+            "of them (but for step 1, which is from before any update). The headline of the report "
+            "says so too."
         ),
         guarded_by=(
             "`dpo` has sums and no option to take means, as in the paper. `loss.beta` is 0.1 "

@@ -20,7 +20,9 @@ PAGES: tuple[Page, ...] = (
             "when a token's log-prob differs from the trained model's by more than 0.002 nats. "
             "The conversations travel with the model, with their ids and log-probs, in "
             "`probes.json`: `upweight check --model FOLDER` compares a copy or a conversion "
-            "with them, and allows 0.3 nats where the weights are stored in bfloat16. A reward "
+            "with them, and allows 0.3 nats where the weights are stored in bfloat16. The same is "
+            "asked of a `model` or `reference` that has the file, before step 1 and by `upweight "
+            "check`, but where `lora.quantize` rounds it anew. A reward "
             "model is read back too, and must score four training prompts' responses as it did."
         ),
         guarded_by=(
@@ -33,6 +35,7 @@ PAGES: tuple[Page, ...] = (
             "The base model, which an adapter is read back on, was moved, changed or cleared from "
             "the cache during the run.",
             "The base model was updated on the hub after training.",
+            "The base under an adapter that is the start of a run was trained on in place.",
             "Later: the run directory or the base was moved, or the export was converted to a "
             "smaller dtype or quantized (UW104).",
         ),
@@ -46,7 +49,7 @@ PAGES: tuple[Page, ...] = (
         detectors=(
             "upweight.models.export:rescore",
             "upweight.models.export:_require_same_scores",
-            "upweight.recipes.check:check_model",
+            "upweight.recipes.exported:require_as_exported",
         ),
     ),
     Page(

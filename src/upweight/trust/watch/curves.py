@@ -15,7 +15,10 @@ ALIKE = 0.8
 """Shared tokens, as a share, from which chosen and rejected count as nearly the same text."""
 
 FEWEST_STEPS = 30
-"""Before, margins are close to 0 in a run with nothing wrong."""
+"""In fewer, margins are close to 0 at first in a run with nothing wrong: the largest counts."""
+
+USUAL_BETA = 0.1
+"""Margins that are flat at the run's beta and not at this one are flat because of beta."""
 
 KNOWN = 0.9
 """Accuracy on the training pairs from which they count as known."""
@@ -133,22 +136,31 @@ def saturated(seen: Seen, record: Record) -> Finding | None:
 
 def flat(seen: Seen, record: Record) -> Finding | None:
     """At the end margins are as close to 0 as at the start."""
-    size = seen.mean("rewards/spread")
     if "reference/renewed" in record:
         return None  # margins are small again after each time
-    if record["step"] != seen.told.total_steps or record["step"] < FEWEST_STEPS:
+    if record["step"] != seen.told.total_steps:
         return None
+    size = seen.mean("rewards/spread")
+    if record["step"] < FEWEST_STEPS:
+        # Those of the first step are from before any update.
+        later = [r.get("rewards/spread", math.nan) for r in seen.recent if r["step"] > 1]
+        size = max(later, default=math.nan)
     if not size < seen.limits.flat:
         return None
     beta = seen.told.beta
     distance = size / beta
-    if distance >= 1:
+    if distance == 0:
+        cause = (
+            "the policy's log-probs are the reference's: updates of a learning rate of "
+            f"{record['learning_rate']:.3g} are too small for the forward pass to show"
+        )
+    elif distance * USUAL_BETA >= seen.limits.flat:
         cause = f"log-ratios are {distance:.1f} nats apart, and loss.beta is {beta:g}: raise it"
     else:
         cause = (
             f"log-ratios of whole responses are {distance:.2g} nats apart: the peak learning rate "
-            "is too small for so few steps, or log-probs are averaged over tokens where beta "
-            "expects sums"
+            "is too small for so few steps, optimizer.epsilon is too large, or log-probs are "
+            "averaged over tokens where beta expects sums"
         )
     return Finding(
         "UW307",

@@ -6,20 +6,26 @@ import math
 import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from statistics import fmean
 
+import torch
 from torch import Tensor
 
 from upweight.config import Watch as Limits
-from upweight.models.load import LanguageModel
+from upweight.data.pack import collate
+from upweight.models.load import LanguageModel, evaluation_mode
+from upweight.models.logprobs import token_logps
 from upweight.trust.watch.orders import Orders
 from upweight.types import Preference, Tree
 
 ELEMENTS = 256
 """Of each tensor that are looked at: enough to say whether it moves, and nothing beside a step."""
+
+MOST = 0.5
+"""Of a row's tokens: where so many have changed, none of a whole step's is no chance."""
 
 RECENT = 8
 """Steps that a mean is taken over at least, and records at most: one step's pairs are few."""
@@ -76,7 +82,8 @@ class Seen:
     """`moved` is the share of the weights that the first step has moved, None before it, `still`
     the layers in which it has moved none, and `judged` says that both were looked at. `start`
     are some of the weights as they were. `taught`: an answer has had an advantage, or the run has
-    none to give. `first` is the first training record."""
+    none to give. `first` is the first training record. `own` are the policy's log-probs of a row
+    when they were asked for first."""
 
     lm: LanguageModel
     limits: Limits
@@ -89,6 +96,7 @@ class Seen:
     judged: bool = False
     taught: bool = False
     first: Record | None = None
+    own: Tensor | None = None
 
     def remember(self, record: Record) -> None:
         """What is kept of the whole run."""
@@ -106,6 +114,20 @@ class Seen:
     def look_again(self) -> None:
         """Whether the weights move is asked anew, of the next step."""
         self.moved, self.start = None, some_weights(self.lm)
+
+    def says_something_else(self) -> bool:
+        """Whether the policy gives most tokens of a row other log-probs than when this was asked
+        first. An update can be too small for what a forward pass in bf16 holds."""
+        if not self.told.trees:
+            return False
+        tree = min(self.told.trees[:MOST_COMPARED], key=lambda tree: tree.num_tokens)
+        if not tree.responses:
+            tree = replace(tree, responses=(tree.prompt,), stopped=(False,))
+        with torch.no_grad(), evaluation_mode(self.lm):
+            now = token_logps(self.lm, collate([tree])).cpu()
+        if self.own is None:
+            self.own = now
+        return bool((now != self.own).float().mean() >= MOST)
 
     def mean(self, key: str) -> float:
         """Over the recent training records, each of which is a mean over `log_every` steps; nan
