@@ -1,3 +1,4 @@
+import gc
 from dataclasses import replace
 
 import pytest
@@ -200,3 +201,21 @@ def test_a_containers_limit_counts_where_it_is_lower_than_what_the_host_has(
 )
 def test_sizes_are_said_in_binary_units(num_bytes, said):
     assert size(num_bytes) == said
+
+
+def test_what_is_planned_with_leaves_nothing_in_memory():
+    """The plan's forward passes are kept for no backward pass: weights in the compute dtype and
+    activations stayed for the whole run, and in a comparison for all that followed it."""
+    lm = loaded()
+    lm.compute_dtype = torch.bfloat16
+
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    plan_memory(lm, TREES, STEPS, 64)
+    before = tensors()
+    plan_memory(lm, TREES, STEPS, 64)
+    assert tensors() == before
+    plan_memory(replace(lm, offload=True), TREES, STEPS, 64)
+    assert tensors() == before

@@ -286,9 +286,11 @@ def _kept(
         if storage.data_ptr() not in weights:
             own = len(held) if copies else storage.data_ptr()
             kept[own] = tensor.nbytes if copies else storage.nbytes()
-            held.append(tensor)  # an address that is freed would be another tensor's
-        return tensor
+            held.append(tensor.detach())  # an address that is freed would be another tensor's
+        # Without its graph, which would hold this function, and with it itself, for good.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward(lm, collate([_probe()] * times))
+    held.clear()
     return sum(kept.values())
