@@ -88,6 +88,7 @@ OTHER: dict[str, Any] = {
     "compute.sharing": False,
     "compute.threads": 2,
     "compute.checkpointing": True,
+    "compute.compile": True,
     "compute.offload": True,
     "compute.trust_remote_code": True,
     "rollout.reward": "vader",

@@ -98,29 +98,9 @@ class Guard:
             return
         total, batch = unasked[int(step)]
         _refuse_miscounted(count, total, len(batch), int(step))
-        self._refuse_nonfinite(loss, norms, batch, int(step))
+        _refuse_nonfinite(self, loss, norms, batch, int(step))
 
-    def _refuse_nonfinite(
-        self, loss: float, norms: Sequence[float], batch: Sequence[Forest], step: int
-    ) -> None:
-        # The weights are as they were before the step: what is computed is what it computed.
-        trees = [tree for forest in batch for tree in forest.trees]
-        finite = math.isfinite(loss)
-        norm = next((norm for norm in norms if not finite or not math.isfinite(norm)), math.nan)
-        found = [] if finite else self._not_finite(batch)
-        some = 0 < len(found) < len(trees)
-        rows = list(dict.fromkeys(str(i.row) for t in (found if some else trees) for i in t.ids))
-        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        whose = "The rows whose loss it is" if some else "Its rows"
-        raise Refusal(
-            "UW303",
-            f"step {step + 1}: the loss is {loss:.4g}, the gradient's norm {norm:.4g}; "
-            f"{self._cause(finite)}. The weights are as they were before this step. "
-            f"{whose}: {shown}.",
-            {"step": step + 1},
-        )
-
-    def _not_finite(self, batch: Sequence[Forest]) -> list[Tree]:
+    def not_finite(self, batch: Sequence[Forest]) -> list[Tree]:
         """The trees whose loss is not finite: computed alone, or else with those of their bin."""
 
         def spoils(forest: Forest) -> bool:
@@ -134,7 +114,7 @@ class Guard:
             found += alone or forest.trees
         return found
 
-    def _cause(self, finite_loss: bool) -> str:
+    def cause(self, finite_loss: bool) -> str:
         named = self.lm.model.named_parameters()
         broken = [name for name, p in named if not bool(torch.isfinite(p).all())]
         if broken:
@@ -158,3 +138,24 @@ def _refuse_miscounted(count: float, total: float, num: int, step: int) -> None:
             "sum of its weights as Step.count.",
             {"step": step + 1},
         )
+
+
+def _refuse_nonfinite(
+    guard: Guard, loss: float, norms: Sequence[float], batch: Sequence[Forest], step: int
+) -> None:
+    # The weights are as they were before the step: what is computed is what it computed.
+    trees = [tree for forest in batch for tree in forest.trees]
+    finite = math.isfinite(loss)
+    norm = next((norm for norm in norms if not finite or not math.isfinite(norm)), math.nan)
+    found = [] if finite else guard.not_finite(batch)
+    some = 0 < len(found) < len(trees)
+    rows = list(dict.fromkeys(str(i.row) for t in (found if some else trees) for i in t.ids))
+    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    whose = "The rows whose loss it is" if some else "Its rows"
+    raise Refusal(
+        "UW303",
+        f"step {step + 1}: the loss is {loss:.4g}, the gradient's norm {norm:.4g}; "
+        f"{guard.cause(finite)}. The weights are as they were before this step. "
+        f"{whose}: {shown}.",
+        {"step": step + 1},
+    )

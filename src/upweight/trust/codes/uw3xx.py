@@ -69,7 +69,7 @@ PAGES: tuple[Page, ...] = (
         ),
         detectors=(
             "upweight.trust.watch.orders:require_every_pair",
-            "upweight.training.loop:_refuse_miscounted",
+            "upweight.training.guard:_refuse_miscounted",
         ),
     ),
     Page(
@@ -103,7 +103,7 @@ PAGES: tuple[Page, ...] = (
             "Start a new run with another `out`: a run is resumed with its own settings only, and "
             "would come to the same step.",
         ),
-        detectors=("upweight.training.loop:_refuse_nonfinite",),
+        detectors=("upweight.training.guard:_refuse_nonfinite",),
     ),
     Page(
         code="UW304",
