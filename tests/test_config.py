@@ -130,6 +130,7 @@ OTHER: dict[str, Any] = {
     "preflight.repeated": 0.2,
     "preflight.spans": 0.3,
     "preflight.markers": 0.1,
+    "preflight.empty": 0.1,
     "preflight.identical": 0.2,
     "preflight.similar": 0.2,
     "preflight.edits": 0.1,

@@ -158,6 +158,7 @@ CASES: dict[str, Case] = {
     "preflight.repeated": Case(0.9, "findings", {"data.path": "twice.jsonl"}),
     "preflight.spans": Case(0.9, "findings", {"data.path": "stops.jsonl"}),
     "preflight.markers": Case(0.9, "findings", {"data.path": "marked.jsonl"}),
+    "preflight.empty": Case(0.9, "findings", {"data.path": "empty.jsonl"}),
     "preflight.similar": Case(0.99, "findings", {"data.path": "alike.jsonl"}),
     "preflight.edits": Case(1e-4, "findings", {"data.path": "alike.jsonl"}),
     "preflight.shortcut": Case(0.99, "findings", {"data.path": "pairs.jsonl"}),
@@ -198,6 +199,7 @@ def _furnished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         write_rows("same.jsonl", [*rows, *(r | {"rejected": r["chosen"]} for r in rows[:4])])
         write_rows("stops.jsonl", [*rows, *(r | {"chosen": "a <|im_end|>"} for r in rows[:15])])
         write_rows("marked.jsonl", [r | {"prompt": f"[INST] {r['prompt']}"} for r in rows])
+        write_rows("empty.jsonl", [*rows, *(r | {"chosen": " "} for r in rows[:5])])
         long = "river stone cloud lamp paper seven green north salt wheel " * 2
         near = [r | {"chosen": f"{long}{i}", "rejected": f"{long}x"} for i, r in enumerate(rows)]
         write_rows("alike.jsonl", near)

@@ -26,8 +26,15 @@ class Preflight(Section):
         default=0.01,
         description="Rows dropped because chosen and rejected are the same, as a share (UW206).",
     )
+    empty: Share = Field(
+        default=0.02,
+        description="Rows, or responses, that are not used because a response has no word, as a "
+        "share (UW210).",
+    )
     contradictory: Share = Field(
-        default=0.01, description="Preferences that contradict each other, as a share (UW210)."
+        default=0.01,
+        description="Preferences that contradict each other (UW210), or the scores beside them "
+        "(UW207), as a share.",
     )
     repeated: Share = Field(
         default=0.05,

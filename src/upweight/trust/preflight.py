@@ -116,6 +116,34 @@ def identical(examined: Examined) -> Seen:
     )
 
 
+def empty(examined: Examined) -> Seen:
+    """Responses without a word: a column that was left blank, or a model that failed."""
+    account, limit = examined.account, examined.limits.empty
+    rows, left = (d.get("empty_response", 0) for d in (account.dropped, account.left_out))
+    answers = account.responses + sum(account.left_out.values())
+    if rows <= limit * account.read and left <= limit * answers:
+        return Seen()
+    said = (
+        f"{examined.name}: {rows} of {account.read} rows and {left} of {answers} responses are not "
+        f"used because a response has no word (preflight.empty is {limit:.0%})."
+    )
+    named = tuple(row for row, _ in account.examples.get("empty_response", []))
+    return Seen({}, Finding("UW210", said, named))
+
+
+def against_scores(examined: Examined) -> Seen:
+    """Scores or a margin beside the pairs that say the rejected response is the better one."""
+    account, limit = examined.account, examined.limits.contradictory
+    if len(account.against) <= limit * account.rated:
+        return Seen()
+    said = (
+        f"{examined.name}: in {len(account.against)} of {account.rated} pairs with scores of both "
+        "responses or a margin beside them, these say that the rejected one is better "
+        f"(preflight.contradictory is {limit:.0%}): chosen and rejected may be swapped."
+    )
+    return Seen({}, Finding("UW207", said, tuple(account.against[:5])))
+
+
 def contradictory(examined: Examined) -> Seen:
     """Preferences of one prompt that go round in a circle, of two or of more."""
     by_prompt: dict[Ids, list[Tree]] = defaultdict(list)
@@ -306,6 +334,8 @@ def hardly_moves(reach: Reach, limit: float, *, adapted: bool = False) -> list[F
 EXAMINATIONS: tuple[Callable[[Examined], Seen], ...] = (
     cut,
     identical,
+    empty,
+    against_scores,
     contradictory,
     repeated,
     similar,
