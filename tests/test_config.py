@@ -137,7 +137,6 @@ OTHER: dict[str, Any] = {
     "preflight.improbable": 5.0,
     "preflight.reach": 1e-5,
     "preflight.shortcut": 0.9,
-    "watch.moved": 0.2,
     "watch.displaced": 2.0,
     "watch.length": 2.0,
     "watch.repetition": 0.3,
@@ -474,7 +473,7 @@ def test_a_key_that_the_objective_does_not_read_names_those_that_do(
             )
         ]
     assert {"reference", "loss.beta", "policy.trace"} <= set(unread("other"))
-    assert not {"preflight.swapped", "seed", "watch.moved"} & set(unread("other"))
+    assert not {"preflight.swapped", "seed"} & set(unread("other"))
 
 
 def test_the_table_of_objectives_has_each_of_them_and_names_keys_or_sections() -> None:

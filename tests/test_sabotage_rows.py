@@ -196,6 +196,13 @@ def test_scores_beside_pairs_that_contradict_them_are_reported(
     assert found([row | same for row in plain_rows()]) == {}
 
 
+def test_labels_that_are_as_likely_the_other_way_round_are_reported():
+    write_rows("pairs.jsonl", [row | {"probability": 0.5} for row in plain_rows()])
+    assert "60 of 60 preferences have a probability of 0.5" in check()["UW210"]
+    write_rows("pairs.jsonl", [row | {"probability": 0.6} for row in plain_rows()])
+    assert check() == {}
+
+
 def lengths(longer: str, shorter: str) -> list[dict[str, str]]:
     draw = random.Random(2)
     return [

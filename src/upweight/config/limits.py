@@ -76,11 +76,6 @@ class Preflight(Section):
 class Watch(Section):
     """from when on what happens during training is reported"""
 
-    moved: Share = Field(
-        default=0.5,
-        description="Weights in half precision that the first step moves, as a share: fewer are "
-        "reported (UW104).",
-    )
     displaced: NotNegative = Field(
         default=1.0, description="Nats a token that chosen responses may lose (UW304)."
     )

@@ -173,6 +173,21 @@ def contradictory(examined: Examined) -> Seen:
     )
 
 
+def undecided(examined: Examined) -> Seen:
+    """Labels that are as likely the other way round: their loss is least at a margin of 0."""
+    pairs = list(examined.preferences())
+    rows = [_row(tree, p.chosen) for tree, p in pairs if p.probability == 0.5]
+    limit = examined.limits.contradictory
+    if not rows or len(rows) <= limit * len(pairs):
+        return Seen()
+    said = (
+        f"{examined.name}: {len(rows)} of {len(pairs)} preferences have a probability of 0.5: they "
+        "say nothing about which response is better, and teach to tell none apart "
+        f"(preflight.contradictory is {limit:.0%})."
+    )
+    return Seen({}, Finding("UW210", said, tuple(dict.fromkeys(rows))[:5]))
+
+
 def _in_circles(edges: Sequence[tuple[Ids, Ids]]) -> set[int]:
     """The edges that stay when those that begin where none ends, or end where none begins, are
     taken away until there is none: they lie on circles, or between two."""
@@ -337,6 +352,7 @@ EXAMINATIONS: tuple[Callable[[Examined], Seen], ...] = (
     empty,
     against_scores,
     contradictory,
+    undecided,
     repeated,
     similar,
     by_length,

@@ -72,6 +72,8 @@ PAGES: tuple[Page, ...] = (
             "assistant's turns), the names of the tools too, and it must write something else "
             "without the tools or a tool call; rows of which it leaves out any of this are "
             "reported, and refused above `preflight.spans` (a response's tool calls: UW201). "
+            "Reported above `preflight.spans` as well: prompts that end in a turn of the "
+            "assistant's, which the responses do not go on with. "
             "`examples` in `account.json` has the first five "
             "rows of each reason, with the tokens; `boundary_repaired` counts the rows whose "
             "prompt gave white space to the responses."
@@ -93,7 +95,11 @@ PAGES: tuple[Page, ...] = (
             "Take a model whose chat template writes what the rows have, or write it into the "
             "texts yourself: a system message before the question, say.",
         ),
-        detectors=("upweight.data.account:require_used", "upweight.trust.spans:boundary"),
+        detectors=(
+            "upweight.data.account:require_used",
+            "upweight.trust.spans:answered_before",
+            "upweight.trust.spans:boundary",
+        ),
     ),
     Page(
         code="UW203",
@@ -364,7 +370,8 @@ PAGES: tuple[Page, ...] = (
             "Nearly means that at most `preflight.edits` of the longer one's tokens have to be put "
             "in, left out or exchanged: a short answer that differs in one token never is. And "
             "rows, or responses, that are not used because a response has no word, above "
-            "`preflight.empty`."
+            "`preflight.empty`; and preferences whose probability is 0.5, which say nothing, "
+            "above `preflight.contradictory`."
         ),
         guarded_by=(
             "Rows that repeat an earlier one exactly are counted, and used. Empty and equal "
@@ -388,6 +395,7 @@ PAGES: tuple[Page, ...] = (
             "upweight.trust.preflight:empty",
             "upweight.trust.preflight:repeated",
             "upweight.trust.preflight:similar",
+            "upweight.trust.preflight:undecided",
         ),
         source="On responses that are alike: Pal et al. 2024 (arXiv:2402.13228)",
     ),
