@@ -131,13 +131,13 @@ OTHER: dict[str, Any] = {
     "preflight.repeated": 0.2,
     "preflight.spans": 0.3,
     "preflight.markers": 0.1,
+    "preflight.empty": 0.1,
     "preflight.identical": 0.2,
     "preflight.similar": 0.2,
     "preflight.edits": 0.1,
     "preflight.improbable": 5.0,
     "preflight.reach": 1e-5,
     "preflight.shortcut": 0.9,
-    "watch.moved": 0.2,
     "watch.displaced": 2.0,
     "watch.length": 2.0,
     "watch.repetition": 0.3,
@@ -476,7 +476,7 @@ def test_a_key_that_the_objective_does_not_read_names_those_that_do(
             )
         ]
     assert {"reference", "loss.beta", "policy.trace"} <= set(unread("other"))
-    assert not {"preflight.swapped", "seed", "watch.moved"} & set(unread("other"))
+    assert not {"preflight.swapped", "seed"} & set(unread("other"))
 
 
 def test_the_table_of_objectives_has_each_of_them_and_names_keys_or_sections() -> None:

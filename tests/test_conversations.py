@@ -198,6 +198,14 @@ def test_a_template_that_loses_or_cuts_the_question_is_refused(old: str, new: st
     assert "such as the user turn 'question 0'" in said
 
 
+def test_prompts_that_end_in_an_answer_are_reported():
+    def begun(row: Row) -> Row:
+        return asked()(row) | {"prompt": [user(row["prompt"]), assistant("Sure, ")]}
+
+    assert "in 60 of 60 rows the prompt ends in a turn of" in findings(some(60, begun))["UW202"]
+    assert findings(some(4, begun)) == {}
+
+
 def test_text_without_a_template_has_no_tools():
     plain = {"data.template": "none"}
     assert "does not read" in refused("UW202", some(60, with_tools), **plain)

@@ -16,13 +16,11 @@ import torch
 
 import upweight.recipes.evaluation as run_evaluation
 import upweight.recipes.reference as run_reference
-import upweight.recipes.start as run_start
 from runs import PAIRS, plain_rows, rows_of, sentence, write_rows
 from tiny import CHATML, byte_tokenizer, save_tiny
-from upweight.config import Run, load_run
+from upweight.config import load_run
 from upweight.config.keys import keys
 from upweight.errors import UpweightError
-from upweight.models.load import LanguageModel
 from upweight.models.sample import Sample
 from upweight.recipes import train_model
 from upweight.training import checkpoint
@@ -159,12 +157,12 @@ CASES: dict[str, Case] = {
     "preflight.repeated": Case(0.9, "findings", {"data.path": "twice.jsonl"}),
     "preflight.spans": Case(0.9, "findings", {"data.path": "stops.jsonl"}),
     "preflight.markers": Case(0.9, "findings", {"data.path": "marked.jsonl"}),
+    "preflight.empty": Case(0.9, "findings", {"data.path": "empty.jsonl"}),
     "preflight.similar": Case(0.99, "findings", {"data.path": "alike.jsonl"}),
     "preflight.edits": Case(1e-4, "findings", {"data.path": "alike.jsonl"}),
     "preflight.shortcut": Case(0.99, "findings", {"data.path": "pairs.jsonl"}),
     "preflight.improbable": Case(0.0, "findings", {"data.path": "odd.jsonl"}),
     "preflight.reach": Case(1.0, "findings"),
-    "watch.moved": Case(0.0, "findings", {"optimizer.learning_rate": 1e-5}),
     "watch.displaced": Case(9.0, "findings", {"steps": 9}),
     "watch.length": Case(9.0, "findings", EVALUATED),
     "watch.repetition": Case(0.999, "findings", MANY),
@@ -199,6 +197,7 @@ def _furnished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         write_rows("same.jsonl", [*rows, *(r | {"rejected": r["chosen"]} for r in rows[:4])])
         write_rows("stops.jsonl", [*rows, *(r | {"chosen": "a <|im_end|>"} for r in rows[:15])])
         write_rows("marked.jsonl", [r | {"prompt": f"[INST] {r['prompt']}"} for r in rows])
+        write_rows("empty.jsonl", [*rows, *(r | {"chosen": " "} for r in rows[:5])])
         long = "river stone cloud lamp paper seven green north salt wheel " * 2
         near = [r | {"chosen": f"{long}{i}", "rejected": f"{long}x"} for i, r in enumerate(rows)]
         write_rows("alike.jsonl", near)
@@ -244,18 +243,6 @@ def _scored() -> list[dict[str, Any]]:
     ]
 
 
-def _in_half(patched: pytest.MonkeyPatch) -> None:
-    """Weights kept in half precision, which no run does."""
-    made = run_start.trained
-
-    def halved(run: Run, lm: LanguageModel, stop_ids: Any) -> LanguageModel:
-        lm = made(run, lm, stop_ids)
-        lm.model.to(torch.bfloat16)  # pyright: ignore
-        return lm
-
-    patched.setattr(run_start, "trained", halved)
-
-
 def _learned_by_heart(patched: pytest.MonkeyPatch) -> None:
     """Training that has told nearly all pairs apart, by making all responses improbable."""
     means = {"rewards/accuracies": 0.98, "loss": 0.001, "logratios/chosen": -30.0}
@@ -293,7 +280,6 @@ def _endless_answers(patched: pytest.MonkeyPatch) -> None:
 
 
 PLANTED: Mapping[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "watch.moved": _in_half,
     "watch.displaced": _learned_by_heart,
     "watch.length": _short_answers,
     "watch.repetition": _stuck_answers,

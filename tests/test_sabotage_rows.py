@@ -8,6 +8,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
@@ -104,6 +106,31 @@ def test_a_prompt_on_both_sides_is_refused_with_a_row_of_each():
         check(**{"evaluation.sets": {"held": ["held.jsonl"]}})
 
 
+def held_out(*prompts: object) -> dict[str, str]:
+    """What is found with a set of these prompts."""
+    write_rows("held.jsonl", [plain_rows()[0] | {"prompt": prompt} for prompt in prompts])
+    return check(**{"evaluation.sets": {"held": ["held.jsonl"]}})
+
+
+def test_a_prompt_on_both_sides_in_other_letters_is_reported():
+    system, asks = {"role": "system", "content": "s"}, {"role": "user", "content": "question 8"}
+    said = held_out("QUESTION  7?", "question 77", [system, asks])["UW209"]
+    assert "the evaluation set held has 2 rows with a prompt that is trained on too, but" in said
+    assert "held.jsonl:1 (as pairs.jsonl:8), held.jsonl:3 (as pairs.jsonl:9)" in said
+    answered = {"role": "assistant", "content": "Yes."}
+    assert held_out("question 77", [asks, answered, asks]) == {}
+
+
+def test_prompts_that_a_split_leaves_on_both_sides_in_other_letters_are_reported(
+    capsys: pytest.CaptureFixture[str],
+):
+    twice = [row | {"prompt": row["prompt"] + end} for row in plain_rows() for end in ("", "?")]
+    write_rows("pairs.jsonl", twice)
+    assert "set heldout has" in check(**{"evaluation.fraction": 0.3})["UW209"]
+    assert train("run", "--repeated", "0.9") == 0
+    assert "warning[UW209]: the evaluation set heldout" in capsys.readouterr().err
+
+
 def test_rows_that_are_nearly_those_of_an_earlier_row():
     rows = plain_rows()
     shouted = [{key: f"{text.upper()}!" for key, text in row.items()} for row in rows[:4]]
@@ -127,6 +154,53 @@ def test_responses_that_differ_in_next_to_nothing():
     said = check(**{"preflight.edits": 0.1})["UW210"]
     assert "in 10 of 60 preferences the responses differ in at most 10% of their tokens" in said
     assert check(**{"preflight.edits": 0.1, "preflight.similar": 0.2}) == {}
+
+
+def test_many_rows_without_a_word_in_a_response_are_reported():
+    rows = [row | {"rejected": " " if i < 4 else row["rejected"]} for i, row in
+            enumerate(plain_rows())]  # fmt: skip
+    write_rows("pairs.jsonl", rows)
+    said = check()["UW210"]
+    assert "4 of 60 rows and 0 of 112 responses are not used because a response has no" in said
+    assert "Rows: pairs.jsonl:1, pairs.jsonl:2" in said
+    assert check(**{"preflight.empty": 0.1}) == {}
+    texts = [{"text": text, "score": i} for i, text in enumerate(("a b", "", "c d e"))]
+    write_rows("pairs.jsonl", [{"prompt": f"q {i}", "responses": texts} for i in range(9)])
+    assert "0 of 9 rows and 9 of 27 responses" in check(**{"preflight.shortcut": 0.99})["UW210"]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"score_chosen": 1.0, "score_rejected": 9.0},
+        {"chosen-rating": 1, "rejected-rating": 2},
+        {"margin": -3.0},
+    ],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_scores_beside_pairs_that_contradict_them_are_reported(
+    ending: str, beside: dict[str, float]
+):
+    def found(rows: list[dict[str, object]]) -> dict[str, str]:
+        write_rows("pairs.jsonl", rows)
+        if ending == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), "pairs.parquet")
+        return check(data=f"pairs.{ending}")
+
+    said = found([row | beside for row in plain_rows()])["UW207"]
+    assert "in 60 of 60 pairs with scores of both responses or a margin beside them" in said
+    assert f"Rows: pairs.{ending}:1" in said
+    right = {name: -value for name, value in beside.items()}
+    assert found([row | right for row in plain_rows()]) == {}
+    same = dict.fromkeys(beside, 0.0)
+    assert found([row | same for row in plain_rows()]) == {}
+
+
+def test_labels_that_are_as_likely_the_other_way_round_are_reported():
+    write_rows("pairs.jsonl", [row | {"probability": 0.5} for row in plain_rows()])
+    assert "60 of 60 preferences have a probability of 0.5" in check()["UW210"]
+    write_rows("pairs.jsonl", [row | {"probability": 0.6} for row in plain_rows()])
+    assert check() == {}
 
 
 def lengths(longer: str, shorter: str) -> list[dict[str, str]]:

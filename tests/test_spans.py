@@ -18,7 +18,7 @@ from runs import furnish, plain_rows, train, write_rows
 from tiny import CHATML, SPECIALS, byte_tokenizer
 from upweight.cli import main
 from upweight.data import stream, trees
-from upweight.errors import Refusal
+from upweight.errors import ModelError, Refusal
 from upweight.trust import spans
 
 
@@ -229,6 +229,22 @@ def test_a_stop_at_which_generation_goes_on_is_reported():
     assert "responses end in <|im_end|>, and the model's generation ends at <|endoftext|>" in said
     generation_ends_at(0, 2)
     assert findings(ROWS) == {}
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("{bad", "model/generation_config.json cannot be read: Expecting property name"),
+        ('{"eos_token_id": 99999}', "is 99999; allowed: the ids of the model's 260 tokens, from 0"),
+        ('{"eos_token_id": [2, "x"]}', "is 'x'; allowed"),
+        ('{"eos_token_id": -1}', "is -1; allowed"),
+    ],
+)
+def test_a_generation_config_that_ends_nothing_is_an_error(written: str, said: str):
+    Path("model/generation_config.json").write_text(written)
+    with pytest.raises(ModelError) as caught:
+        findings(ROWS)
+    assert said in str(caught.value)
 
 
 def test_a_template_that_closes_answers_with_what_is_no_token_is_reported():

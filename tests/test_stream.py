@@ -378,6 +378,8 @@ def test_growing_trees_moves_rows_from_used_to_dropped(tmp_path):
         "special_in_prompt": 0,
         "duplicates": 0,
         "earlier_turns": 0,
+        "rated": 0,
+        "against": 0,
         "preferences": 2,
         "responses": 4,
         "lengths": {

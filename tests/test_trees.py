@@ -151,7 +151,7 @@ def test_a_template_that_changes_the_content_is_counted():
 
 
 def test_an_unreadable_template_and_a_missing_one_say_what_to_do():
-    with pytest.raises(ModelError, match="The chat template cannot be parsed"):
+    with pytest.raises(ModelError, match=r"The chat template cannot be parsed: .*[^.]\.$"):
         make_renderer(tokenizer(IM, template="{% for %}", eos="<|im_end|>"))
     tok = byte_tokenizer(template=None)
     with pytest.raises(ModelError, match="data.template is chat, and the tokenizer has no chat"):

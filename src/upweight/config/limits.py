@@ -26,8 +26,15 @@ class Preflight(Section):
         default=0.01,
         description="Rows dropped because chosen and rejected are the same, as a share (UW206).",
     )
+    empty: Share = Field(
+        default=0.02,
+        description="Rows, or responses, that are not used because a response has no word, as a "
+        "share (UW210).",
+    )
     contradictory: Share = Field(
-        default=0.01, description="Preferences that contradict each other, as a share (UW210)."
+        default=0.01,
+        description="Preferences that contradict each other (UW210), or the scores beside them "
+        "(UW207), as a share.",
     )
     repeated: Share = Field(
         default=0.05,
@@ -69,11 +76,6 @@ class Preflight(Section):
 class Watch(Section):
     """from when on what happens during training is reported"""
 
-    moved: Share = Field(
-        default=0.5,
-        description="Weights in half precision that the first step moves, as a share: fewer are "
-        "reported (UW104).",
-    )
     displaced: NotNegative = Field(
         default=1.0, description="Nats a token that chosen responses may lose (UW304)."
     )

@@ -14,7 +14,7 @@ _ROWS_LEARNED = (
     *of_section("data", "format", "truncation", "pairing", "min_score_gap"),
     "batch.pairs_per_step",
     *_REPEATS,
-    *of_section("preflight", "identical", "spans", "markers"),
+    *of_section("preflight", "identical", "empty", "spans", "markers"),
 )
 _PAIRS = (*_ROWS_LEARNED, *of_section("preflight", "contradictory", "similar", "shortcut"))
 _ANSWERS = (

@@ -53,7 +53,8 @@ class Account:
     adds any (rendered twice, perhaps), `duplicates` rows that say the same as an earlier one and
     are used, `earlier_turns` rows that were made of a conversation's earlier turns,
     `unused_columns` rows by the columns (and the keys of responses) that no layout reads, or that
-    `pairing` passes over.
+    `pairing` passes over. `rated` counts pairs beside which stand scores or a margin, and `against`
+    are the rows of those that say the rejected response is the better one.
     `lengths` are in tokens: each prompt, and the two sides of each preference.
     """
 
@@ -74,6 +75,8 @@ class Account:
     special_in_prompt: int = 0
     duplicates: int = 0
     earlier_turns: int = 0
+    rated: int = 0
+    against: list[str] = field(default_factory=list[str])
     preferences: int = 0
     responses: int = 0
     lengths: dict[str, list[int]] = field(
@@ -139,6 +142,8 @@ class Account:
             "special_in_prompt": self.special_in_prompt,
             "duplicates": self.duplicates,
             "earlier_turns": self.earlier_turns,
+            "rated": self.rated,
+            "against": len(self.against),
             "preferences": self.preferences,
             "responses": self.responses,
             "lengths": {side: percentiles(found) for side, found in self.lengths.items()},

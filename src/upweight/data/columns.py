@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from upweight.errors import DataError, nearest
 from upweight.types import Message, RowId, Text
@@ -42,6 +42,17 @@ COLUMNS: dict[str, Columns] = {
 READ = frozenset(name for columns in COLUMNS.values() for name in columns.all)
 """The columns that some layout reads."""
 
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
+)
+"""What pairs may have beside them. No layout reads them; whether they agree with it is asked."""
+
+LOOKED_AT = READ.union(name for pair in SCORES for name in pair)
+"""The columns whose values are wanted of every row."""
+
 BESIDE_TEXT = ("score", "weight", "stopped")
 """What an item of the column responses may have beside its text."""
 _OF_A_RESPONSE = ("text", "messages", "content", *BESIDE_TEXT)
@@ -57,6 +68,22 @@ def unread(row: Row, layout: str) -> set[str]:
             filled = {str(key) for key, value in item.items() if value is not None}
             found |= {f"responses.{key}" for key in filled.difference(_OF_A_RESPONSE)}
     return found
+
+
+def agrees(row: Row) -> bool | None:
+    """Whether the row's scores of its two responses, or its margin, say that chosen is the better
+    one; None where they say nothing."""
+    for pair in SCORES:
+        scores = [row.get(name) for name in pair]
+        chosen, rejected = (s if _is_number(s) else math.nan for s in scores)
+        if chosen != rejected and not math.isnan(chosen - rejected):
+            return chosen > rejected
+    margin = row.get("margin")
+    return margin > 0 if _is_number(margin) and margin else None
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def detect(row: Row, row_id: RowId) -> str:

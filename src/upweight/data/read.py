@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from upweight.data.columns import COLUMNS, READ, Row, json_value, shown
+from upweight.data.columns import COLUMNS, LOOKED_AT, READ, Row, json_value, shown
 from upweight.errors import DataError, nearest
 from upweight.types import RowId
 
@@ -24,7 +24,7 @@ Lines = Iterator[tuple[int, Row]]
 
 
 def read_rows(
-    paths: Iterable[str], columns: Collection[str] | None = READ
+    paths: Iterable[str], columns: Collection[str] | None = LOOKED_AT
 ) -> Iterator[tuple[RowId, Row]]:
     """Every row of every file, the files in the order given.
 
@@ -233,7 +233,7 @@ def _cell(cell: str, name: str, path: str, line: int) -> Any:
     return value if is_messages else cell
 
 
-def _parquet(path: str, columns: Collection[str] | None = READ) -> Lines:
+def _parquet(path: str, columns: Collection[str] | None = LOOKED_AT) -> Lines:
     """A column that is not wanted stays on disk, and is null in the rows: it may hold what Python
     has no value for."""
     import pyarrow as pa

@@ -335,7 +335,9 @@ def _probe(tokenizer: Tokenizer, options: Mapping[str, Any]) -> tuple[str, str |
                 listed[:-1], add_generation_prompt=True, tokenize=False, **options
             )
         except jinja2.TemplateSyntaxError as error:
-            raise ModelError(f"The chat template cannot be parsed: {error}.") from None
+            raise ModelError(
+                f"The chat template cannot be parsed: {str(error).rstrip('.')}."
+            ) from None
         except TEMPLATE_ERRORS:
             continue
         before, found, after = full.rpartition(_ANSWER)

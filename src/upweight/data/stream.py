@@ -16,7 +16,7 @@ from itertools import count, islice
 from typing import Any, Literal
 
 from upweight.data.account import Account
-from upweight.data.columns import detect, printable, unread
+from upweight.data.columns import agrees, detect, printable, unread
 from upweight.data.formats import FORMATS, example_of, prompt_of
 from upweight.data.preferences import Pairing, unusable, weights_inside
 from upweight.data.read import read_rows
@@ -58,6 +58,9 @@ def load_examples(
         found = layouts[row_id.source]
         for name in map(printable, unread(row, found) | passed_over.intersection(row)):
             account.unread(name)
+        if found == "pair" and (agreed := agrees(row)) is not None:
+            account.rated += 1
+            account.against += [] if agreed else [str(row_id)]
         row = {name: value for name, value in row.items() if name not in passed_over}
         example = example_of(row, row_id, found, pairing=pairing, min_gap=min_gap)
         if isinstance(example, Example):

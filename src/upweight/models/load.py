@@ -11,7 +11,8 @@ import time
 import warnings
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -165,6 +166,7 @@ def load(
     lm = LanguageModel(
         model, tokenizer, name, folder, chosen, compute_dtype, ForwardPlan(), trust_remote_code
     )
+    _require_stops(lm)
     lm.plan = plan or proof.find_plan(lm, path=path, sharing=sharing)
     if lm.plan.shared:
         lm.causal.set_attn_implementation(attention.NAME)
@@ -270,6 +272,29 @@ def _own_weights(lm: LanguageModel) -> Generator[tuple[str, torch.Tensor]]:
         if "lora_" not in name and tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
             yield name.replace(".base_layer", ""), tensor
+
+
+def _require_stops(lm: LanguageModel) -> None:
+    """Raises ModelError for a generation config that is not JSON, of which transformers passes over
+    all in silence, and for an end of generation that no token is."""
+    file = Path(lm.folder) / "generation_config.json"
+    try:
+        json.loads(file.read_text(encoding="utf-8") if file.is_file() else "{}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{file} cannot be read: {first_lines(error, 1)} Correct it, or remove it: the "
+            "tokenizer's eos_token alone then ends generation."
+        ) from error
+    # A reward model answers nothing, and has no generation config.
+    settings = getattr(lm.causal, "generation_config", None)
+    said = getattr(settings, "eos_token_id", None)
+    for stop in cast("list[object]", said if isinstance(said, list) else [said]):
+        whole = isinstance(stop, int) and not isinstance(stop, bool)
+        if stop is not None and not (whole and 0 <= cast(int, stop) < lm.vocab_size):
+            raise ModelError(
+                f"{lm.name}: eos_token_id in generation_config.json is {stop!r}; allowed: the ids "
+                f"of the model's {lm.vocab_size:,} tokens, from 0. Generation would not stop there."
+            )
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -36,7 +36,7 @@ from upweight.stats import Interval
 from upweight.training.memory import enough_tokens
 from upweight.trust.figures import FIGURES
 from upweight.trust.finding import Finding
-from upweight.trust.near import copies
+from upweight.trust.near import copies, shared_prompts
 from upweight.trust.preflight import Figures
 from upweight.types import Example, RowId, Tree
 
@@ -190,14 +190,18 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
         trees[name], accounts[name] = grown(rows, its_account), its_account
         repeats[name] = copies(rows)
         require_used(its_account, f"the evaluation set {name}")
+    asked: list[Example] = []
     if run.evaluation.prompt_files is not None:
         asked, account = load_prompts(run.evaluation.prompt_files)
         _require_apart(PROMPTS, train, asked)
         trees[PROMPTS], accounts[PROMPTS] = plant(asked, renderer, account), account
         require_used(account, f"evaluation.prompt_files {', '.join(run.evaluation.prompt_files)}")
     rows = tuple(train[:: max(1, len(train) // RENDERED_AGAIN)][:RENDERED_AGAIN])
-    texts = {"train": train, **{name: rows for name, (rows, _) in sets.items()}}
-    return Prepared(trees, accounts, renderer, repeats, rows=rows, examples=texts)
+    held = {name: rows for name, (rows, _) in sets.items()}
+    near = tuple(_nearly_apart(train, {**held, PROMPTS: asked}))
+    return Prepared(
+        trees, accounts, renderer, repeats, near, rows=rows, examples={"train": train, **held}
+    )
 
 
 def ended_answers(prepared: Prepared, lm: LanguageModel) -> Prepared:
@@ -219,6 +223,22 @@ def _require_apart(name: str, train: Sequence[Example], rows: Sequence[Example])
             f"trained on too, such as {theirs} and {mine}. Remove them from one side, or use "
             "evaluation.fraction to split by prompt.",
         )
+
+
+def _nearly_apart(
+    train: Sequence[Example], sets: Mapping[str, Sequence[Example]]
+) -> Iterator[Finding]:
+    """What is said of sets that ask in other letters what is trained on."""
+    for name, rows in sets.items():
+        both = shared_prompts(train, rows)
+        if both:
+            said = (
+                f"the evaluation set {name} has {counted(len(both), 'row')} with a prompt that is "
+                "trained on too, but for case, white space, the punctuation around it or a system "
+                "message. Remove them from one side."
+            )
+            pairs = [f"{theirs} (as {mine})" for mine, theirs in both[:5]]
+            yield Finding("UW209", said, tuple(pairs))
 
 
 def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]]) -> None:

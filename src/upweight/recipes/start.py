@@ -113,6 +113,8 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
         run = resolved.run
     for line in account_lines(prepared):
         screen.note(line)
+    for finding in prepared.findings:
+        screen.note(str(finding))
     prepared = _noticed(prepared, _texts(run, prepared, lm), screen)
     prepared = _noticed(
         prepared, {e.name: examine(e) for e in examined_sets(run, prepared)}, screen

@@ -46,6 +46,28 @@ def _plain(said: Text) -> object:
     ]
 
 
+def shared_prompts(train: Sequence[Example], other: Sequence[Example]) -> list[tuple[RowId, RowId]]:
+    """For each row of `other` whose prompt asks what one of train asks: the first such row, and it.
+
+    What does not count is as in `copies`, and a system message.
+    """
+    first: dict[str, RowId] = {}
+    for example in train:
+        first.setdefault(_asked(example.prompt), example.row)
+    keys = ((_asked(example.prompt), example.row) for example in other)
+    return [(first[key], row) for key, row in keys if key in first]
+
+
+def _asked(prompt: Text) -> str:
+    turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+    said = [
+        (turn["role"], _plain(str(turn.get("content", ""))), turn.get("tool_calls"))
+        for turn in turns
+        if turn["role"] not in ("system", "developer")
+    ]
+    return json.dumps(said, sort_keys=True, default=str)
+
+
 def near_copies(trees: Sequence[Tree], share: float) -> dict[RowId, RowId]:
     """For each row whose responses are nearly those of another row of its prompt, one by one, and
     preferred alike: that one. The first of them in the data is no copy."""

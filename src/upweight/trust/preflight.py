@@ -116,6 +116,34 @@ def identical(examined: Examined) -> Seen:
     )
 
 
+def empty(examined: Examined) -> Seen:
+    """Responses without a word: a column that was left blank, or a model that failed."""
+    account, limit = examined.account, examined.limits.empty
+    rows, left = (d.get("empty_response", 0) for d in (account.dropped, account.left_out))
+    answers = account.responses + sum(account.left_out.values())
+    if rows <= limit * account.read and left <= limit * answers:
+        return Seen()
+    said = (
+        f"{examined.name}: {rows} of {account.read} rows and {left} of {answers} responses are not "
+        f"used because a response has no word (preflight.empty is {limit:.0%})."
+    )
+    named = tuple(row for row, _ in account.examples.get("empty_response", []))
+    return Seen({}, Finding("UW210", said, named))
+
+
+def against_scores(examined: Examined) -> Seen:
+    """Scores or a margin beside the pairs that say the rejected response is the better one."""
+    account, limit = examined.account, examined.limits.contradictory
+    if len(account.against) <= limit * account.rated:
+        return Seen()
+    said = (
+        f"{examined.name}: in {len(account.against)} of {account.rated} pairs with scores of both "
+        "responses or a margin beside them, these say that the rejected one is better "
+        f"(preflight.contradictory is {limit:.0%}): chosen and rejected may be swapped."
+    )
+    return Seen({}, Finding("UW207", said, tuple(account.against[:5])))
+
+
 def contradictory(examined: Examined) -> Seen:
     """Preferences of one prompt that go round in a circle, of two or of more."""
     by_prompt: dict[Ids, list[Tree]] = defaultdict(list)
@@ -143,6 +171,21 @@ def contradictory(examined: Examined) -> Seen:
             tuple(dict.fromkeys(rows))[:6],
         ),
     )
+
+
+def undecided(examined: Examined) -> Seen:
+    """Labels that are as likely the other way round: their loss is least at a margin of 0."""
+    pairs = list(examined.preferences())
+    rows = [_row(tree, p.chosen) for tree, p in pairs if p.probability == 0.5]
+    limit = examined.limits.contradictory
+    if not rows or len(rows) <= limit * len(pairs):
+        return Seen()
+    said = (
+        f"{examined.name}: {len(rows)} of {len(pairs)} preferences have a probability of 0.5: they "
+        "say nothing about which response is better, and teach to tell none apart "
+        f"(preflight.contradictory is {limit:.0%})."
+    )
+    return Seen({}, Finding("UW210", said, tuple(dict.fromkeys(rows))[:5]))
 
 
 def _in_circles(edges: Sequence[tuple[Ids, Ids]]) -> set[int]:
@@ -306,7 +349,10 @@ def hardly_moves(reach: Reach, limit: float, *, adapted: bool = False) -> list[F
 EXAMINATIONS: tuple[Callable[[Examined], Seen], ...] = (
     cut,
     identical,
+    empty,
+    against_scores,
     contradictory,
+    undecided,
     repeated,
     similar,
     by_length,

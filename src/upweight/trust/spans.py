@@ -137,6 +137,28 @@ def boundary(texts: Texts) -> list[_Wrong]:
 _PROMPT_LOST = "the chat template leaves out part of the prompt, and the model never sees it"
 
 
+def answered_before(texts: Texts) -> list[_Wrong]:
+    """Prompts that end in an answer: the responses are second ones, behind a header of their
+    own."""
+    rows = [
+        example.row
+        for example in texts.examples
+        if isinstance(example.prompt, tuple)
+        and example.prompt
+        and example.prompt[-1]["role"] == "assistant"
+    ]
+    limit, total = texts.limits.spans, len(texts.examples)
+    if len(rows) <= limit * total:
+        return []
+    said = (
+        f"in {len(rows)} of {total} rows the prompt ends in a turn of the assistant's: the "
+        "responses are rendered as another turn behind it, and do not go on with it (preflight."
+        f"spans is {limit:.0%})."
+    )
+    named = tuple(map(str, rows[:_ROWS_NAMED]))
+    return [_Wrong(Finding("UW202", texts.said(said), named), certain=False)]
+
+
 def _lost(texts: Texts, kind: Kind, code: str, what: str) -> list[_Wrong]:
     """Text that does not become tokens, as many rows as there are likely to be."""
     odds, total, limit = _of(texts, kind), len(texts.rows), texts.limits.spans
@@ -247,6 +269,7 @@ EXAMINATIONS: tuple[Callable[[Texts], list[_Wrong]], ...] = (
     # First what says most about its cause: a stop too many is another scored token too.
     stops,
     boundary,
+    answered_before,
     scored,
     beginnings,
     accounted,

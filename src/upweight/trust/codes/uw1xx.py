@@ -150,9 +150,10 @@ PAGES: tuple[Page, ...] = (
             "moves."
         ),
         found_by=(
-            "After the first step, where trained weights are in half precision: fewer of the "
-            "elements that are looked at have moved than `watch.moved` says, and not none "
-            "(UW103). To see it in a model that is already trained, compare two checkpoints."
+            "After the first step, where trained weights are in half precision: fewer than "
+            "half of the elements that are looked at have moved, and not none (UW103). Weights "
+            "that upweight loads are in float32: this is about models that code of your own casts. "
+            "To see it in a model that is already trained, compare two checkpoints."
         ),
         guarded_by=(
             "Weights are loaded and updated in float32, whatever `compute.dtype` is; bfloat16 is "

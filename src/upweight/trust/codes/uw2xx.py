@@ -72,6 +72,8 @@ PAGES: tuple[Page, ...] = (
             "assistant's turns), the names of the tools too, and it must write something else "
             "without the tools or a tool call; rows of which it leaves out any of this are "
             "reported, and refused above `preflight.spans` (a response's tool calls: UW201). "
+            "Reported above `preflight.spans` as well: prompts that end in a turn of the "
+            "assistant's, which the responses do not go on with. "
             "`examples` in `account.json` has the first five "
             "rows of each reason, with the tokens; `boundary_repaired` counts the rows whose "
             "prompt gave white space to the responses."
@@ -93,7 +95,11 @@ PAGES: tuple[Page, ...] = (
             "Take a model whose chat template writes what the rows have, or write it into the "
             "texts yourself: a system message before the question, say.",
         ),
-        detectors=("upweight.data.account:require_used", "upweight.trust.spans:boundary"),
+        detectors=(
+            "upweight.data.account:require_used",
+            "upweight.trust.spans:answered_before",
+            "upweight.trust.spans:boundary",
+        ),
     ),
     Page(
         code="UW203",
@@ -255,7 +261,13 @@ PAGES: tuple[Page, ...] = (
             "most for it; the share by length only where the reference does not agree with the "
             "labels more often than not. Read them: a model that prefers what people reject is "
             "also why one collects preferences. `upweight check` asks the reference about a few "
-            "rows of each set, training about all. For a reward model the lengths alone are asked."
+            "rows of each set, training about all. For a reward model the lengths alone are asked. "
+            "Scores of both responses that stand beside a pair (score_chosen and score_rejected, "
+            "chosen_score, chosen-rating and the like) or a negative margin are reported where a "
+            "share above `preflight.contradictory` says that the rejected response is better. "
+            "Flips do not show where the reference itself does not agree with right labels, as a "
+            "small model on answers that people checked: then swapped columns look as likely to "
+            "it as right ones, and neither its share nor the lengths may be far below one half."
         ),
         guarded_by=(
             "The report says so when a held-out accuracy is below chance by its whole interval. "
@@ -271,7 +283,10 @@ PAGES: tuple[Page, ...] = (
             "Swap the columns, or negate the scores, in the data.",
             "Keep twenty rows that you have read yourself as a set under `evaluation.sets`.",
         ),
-        detectors=("upweight.trust.likely:_swapped",),
+        detectors=(
+            "upweight.trust.likely:_swapped",
+            "upweight.trust.preflight:against_scores",
+        ),
     ),
     Page(
         code="UW208",
@@ -315,7 +330,9 @@ PAGES: tuple[Page, ...] = (
             "Every set of `evaluation.sets` is compared with the training rows by prompt. White "
             "space around the texts does not count, nor whether a prompt is text or one user "
             "turn. One shared prompt is enough to refuse; the message names a row of each side. "
-            "Prompts that are nearly the same are not found."
+            "Reported, with rows, for what `evaluation.fraction` holds out too: prompts that are "
+            "the same but for case, white space, the punctuation around a text, or a system "
+            "message. The same question in other words is not found."
         ),
         causes=(
             "The sets were split by row, and a prompt has several rows.",
@@ -326,7 +343,10 @@ PAGES: tuple[Page, ...] = (
             "Use `evaluation.fraction`, which holds out whole prompts, in place of a set.",
             "Remove the shared prompts from one side.",
         ),
-        detectors=("upweight.recipes.prepare:_require_apart",),
+        detectors=(
+            "upweight.recipes.prepare:_nearly_apart",
+            "upweight.recipes.prepare:_require_apart",
+        ),
     ),
     Page(
         code="UW210",
@@ -348,7 +368,10 @@ PAGES: tuple[Page, ...] = (
             "text, or that give the same prompt nearly the same responses; and a share of "
             "preferences above `preflight.similar` whose own two responses are nearly the same. "
             "Nearly means that at most `preflight.edits` of the longer one's tokens have to be put "
-            "in, left out or exchanged: a short answer that differs in one token never is."
+            "in, left out or exchanged: a short answer that differs in one token never is. And "
+            "rows, or responses, that are not used because a response has no word, above "
+            "`preflight.empty`; and preferences whose probability is 0.5, which say nothing, "
+            "above `preflight.contradictory`."
         ),
         guarded_by=(
             "Rows that repeat an earlier one exactly are counted, and used. Empty and equal "
@@ -369,8 +392,10 @@ PAGES: tuple[Page, ...] = (
         ),
         detectors=(
             "upweight.trust.preflight:contradictory",
+            "upweight.trust.preflight:empty",
             "upweight.trust.preflight:repeated",
             "upweight.trust.preflight:similar",
+            "upweight.trust.preflight:undecided",
         ),
         source="On responses that are alike: Pal et al. 2024 (arXiv:2402.13228)",
     ),

@@ -5,6 +5,10 @@ from __future__ import annotations
 from upweight.trust.finding import Finding
 from upweight.trust.watch.seen import Record, Seen
 
+MOVED = 0.5
+"""Of weights in half precision, the share that the first step must move. AdamW's first step moves
+every element that has a gradient."""
+
 PATIENCE = 64
 """Steps in which no answer was better than another, after which a run is refused. A task may be so
 hard that the first rounds earn nothing."""
@@ -63,12 +67,12 @@ def nothing_is_taught(seen: Seen, record: Record) -> Finding | None:
 def swallowed(seen: Seen, record: Record) -> Finding | None:
     """Weights in half precision of which few have moved."""
     half = [p.dtype for p in seen.lm.model.parameters() if p.requires_grad and p.itemsize < 4]
-    if not half or seen.moved is None or not 0 < seen.moved < seen.limits.moved:
+    if not half or seen.moved is None or not 0 < seen.moved < MOVED:
         return None
     return Finding(
         "UW104",
-        f"step {record['step']:.0f}: {seen.moved:.0%} of the weights have moved (watch.moved is "
-        f"{seen.limits.moved:.0%}): they are kept in {str(half[0]).removeprefix('torch.')}, which "
+        f"step {record['step']:.0f}: {seen.moved:.0%} of the weights have moved: they are "
+        f"kept in {str(half[0]).removeprefix('torch.')}, which "
         "rounds small updates away. Keep them in float32.",
     )
 
