@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from upweight.data.stream import (
     grow,
     load_examples,
     load_prompts,
-    overlap,
     prompt_key,
     split_account,
     split_by_prompt,
@@ -30,13 +29,14 @@ from upweight.models.load import LanguageModel, fingerprint, load
 from upweight.models.nf4 import num_weights, quantized_layers
 from upweight.models.reference import Reference, fill, open_reference, verify
 from upweight.models.scalar import load_reward_model
+from upweight.recipes.apart import nearly_apart, require_apart
 from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.screen import Screen, counted
 from upweight.stats import Interval
 from upweight.training.memory import enough_tokens
 from upweight.trust.figures import FIGURES
 from upweight.trust.finding import Finding
-from upweight.trust.near import copies, shared_prompts
+from upweight.trust.near import copies
 from upweight.trust.preflight import Figures
 from upweight.types import Example, RowId, Tree
 
@@ -178,7 +178,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
         rows, its_account = examples(paths, None)
         sets[name] = (turns(rows, its_account), its_account)
         loaded.append(sets[name])
-        _require_apart(name, train, sets[name][0])
+        require_apart(name, train, sets[name][0])
     if not kind.draws:
         _require_scores(run, loaded)
         _require_turns(run, loaded)
@@ -193,12 +193,12 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     asked: list[Example] = []
     if run.evaluation.prompt_files is not None:
         asked, account = load_prompts(run.evaluation.prompt_files)
-        _require_apart(PROMPTS, train, asked)
+        require_apart(PROMPTS, train, asked)
         trees[PROMPTS], accounts[PROMPTS] = plant(asked, renderer, account), account
         require_used(account, f"evaluation.prompt_files {', '.join(run.evaluation.prompt_files)}")
     rows = tuple(train[:: max(1, len(train) // RENDERED_AGAIN)][:RENDERED_AGAIN])
     held = {name: rows for name, (rows, _) in sets.items()}
-    near = tuple(_nearly_apart(train, {**held, PROMPTS: asked}))
+    near = tuple(nearly_apart(train, {**held, PROMPTS: asked}))
     return Prepared(
         trees, accounts, renderer, repeats, near, rows=rows, examples={"train": train, **held}
     )
@@ -212,33 +212,6 @@ def ended_answers(prepared: Prepared, lm: LanguageModel) -> Prepared:
         for name, found in prepared.trees.items()
     }
     return replace(prepared, trees=trees)
-
-
-def _require_apart(name: str, train: Sequence[Example], rows: Sequence[Example]) -> None:
-    if both := overlap(train, rows):
-        mine, theirs = both[0]
-        raise Refusal(
-            "UW209",
-            f"the evaluation set {name} has {counted(len(both), 'row')} with a prompt that is "
-            f"trained on too, such as {theirs} and {mine}. Remove them from one side, or use "
-            "evaluation.fraction to split by prompt.",
-        )
-
-
-def _nearly_apart(
-    train: Sequence[Example], sets: Mapping[str, Sequence[Example]]
-) -> Iterator[Finding]:
-    """What is said of sets that ask in other letters what is trained on."""
-    for name, rows in sets.items():
-        both = shared_prompts(train, rows)
-        if both:
-            said = (
-                f"the evaluation set {name} has {counted(len(both), 'row')} with a prompt that is "
-                "trained on too, but for case, white space, the punctuation around it or a system "
-                "message. Remove them from one side."
-            )
-            pairs = [f"{theirs} (as {mine})" for mine, theirs in both[:5]]
-            yield Finding("UW209", said, tuple(pairs))
 
 
 def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]]) -> None:

@@ -10,7 +10,7 @@ import os.path
 import re
 
 from upweight.errors import UpweightError
-from upweight.trust.codes import uw1xx, uw2xx, uw3xx, uw4xx
+from upweight.trust.codes import uw1xx, uw2xx, uw2xx_rows, uw3xx, uw4xx
 from upweight.trust.codes.page import (
     Family,
     Page,
@@ -36,7 +36,7 @@ __all__ = [
 
 FAMILIES: tuple[Family, ...] = (
     Family("UW1", "Reference and numerics", uw1xx.PAGES),
-    Family("UW2", "Rows and tokens", uw2xx.PAGES),
+    Family("UW2", "Rows and tokens", (*uw2xx.PAGES, *uw2xx_rows.PAGES)),
     Family("UW3", "Training", uw3xx.PAGES),
     Family("UW4", "Export", uw4xx.PAGES),
 )
