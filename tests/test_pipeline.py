@@ -478,7 +478,8 @@ def test_a_run_without_an_evaluation_is_watched_by_its_rounds(objective):
         "--reward count.py:score --prompts_per_round 4 --max_tokens 8 --steps 4 --passes 1 --out"
     ).split()
     assert main([*words, "clean", "--learning-rate", "1e-5"]) == 0
-    assert records("clean", "warning") == []
+    # Four such steps teach pairs next to nothing, and that alone is said.
+    assert {r["code"] for r in records("clean", "warning")} <= {"UW307"}
     step = records("clean", "train")[0]
     assert step["length_low"] <= step["length"] <= step["length_high"]
     assert step["repetition_low"] <= step["repetition"] and step["stopped"] <= step["stopped_high"]
