@@ -414,7 +414,7 @@ def test_sample_writes_the_k_responses_layout():
 
 
 def test_what_sample_writes_is_learned_from_as_it_was_drawn():
-    style = "{{ style }}{% if tools %}{{ tools | length }}{% endif %}"
+    style = "{{ style }}{% if tools %}{{ tools | tojson }}{% endif %}"
     byte_tokenizer(style + CHATML).save_pretrained("model")
     own = {"template_options": {"style": "curt"}, "tools": [{"name": "f"}]}
     write_rows("asked.jsonl", [{"prompt": "question", **own}, {"prompt": "another"}])
