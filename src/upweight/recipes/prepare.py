@@ -376,9 +376,12 @@ def fill_reference(
     when they differ.
     """
     reference = open_reference(fingerprint(model), model)
-    # Before fill(): what it computes agrees with `model` whatever the cache held.
+    # Before fill(): what it computes, known rows of a step's bins among it, agrees with `model`
+    # whatever the cache held.
     unknown = set(map(id, reference.missing(trees)))
     known = [tree for tree in trees if id(tree) not in unknown]
+    if known:
+        verify(reference, model, known)
     computed = fill(
         reference,
         model,
@@ -388,8 +391,6 @@ def fill_reference(
         on_smaller=functools.partial(note_smaller, screen, "the reference pass"),
         steps=steps,
     )
-    if known:
-        verify(reference, model, known)
     screen.note(
         f"reference: {counted(computed, 'response')} computed, {len(known):,} of "
         f"{counted(len(trees), 'prompt')} known from before (kept in {reference.folder})"
