@@ -62,8 +62,7 @@ def compile_layers(lm: LanguageModel) -> None:
     if not lm.plan.shared or not layers:
         why = lm.plan.reason or "it has no layers of transformers' usual kind"
         raise ModelError(
-            f"compute.compile is true, and {lm.name} has nothing that is compiled: {why}. Leave it "
-            "out."
+            f"{lm.name} has nothing that is compiled: {why}. Leave compute.compile out."
         )
     probe = probe_forest(lm).to(lm.device)
     before = _read(lm, probe)
@@ -84,9 +83,8 @@ def compile_layers(lm: LanguageModel) -> None:
             vars(layer).pop(COMPILED, None)
         AttentionInterface.register(NAME, forest_attention)
         raise ModelError(
-            f"compute.compile is true, and the layers of {lm.name} cannot be compiled here "
-            f"({fault}). On a CPU that takes a C++ compiler. Leave it out, or use "
-            "compute.compile=false."
+            f"the layers of {lm.name} cannot be compiled here ({fault}). On a CPU that takes a C++ "
+            "compiler. Use compute.compile=false."
         )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -43,7 +44,17 @@ TOLERANCE_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float64: 1e-8}
 
 In bf16 a hidden state is rounded to 8 bits of mantissa at each of some sixty products, which
 moves one token's log-prob by a few hundredths; a shifted row or another model moves it by nats.
+A few tokens may all be unlucky (`explained`).
 """
+
+
+def explained(tolerance: float, num_tokens: int) -> float:
+    """What rounding explains of a mean size over so many tokens, `tolerance` being that of many.
+
+    Tokens round nearly independently, each by its mean size give or take about as much, so that a
+    mean of n scatters by that over sqrt(n); four such are held.
+    """
+    return tolerance * (1 + 4 / math.sqrt(num_tokens))
 
 
 def response_key(fingerprint: str, prompt: Sequence[int], response: Sequence[int]) -> bytes:
@@ -201,39 +212,54 @@ def _write(path: Path, content: bytes) -> None:
         ) from error
 
 
+@dataclass(frozen=True)
+class Difference:
+    """The mean size per token of a response, in nats, between what is kept and what a model says;
+    what of it rounding explains; and the row."""
+
+    found: float
+    allowed: float
+    row: str
+
+    @property
+    def is_rounding(self) -> bool:
+        return self.found <= self.allowed
+
+
 def largest_difference(
     reference: Reference, lm: LanguageModel, trees: Sequence[Tree], num: int = 8
-) -> tuple[float, str]:
-    """Between what is kept and what `lm` says, over `num` trees, evenly spaced: the largest mean
-    per token of a response, in nats, and the row it is in. nan where a log-prob is."""
+) -> Difference:
+    """Between what is kept and what `lm` says, over `num` trees, evenly spaced: that of the
+    response which is furthest beyond rounding. nan where a log-prob is."""
     step = max(1, len(trees) // num)
-    worst, where = 0.0, ""
+    tolerance = TOLERANCE_NATS[lm.compute_dtype]
+    largest = Difference(0.0, tolerance, "")
     for tree in trees[::step][:num]:
         forest = collate([tree])
         with torch.no_grad():
             got = token_logps(lm, forest).cpu()
-        difference = (
-            (got - reference.logps(forest)).abs().split(forest.tokens_per_response.tolist())
-        )
-        for response, delta in zip(tree.ids, difference, strict=True):
-            if not delta.mean().item() <= worst:
-                worst, where = delta.mean().item(), str(response.row)
-    return worst, where
+        apart = (got - reference.logps(forest)).abs().split(forest.tokens_per_response.tolist())
+        for response, delta in zip(tree.ids, apart, strict=True):
+            allowed = explained(tolerance, len(delta))
+            here = Difference(delta.mean().item(), allowed, str(response.row))
+            if not here.found / here.allowed <= largest.found / largest.allowed:
+                largest = here
+    return largest
 
 
 def verify(reference: Reference, lm: LanguageModel, trees: Sequence[Tree], num: int = 8) -> float:
-    """Recompute `num` trees and compare; the largest mean difference per token.
+    """Recomputes `num` trees and compares; the largest difference that `largest_difference` finds.
 
-    Raises Refusal UW107 when it is more than rounding: then what is kept is stale, shifted, or of
-    another model, template or truncation, and training against it would be silently wrong.
+    Raises Refusal UW107 where they differ by more than rounding: then what is kept is stale,
+    shifted, or of another model, template or truncation, and training against it would be silently
+    wrong.
     """
-    worst, where = largest_difference(reference, lm, trees, num)
-    tolerance = TOLERANCE_NATS[lm.compute_dtype]
-    if not worst <= tolerance:
+    largest = largest_difference(reference, lm, trees, num)
+    if not largest.is_rounding:
         raise Refusal(
             "UW107",
-            f"the reference log-probs kept in {reference.folder} are not this reference's: {where} "
-            f"differs by {worst:.3g} nats per token when recomputed (rounding: {tolerance}). "
-            "Delete that folder to compute them again.",
+            f"the reference log-probs kept in {reference.folder} are not this reference's: "
+            f"{largest.row} differs by {largest.found:.3g} nats per token when recomputed "
+            f"(rounding: {largest.allowed:.2g}). Delete that folder to compute them again.",
         )
-    return worst
+    return largest.found

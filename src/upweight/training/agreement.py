@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight.models.reference import explained
 from upweight.training.round import ByResponse
 from upweight.types import ResponseId
 
@@ -90,7 +91,7 @@ def _largest(gaps: Mapping[str, Tensor], tolerance: float) -> Beside:
         return Beside(
             f"the log-probs it drew {what} differ by {gap:.3g} nats a token from the trainer's",
             gap,
-            tolerance * (1 + 4 / math.sqrt(len(gaps[what]))),
+            explained(tolerance, len(gaps[what])),
         )
 
     return max(map(beside, gaps), key=lambda found: found.beyond)

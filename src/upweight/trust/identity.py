@@ -16,7 +16,7 @@ from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import token_logps
 from upweight.models.proof import TOLERANCE_NATS as ROUNDING_NATS
 from upweight.models.proof import exact_dtype
-from upweight.models.reference import TOLERANCE_NATS, Reference, largest_difference
+from upweight.models.reference import Reference, largest_difference
 from upweight.models.sample import first_logps
 from upweight.stats import Interval
 from upweight.trust.finding import Finding
@@ -115,14 +115,14 @@ def starts_elsewhere(
     the policy's start; a finding where another was `named`.
     """
     with evaluation_mode(lm):
-        worst, where = largest_difference(reference, lm, trees, PROBES)
-    rounding = TOLERANCE_NATS[lm.compute_dtype]
-    figures = {"start_nats": Interval(worst, worst, worst)}
-    if worst <= rounding:
+        largest = largest_difference(reference, lm, trees, PROBES)
+    figures = {"start_nats": Interval(largest.found, largest.found, largest.found)}
+    if largest.is_rounding:
         return Seen(figures)
     said = (
-        f"the policy does not start as its reference: {where} differs by {worst:.3g} nats per "
-        f"token (rounding: {rounding}), so the first loss is not ln 2"
+        f"the policy does not start as its reference: {largest.row} differs by "
+        f"{largest.found:.3g} nats per token (rounding: {largest.allowed:.2g}), so the first loss "
+        "is not ln 2"
     )
     if named:
         said = f"{said}. The reference was named; is another meant?"

@@ -20,7 +20,8 @@ PAGES: tuple[Page, ...] = (
             "Before step 1, and by `upweight check`, the policy, with its adapter, scores four "
             "training prompts, and each "
             "response is held against the reference's log-probs: 0.001 nats per token are allowed "
-            "in float32, 0.1 in bfloat16. With `reference` null a difference is refused. With a "
+            "in float32, 0.1 in bfloat16, and more where tokens are few. With `reference` null a "
+            "difference is refused. With a "
             "`reference` that you named it is reported: the first `loss` in `metrics.jsonl` is "
             "then not ln 2 = 0.6931. A run that learns from its own answers compares, in every "
             "round, the log-probs that the sampler drew tokens with and the trainer's. More than "
@@ -242,7 +243,8 @@ PAGES: tuple[Page, ...] = (
             "under the exact token ids of prompt and response. At every start and resume that "
             "uses kept values, 8 rows spread over the data are computed again. The run is "
             "refused when a response's log-probs differ by more than rounding explains: on "
-            "average over its tokens, 0.001 nats in float32 or 0.1 in bfloat16."
+            "average over its tokens, 0.001 nats in float32 or 0.1 in bfloat16, and more where "
+            "they are few: over 4 tokens three times as much."
         ),
         causes=(
             "Files of the cache were copied, edited or damaged.",
