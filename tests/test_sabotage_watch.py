@@ -389,9 +389,9 @@ def test_responses_without_their_stop_token_teach_not_to_stop():
 
 
 def test_a_resumed_run_does_not_say_again_what_it_has_said(capsys: pytest.CaptureFixture[str]):
-    write_rows("pairs.jsonl", plain_rows(24))
-    usual = ("--kl", "0", "--learning-rate", "3e-3", "--checkpoint.every", "1", "--keep", "99")
-    assert train("run", *usual, "--evaluation.every", "1") == 0
+    write_rows("pairs.jsonl", plain_rows(48))
+    far = ("--kl", "0", "--learning-rate", "3e-3", "--evaluation.every", "1", "--samples", "8")
+    assert train("run", *far, "--checkpoint.every", "1", "--keep", "99") == 0
     assert capsys.readouterr().err.count("warning[UW308]") == 1
     for folder in sorted(Path("run/checkpoints").iterdir())[4:]:
         shutil.rmtree(folder)

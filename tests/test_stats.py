@@ -81,17 +81,20 @@ def test_the_bootstrap_resamples_prompts_not_values():
 
 
 def test_prompts_of_unequal_size_weigh_by_their_values():
-    interval = mean_interval([1.0, 1.0, 1.0, 5.0], ["a", "a", "a", "b"])
+    values, prompts = [1.0] * 30 + [5.0] * 10, [i // 3 for i in range(30)] + list(range(10, 20))
+    interval = mean_interval(values, prompts)
+    # Ten prompts of three ones and ten of one five: 2, not the 3 of the prompts' means.
     assert interval.value == 2.0
-    assert (interval.low, interval.high) == (1.0, 5.0)
+    assert 1.3 < interval.low < 1.6 and 2.5 < interval.high < 3.0
 
 
 def test_values_that_are_sums_of_several_are_those_one_by_one():
-    # Prompt a: 3 tokens of 1, 2 and 3; prompt b: 1 of 6. The mean is 3 over all four tokens.
-    each = mean_interval([1, 2, 3, 6], ["a", "a", "a", "b"])
-    assert each.value == 3
-    assert mean_interval([6, 6], ["a", "b"], sizes=[3, 1]) == each
-    assert mean_interval([6, 6], sizes=[3, 1]) == each
+    # Three times prompt a: 3 tokens of 1, 2 and 3, and prompt b: 1 of 6. Over all tokens, 3.
+    prompts = [f"{i}{name}" for i in range(3) for name in "aaab"]
+    each = mean_interval([1, 2, 3, 6] * 3, prompts)
+    assert each.value == 3 and each.low < 3 < each.high
+    assert mean_interval([6, 6] * 3, list("abcdef"), sizes=[3, 1] * 3) == each
+    assert mean_interval([6, 6] * 3, sizes=[3, 1] * 3) == each
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_does_not():
@@ -100,9 +103,13 @@ def test_the_same_seed_gives_the_same_interval_and_another_does_not():
     assert mean_interval(values, seed=3) != mean_interval(values, seed=4)
 
 
-def test_one_prompt_says_nothing_about_the_spread():
-    interval = mean_interval([1.0, 2.0], ["a", "a"])
-    assert interval.value == 1.5 and math.isnan(interval.low) and math.isnan(interval.high)
+def test_a_few_prompts_say_nothing_about_the_spread():
+    values, prompts = [1.0, 2.0, 4.0] * 5, [i // 3 for i in range(15)]
+    interval = mean_interval(values, prompts)
+    assert math.isnan(interval.low) and math.isnan(interval.high)
+    assert interval.value == pytest.approx(7 / 3)
+    six = mean_interval([*values, 3.0], [*prompts, 5])
+    assert six.low < six.value < six.high
 
 
 def test_sign_test_is_the_binomial_tail():

@@ -16,6 +16,10 @@ _DRAWS_AT_ONCE = 1_000_000
 WINDOW = 4
 """Tokens in a row of which repetition is counted."""
 
+FEWEST = 6
+"""Prompts below which a mean has no interval: even all of them, from the least to the greatest,
+miss the middle of what they were drawn from in 2^(1-n) of cases, which 5 % allows from six on."""
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -39,14 +43,13 @@ def mean_interval(
 
     `prompts` names the prompt of each value; without it every value is a prompt of its own. With
     `sizes` each value is a sum over so many, of which the mean is taken. The same seed gives the
-    same interval. With fewer than two prompts nothing is known about the
-    spread and the bounds are nan.
+    same interval. Of fewer than six prompts (`FEWEST`) the bounds are nan.
 
     Efron 1979; resampling of clusters: Davison and Hinkley 1997, section 3.8.
     """
     sums, counts = _per_prompt(values, prompts, sizes)
     mean = float(sums.sum() / counts.sum())
-    if len(sums) < 2:
+    if len(sums) < FEWEST:
         return Interval(mean, math.nan, math.nan)
     rng = np.random.default_rng(seed)
     rows = max(1, _DRAWS_AT_ONCE // len(sums))

@@ -167,7 +167,7 @@ columns."""
 def _evaluation_line(record: Mapping[str, object]) -> str:
     kl = record.get("kl")
     digits = 1 if isinstance(kl, float) and kl >= 10 else 2
-    # The unit stands once; of one prompt there is no interval.
+    # The unit stands once; of a few prompts there is no interval.
     parts = [
         re.sub(r"%(?=[,\]])", "", phrase.format(**record, digits=digits)).replace(" [nan, nan]", "")
         for key, phrase in EVALUATION.items()

@@ -280,7 +280,7 @@ def account_record(prepared: Prepared) -> dict[str, object]:
         "findings": [asdict(finding) for finding in prepared.findings],
         "figures": {
             name: {
-                # Of one prompt there is no interval, and JSON has no nan.
+                # Of a few prompts there is no interval, and JSON has no nan.
                 figure: {k: None if math.isnan(v) else v for k, v in asdict(value).items()}
                 for figure, value in figures.items()
             }

@@ -112,7 +112,7 @@ class Round:
     @cached_property
     def means(self) -> dict[str, float]:
         """What the whole round was like, by the names of metrics.jsonl, with 95 % intervals of what
-        the watch looks at where there are two prompts or more."""
+        the watch looks at where there are prompts enough for one."""
         prompts = [i.row for i in self.logps]
         gaps = [float((self.logps[i] - self.reference_logps[i]).sum()) for i in self.logps]
         said = [

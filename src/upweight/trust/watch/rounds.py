@@ -59,7 +59,7 @@ def _stopped(seen: Seen, record: Record, first: Record) -> str | None:
 
 
 def _of(record: Record, key: str) -> float:
-    """A bound; rounds of a single prompt have none, and nothing is said of them."""
+    """A bound; rounds of a few prompts have none, and nothing is said of them."""
     return record.get(key, math.nan)
 
 
