@@ -32,8 +32,8 @@ from rows import (
     rows_of,
 )
 from settings import ABLATIONS, BEST, CANDIDATES, DEFAULTS, Settings, parse_settings
-from upweight.models.weights import demo_model_path
-from upweight.models.weights import resolve as resolve_model
+from upweight.models.named import demo_model_path
+from upweight.models.named import resolve as resolve_model
 
 OURS, THEIRS = "upweight", "TRL"
 SIDES = ("TRL defaults", "TRL best", OURS)

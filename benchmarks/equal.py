@@ -20,8 +20,8 @@ from protocol import Event, Spec, named, one, run
 from results import markdown_table, save
 from rows import make_work, model_without_tail, renderer_of, rows_of
 from settings import parse_settings
-from upweight.models.weights import demo_model_path
-from upweight.models.weights import resolve as resolve_model
+from upweight.models.named import demo_model_path
+from upweight.models.named import resolve as resolve_model
 
 LARGEST_LOSS_DIFFERENCE = 1e-4
 LARGEST_LOGP_DIFFERENCE = 1e-3

@@ -21,7 +21,7 @@ from typing import Any
 import results
 import upweight as uw
 from upweight.config import Watch
-from upweight.models.weights import demo_model_path
+from upweight.models.named import demo_model_path
 
 DEMO = Path(uw.__file__).parent / "demo"
 MIN_GAP = 0.4

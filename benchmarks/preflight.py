@@ -29,7 +29,7 @@ from results import markdown_table, save
 from upweight.config import load_run
 from upweight.data.stream import grow, load_examples
 from upweight.demo.run import demo
-from upweight.models.weights import demo_model_path
+from upweight.models.named import demo_model_path
 from upweight.recipes.prepare import load_policy, renderer_for
 from upweight.recipes.reference import probe_reference
 from upweight.recipes.screen import Silent

@@ -23,7 +23,7 @@ import upweight as uw
 import upweight.recipes.state as run_state
 import upweight.recipes.train as run_train
 import upweight.training.loop as loop
-from upweight.models.weights import demo_model_path
+from upweight.models.named import demo_model_path
 from upweight.trust.watch import Watch
 
 DEMO = Path(uw.__file__).parent / "demo"

@@ -380,6 +380,9 @@ def many_row(**columns):
         ({"prompt": "p", "chosen": "a"}, "pair",
          'train.jsonl:7 has no "rejected" (it has: prompt, chosen). The pair layout needs chosen '
          'and rejected.'),
+        ({"question": "q", "chosen_response": "a", "rejected_response": "b"}, None,
+         'Is "question" meant to be "prompt", "chosen_response" "chosen" and "rejected_response" '
+         '"rejected"?'),
         ({"prompt": "p", "response": ["a"]}, "responses", 'Is "response" meant to be "responses"?'),
         (pairs_row(chosen=42), None,
          "chosen is a number (42); allowed: text, a list of messages, or one message."),

@@ -12,7 +12,7 @@ import upweight as uw
 import upweight.demo as demo
 from runs import rows_of
 from upweight.errors import ModelError
-from upweight.models.weights import demo_model_path, resolve
+from upweight.models.named import demo_model_path, resolve
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SETS = {

@@ -30,6 +30,7 @@ PAINS = {
         "reference foreign has another vocabulary than model",
     ),
     "a reference that is not there": ("--reference base/of/sft", "no folder base/of/sft"),
+    "a model in a folder that is here": ("--model model/last", "no folder model/last"),
     "stuck at ln 2 because the rate is 0": (
         "--learning-rate 0",
         "must be a number > 0 or null, found 0.",
@@ -97,8 +98,11 @@ PAINS = {
     ),
     "the loss by its name elsewhere": (
         "loss_type=sigmoid",
-        "Here that is objective: What is optimized.",
+        "Here that is objective: What is optimized. One of: dpo, sft,",
     ),
+    "the usual loss by its name elsewhere": ("objective=sigmoid", 'found "sigmoid". That is dpo.'),
+    "a loss that is not here": ("objective=ipo", 'found "ipo". It is none that upweight has.'),
+    "the rank by peft's name": ("lora.r=8", "Here that is lora.rank: Rank of every adapter."),
     "pairings of rows that have no scores": (
         "--pairing adjacent",
         "data.pairing is adjacent, and no row has scores: their preferences are stated.",

@@ -14,7 +14,7 @@ import upweight as uw
 import upweight.demo as demo
 from upweight.cli import main
 from upweight.errors import ModelError
-from upweight.models.weights import demo_model_path, resolve
+from upweight.models.named import demo_model_path, resolve
 
 OWN = Path(__file__).parent / "real_rows.jsonl"
 DATA = Path(__file__).parents[2] / "shared" / "data"

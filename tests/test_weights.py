@@ -1,5 +1,6 @@
 import json
 import platform
+import socket
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from upweight.errors import ModelError
 from upweight.models.adapter import add_lora
 from upweight.models.load import bfloat16_is_fast, bit_sums, checkpoint_layers, fingerprint, load
 from upweight.models.logprobs import token_logps
-from upweight.models.weights import cache_dir, load_weights, resolve
+from upweight.models.named import cache_dir, resolve
+from upweight.models.weights import load_weights
 
 
 def refused(folder) -> str:
@@ -169,6 +171,35 @@ def test_a_gguf_file_that_is_none_is_refused(tmp_path, monkeypatch, content):
 def test_a_name_that_names_nothing_is_refused(name, said):
     with pytest.raises(ModelError, match=said):
         resolve(name)
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_refused_before_the_hub_is_asked(
+    monkeypatch,
+):
+    def no_address(*_given):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", no_address)
+    said = r"no folder some/model here, and \S+, where a hub id .* has no address \(Name or service"
+    with pytest.raises(ModelError, match=said):
+        resolve("some/model")
+    with pytest.raises(ModelError, match="Give a model folder"):
+        resolve("some-model")
+    # What is kept here needs no address, and behind a proxy there may be none.
+    monkeypatch.setattr("upweight.models.named.try_to_load_from_cache", lambda *_: "config.json")
+    assert resolve("some/model") == "some/model"
+    monkeypatch.setattr("upweight.models.named.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy"})
+    assert resolve("some/model") == "some/model"
+
+
+def test_a_misspelt_folder_is_named_with_the_one_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"no folder runs/modle. Did you mean runs/model\?"):
+        resolve("runs/modle")
 
 
 def test_a_file_and_a_folder_without_a_config_are_no_model(tmp_path):

@@ -181,7 +181,7 @@ ELSEWHERE = {
     "optimizer.beta2": ("adam_beta2",),
     "optimizer.epsilon": ("adam_epsilon",),
     "lora": ("use_peft", "finetuning_type"),
-    "lora.rank": ("lora_r", "lora_rank"),
+    "lora.rank": ("lora_r", "lora_rank", "lora.r"),
     "lora.alpha": ("lora_alpha",),
     "lora.dropout": ("lora_dropout",),
     "lora.targets": ("lora_target", "lora_target_modules", "target_modules"),
@@ -201,11 +201,19 @@ ELSEWHERE = {
 """What the keys are called in other programs."""
 
 
+def meant(typed: str) -> str | None:
+    """The key that other programs have by this name."""
+    whole = typed.replace("-", "_")
+    named = {whole, whole.rpartition(".")[2]}
+    return next((key for key, names in ELSEWHERE.items() if named & set(names)), None)
+
+
 def called_elsewhere(typed: str) -> str:
     """A trailing ' Here that is X: ...' for a name that other programs have, or ''."""
-    name = typed.rpartition(".")[2].replace("-", "_")
-    found = next((key for key, names in ELSEWHERE.items() if name in names), None)
-    return f" Here that is {found}: {keys()[found].description}" if found else ""
+    if (found := meant(typed)) is None:
+        return ""
+    takes = f" One of: {', '.join(choices)}." if (choices := keys()[found].choices) else ""
+    return f" Here that is {found}: {keys()[found].description}{takes}"
 
 
 def unknown_key(typed: str, objective: str, unread: Collection[str] = ()) -> str:
@@ -224,7 +232,7 @@ def unknown_key(typed: str, objective: str, unread: Collection[str] = ()) -> str
     if section == "loss":
         thing = f'an option of "{objective}"'
         own = [name for name in own if f"{section}.{name}" not in unread]
-    guess = nearest(name, own)
+    guess = called_elsewhere(typed) or nearest(name, own)
     elsewhere = [] if guess else candidates(name)
     if elsewhere:
         guess = f" Did you mean {' or '.join(elsewhere)}?"

@@ -90,3 +90,14 @@ def objectives_reading(key: str) -> list[str]:
 def unread(objective: str) -> list[str]:
     """The keys that this objective does not read."""
     return [key for key in keys() if objective not in objectives_reading(key)]
+
+
+CALLED_ELSEWHERE = {
+    "sigmoid": " That is dpo.",
+    "cdpo": " That is dpo with loss.label_smoothing.",
+    "rm": " That is reward.",
+    "best_of_n": " It trains nothing: a method of `upweight compare`.",
+    **dict.fromkeys(("ipo", "hinge", "robust", "kto", "orpo", "simpo", "cpo", "bco"), " It is none "
+    "that upweight has."),
+}  # fmt: skip
+"""What other programs call a loss: what it is here, if it is here."""

@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from upweight.config.keys import SWITCHED, candidates, keys, unknown_key
-from upweight.config.objectives import COMPARING, OBJECTIVES, unread
+from upweight.config.keys import SWITCHED, candidates, keys, meant, unknown_key
+from upweight.config.objectives import CALLED_ELSEWHERE, COMPARING, OBJECTIVES, unread
 from upweight.config.rounds import Rollout
 from upweight.config.sections import SECTIONS, Run
 from upweight.config.settings import (
@@ -118,6 +118,8 @@ def resolve(
             problems.at(setting, _unnamed(setting, objective))
     _contradictions(held, problems)
     missing = {leaf for leaf in required if leaf not in held or held[leaf].settled is None}
+    # What was given by another program's name is not missing as well.
+    renamed = {meant(setting.typed) for setting in settings if not setting.leaf}
     run = None
     try:
         run = Run.model_validate(_nested(held))
@@ -129,11 +131,11 @@ def resolve(
             elif detail["type"] == "missing":
                 missing.add(leaf)
     for leaf in keys():
-        if leaf in missing:
+        if leaf in missing - renamed:
             said = f"{where}{leaf} is missing, and needed. {keys()[leaf].description}"
             problems.append(Problem(math.inf, 0, said))
     problems.raise_any()
-    assert run is not None
+    assert run is not None, missing
     origins = {
         leaf: held[leaf].layer.origin if leaf in held else DEFAULT for leaf in leaf_values(run)
     }
@@ -191,6 +193,8 @@ def _wrong(setting: Setting) -> str:
     key = keys()[setting.leaf]
     found = setting.settled
     guess = nearest(found, key.choices) if isinstance(found, str) else ""
+    if setting.leaf == "objective":
+        guess = CALLED_ELSEWHERE.get(str(found).lower(), guess)
     if "\\x00" in repr(found):
         guess = " Take the NUL character out."
     return f"{setting.shown} must be {key.kind}, found {show(setting.value)}.{guess}"

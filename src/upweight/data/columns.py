@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, cast
 
@@ -393,9 +393,19 @@ def printable(name: Any) -> str:
 
 
 def _misspelt(row: Row, required: Iterable[str]) -> str:
-    missing = [name for name in required if name not in row]
-    for name in row:
-        match = [] if name in READ else difflib.get_close_matches(str(name), missing, n=1)
-        if match:
-            return f' Is "{printable(name)}" meant to be "{match[0]}"?'
-    return ""
+    missing = list(dict.fromkeys(name for name in required if name not in row))
+    others = [str(name) for name in row if name not in READ]
+    meant = {name: wanted for name in others if (wanted := _meant(name, missing))}
+    if not meant:
+        return ""
+    (first, wanted), *more = meant.items()
+    rest = [f'"{printable(name)}" "{wanted}"' for name, wanted in more]
+    return " Is " + _words([f'"{printable(first)}" meant to be "{wanted}"', *rest]) + "?"
+
+
+def _meant(name: str, missing: Sequence[str]) -> str | None:
+    """chosen for chosen_response, responses for response, prompt for question."""
+    parts = name.lower().split("_")
+    whole = [wanted for wanted in missing if wanted in parts]
+    called = ["prompt"] if name in CALLED_PROMPT and "prompt" in missing else []
+    return next(iter(whole or difflib.get_close_matches(name, missing, n=1) or called), None)

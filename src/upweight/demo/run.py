@@ -19,8 +19,8 @@ from upweight.errors import OutputError, UpweightError
 from upweight.evidence.evaluate import kl_record, sample_logps
 from upweight.evidence.report import write_report
 from upweight.models.load import LanguageModel
+from upweight.models.named import demo_model_path
 from upweight.models.sample import Sample, sample
-from upweight.models.weights import demo_model_path
 from upweight.recipes import Result, train_model
 from upweight.recipes.prepare import load_policy, renderer_for
 from upweight.recipes.screen import Screen

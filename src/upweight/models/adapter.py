@@ -14,9 +14,10 @@ from upweight.errors import ModelError
 from upweight.models import bnb
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
+from upweight.models.named import first_lines
 from upweight.models.nf4 import Nf4Linear
 from upweight.models.proof import probe_forest
-from upweight.models.weights import first_lines, quiet_peft, require_untied, tied_modules
+from upweight.models.weights import quiet_peft, require_untied, tied_modules
 
 
 def most_change(lm: LanguageModel) -> float:

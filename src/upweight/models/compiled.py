@@ -24,8 +24,8 @@ from upweight.errors import ModelError
 from upweight.models.attention import NAME, forest_attention
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import scored_hidden
+from upweight.models.named import first_lines
 from upweight.models.proof import TOLERANCE_SLOPE, leaves, probe_forest
-from upweight.models.weights import first_lines
 from upweight.types import Forest
 
 OPERATIONS = 3e14

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from upweight.errors import ModelError
 from upweight.models import attention, nf4
+from upweight.models.named import first_lines, resolve
 from upweight.models.reading import attempt
-from upweight.models.weights import first_lines, load_tokenizer, load_weights, resolve
+from upweight.models.weights import load_tokenizer, load_weights
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from upweight.models.blocks import fault_beyond_a_block
 from upweight.models.head import at_least_fp32, read
 from upweight.models.headproof import head_is_right
 from upweight.models.load import ForwardPlan, LanguageModel
-from upweight.models.weights import first_lines
+from upweight.models.named import first_lines
 from upweight.types import Forest, Preference, ResponseId, RowId, Tree
 
 TOLERANCE_NATS = {torch.float64: 1e-8, torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}

@@ -33,8 +33,8 @@ from upweight.data.pack import bins_of_step, collate, merge_same_prompts, num_to
 from upweight.errors import OutputError, Refusal
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
+from upweight.models.named import cache_dir
 from upweight.models.reading import read_trees
-from upweight.models.weights import cache_dir
 from upweight.types import Forest, Tree
 
 SCHEMA = pa.schema([("key", pa.binary(32)), ("logps", pa.list_(pa.float32()))])

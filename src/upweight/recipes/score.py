@@ -13,9 +13,10 @@ from upweight.data.supervised import plant
 from upweight.data.trees import text_after
 from upweight.errors import ConfigError, DataError, Refusal
 from upweight.evidence.evaluate import rank_trees, score_trees
+from upweight.models.named import resolve
 from upweight.models.sample import sample, sample_trees, tree_logps
 from upweight.models.scalar import is_reward_model
-from upweight.models.weights import load_tokenizer, resolve
+from upweight.models.weights import load_tokenizer
 from upweight.recipes.prepare import (
     account_lines,
     ended_answers,

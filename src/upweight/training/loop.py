@@ -12,9 +12,9 @@ import torch
 
 from upweight.errors import ModelError
 from upweight.models.load import LanguageModel
+from upweight.models.named import first_lines
 from upweight.models.offload import offloaded
 from upweight.models.reading import attempt, is_out_of_memory
-from upweight.models.weights import first_lines
 from upweight.training.guard import Guard, Made
 from upweight.training.objectives import Objective
 from upweight.training.optimizer import clip, room_for_moments
