@@ -16,10 +16,10 @@ from upweight.models.named import demo_model_path, resolve
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SETS = {
-    Path(demo.__file__).parent / "train.jsonl": 20,
-    DATA / "truthfulqa_pairs.jsonl": 20,
-    DATA / "gsm8k_responses.jsonl": 5,
-    DATA / "longprompt_pairs.jsonl": 8,
+    Path(demo.__file__).parent / "train.jsonl": 12,
+    DATA / "truthfulqa_pairs.jsonl": 12,
+    DATA / "gsm8k_responses.jsonl": 3,
+    DATA / "longprompt_pairs.jsonl": 3,
 }
 """Rows that are read of each: as many as a core trains on in a quarter of a minute."""
 
@@ -37,7 +37,7 @@ def test_a_short_run_on_real_rows_raises_nothing(
         pytest.skip(str(error))
     monkeypatch.setenv("UPWEIGHT_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "run"
-    values = {"data.limit": SETS[file], "batch.pairs_per_step": 2, "steps": 4, "lora": True}
+    values = {"data.limit": SETS[file], "batch.pairs_per_step": 1, "steps": 3, "lora": True}
     uw.train(model=model, data=str(file), out=str(out), learning_rate=2e-4, **values)
     assert json.loads((out / "account.json").read_text())["findings"] == []
     assert [row for row in rows_of(out / "metrics.jsonl") if row["kind"] == "warning"] == []

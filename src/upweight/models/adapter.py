@@ -14,6 +14,7 @@ from upweight.errors import ModelError
 from upweight.models import bnb
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
+from upweight.models.lowrank import fuse_adapters
 from upweight.models.named import first_lines
 from upweight.models.nf4 import Nf4Linear
 from upweight.models.proof import probe_forest
@@ -88,6 +89,7 @@ def add_lora(
             if name.endswith("lora_dropout"):
                 module.train()
     _convert_inputs_once(wrapped)
+    fuse_adapters(wrapped)
     return replace(lm, model=wrapped)
 
 
