@@ -87,6 +87,18 @@ def alone(model, trees) -> torch.Tensor:
     return torch.stack(pieces)
 
 
+def as_peft_has_it(lm):
+    """With adapted layers as peft wrote them, in place of ours."""
+    from peft.tuners.lora import Linear
+
+    from upweight.models.lowrank import FusedLinear
+
+    for module in lm.model.modules():
+        if isinstance(module, FusedLinear):
+            module.__class__ = Linear
+    return lm
+
+
 def gradients(model, value: torch.Tensor) -> dict[str, torch.Tensor]:
     """d value / d each parameter, zeros where it has none; the parameters are left clean."""
     model.zero_grad(set_to_none=True)

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import upweight.models.sample as sampling
-from oracles import SHAPES, gradients, loaded, random_trees, weigh
+from oracles import SHAPES, as_peft_has_it, gradients, loaded, random_trees, weigh
 from upweight.data.pack import collate
 from upweight.errors import ModelError
 from upweight.models import nf4
 from upweight.models.adapter import (
+    Converted,
     adapter_off,
     add_lora,
     keep_frozen_in_compute_dtype,
@@ -153,6 +154,7 @@ def test_answers_are_drawn_from_matrices_that_are_converted_once_and_are_the_sam
     def look(module, given):
         seen.add(module.weight.dtype)
 
+    as_peft_has_it(lm)  # whose own forward calls the base
     handles = [
         m.register_forward_pre_hook(look)
         for n, m in lm.model.named_modules()
@@ -163,8 +165,23 @@ def test_answers_are_drawn_from_matrices_that_are_converted_once_and_are_the_sam
     assert seen == {torch.bfloat16}
     assert {n: (p.data_ptr(), p.dtype) for n, p in frozen.items()} == before
     seen.clear()
-    monkeypatch.setattr(sampling, "converted_once", lambda lm: contextlib.nullcontext())
+    monkeypatch.setattr(Converted, "in_place", lambda kept: contextlib.nullcontext())
     assert sampling.sample(lm, [[5, 6, 7], [8, 9]], num=3, max_new_tokens=6) == drawn
     assert seen == {torch.float32}
     for handle in handles:
         handle.remove()
+
+
+def test_a_step_through_matrices_that_are_converted_once_is_the_same_to_the_bit():
+    found = []
+    for once in (False, True):
+        lm = adapted(rounded=False)
+        kept = Converted(lm)
+        before = {n: (p.data_ptr(), p.dtype) for n, p in lm.model.named_parameters()}
+        with kept.in_place() if once else contextlib.nullcontext():
+            assert bool(narrow(lm)) == once
+            found.append(gradients(lm.model, weigh(token_logps(lm, FOREST))))
+        assert {n: (p.data_ptr(), p.dtype) for n, p in lm.model.named_parameters()} == before
+    apart, together = found
+    trained = [name for name in apart if "lora_" in name]
+    assert trained and all(torch.equal(apart[name], together[name]) for name in trained)

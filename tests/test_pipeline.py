@@ -269,7 +269,7 @@ def test_check_says_from_where_to_where_the_rewards_of_rows_reach(
     assert 'rollout.reward: number gives 0 to 1 to the answers of 8 rows ("a" where a' in said
     write_rows("alone.jsonl", [{"prompt": row["prompt"]} for row in rows[:3]])
     assert main([*words.split(), "alone.jsonl", "--reward", "count.py:score"]) == 0
-    assert "count.py:score gives 0.125 to 0.125 to the answers of 3 rows" in capsys.readouterr().out
+    assert "count.py:score gives 0.125 to the answers of 3 rows" in capsys.readouterr().out
     # Nobody answers there.
     address = "http://127.0.0.1:9/score"
     assert main([*words.split(), "alone.jsonl", "--reward", address]) == 0
@@ -339,7 +339,7 @@ def test_a_reward_reads_any_column_of_a_parquet_file(capsys: pytest.CaptureFixtu
     rows = [{"prompt": f"what is {i}", "answer": i} for i in range(6)]
     pq.write_table(pa.Table.from_pylist(rows), "prompts.parquet")
     assert online("run", "grpo", "--data", "prompts.parquet", "--reward", "contains") == 0
-    assert "rollout.reward: contains gives 0 to 0 to the answers of" in capsys.readouterr().err
+    assert "rollout.reward: contains gives 0 to the answers of" in capsys.readouterr().err
 
 
 def test_a_parquet_column_that_no_reward_reads_may_hold_what_python_cannot(

@@ -14,7 +14,6 @@ from upweight.errors import ModelError
 from upweight.models import bnb
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
-from upweight.models.lowrank import fuse_adapters
 from upweight.models.named import first_lines
 from upweight.models.nf4 import Nf4Linear
 from upweight.models.proof import probe_forest
@@ -49,6 +48,8 @@ def add_lora(
     """
     with bnb.quiet():
         from peft import LoraConfig, get_peft_model
+
+        from upweight.models.lowrank import fuse_adapters
     from transformers.pytorch_utils import Conv1D
 
     config = LoraConfig(
@@ -150,24 +151,33 @@ def _frozen_matrices(lm: LanguageModel) -> list[Any]:
     ]
 
 
-@contextlib.contextmanager
-def converted_once(lm: LanguageModel) -> Generator[None]:
-    """In the block plain frozen matrices stand in the dtype that autocast would convert them to,
-    the same numbers, for each product anew: where answers are drawn, for every token."""
-    from transformers.pytorch_utils import Conv1D
+class Converted:
+    """Plain frozen matrices in the dtype that autocast would convert them to, the same numbers,
+    for each product anew. Kept beside the matrices themselves, which stand in their places except
+    in the block of `in_place`."""
 
-    dtype = lm.compute_dtype
-    mixed = lm.dtype == torch.float32 and dtype != torch.float32
-    # Those that want a gradient autocast keeps, for as long as it is on.
-    wide = [m for m in _frozen_matrices(lm) if m.weight.dtype == torch.float32 and mixed]
-    wide = [m for m in wide if type(m) in (nn.Linear, Conv1D)]
-    kept = [m.weight.data for m in wide]
-    try:
-        _convert(wide, dtype)
-        yield
-    finally:
-        for module, weight in zip(wide, kept, strict=True):
-            module.weight.data = weight
+    def __init__(self, lm: LanguageModel) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        mixed = lm.dtype == torch.float32 and lm.compute_dtype != torch.float32
+        # Those that want a gradient autocast keeps, for as long as it is on.
+        wide = [m for m in _frozen_matrices(lm) if m.weight.dtype == torch.float32 and mixed]
+        self.modules = [m for m in wide if type(m) in (nn.Linear, Conv1D)]
+        self.narrow = [m.weight.data.to(lm.compute_dtype) for m in self.modules]
+
+    @contextlib.contextmanager
+    def in_place(self) -> Generator[None]:
+        wide = [m.weight.data for m in self.modules]
+        try:
+            _put(self.modules, self.narrow)
+            yield
+        finally:
+            _put(self.modules, wide)
+
+
+def _put(modules: Sequence[Any], weights: Sequence[Tensor]) -> None:
+    for module, weight in zip(modules, weights, strict=True):
+        module.weight.data = weight
 
 
 def _fits(weight: Tensor, dtype: torch.dtype) -> bool:

@@ -73,6 +73,7 @@ def compile_layers(lm: LanguageModel) -> None:
         with warnings.catch_warnings():
             # The compiler's own modules, imported at its first use, use what torch deprecates.
             warnings.filterwarnings("ignore", ".*torch.jit.*", DeprecationWarning)
+            warnings.filterwarnings("ignore", ".*should not be inst", DeprecationWarning)
             for layer in layers:
                 layer.compile(dynamic=True)
             fault = _fault(before, _read(lm, probe), lm.compute_dtype)

@@ -254,7 +254,9 @@ def _exponentials(
         shift = top.to(exact)
     else:
         shift = torch.zeros_like(at_target)
-    e = z.exp_().scatter_(1, y[:, None], 0.0)
+    e = z.exp_()
+    # scatter_ takes a half-precision matrix to fp32 and back on a CPU, all of it.
+    e.view(-1).index_fill_(0, torch.arange(len(y), device=y.device) * e.shape[1] + y, 0.0)
     rest = _row_sums(e)
     left = left - shift
     own = left.exp()

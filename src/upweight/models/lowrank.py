@@ -8,59 +8,51 @@ plain kind, peft's own forward is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 
 def fuse_adapters(wrapped: nn.Module) -> None:
-    """Every adapted linear layer of `wrapped`, without dropout, through `adapted_product`."""
-    from peft.tuners.lora import Linear
-
+    """Every adapted linear layer of `wrapped` through `adapted_product` where it can be."""
     for module in wrapped.modules():
-        if isinstance(module, Linear) and type(module.get_base_layer()) is nn.Linear:
-            plain = cast(Callable[..., Tensor], module.forward)  # pyright: ignore
-            vars(module)["forward"] = partial(_forward, module, plain)
+        if type(module) is Linear:
+            module.__class__ = FusedLinear
 
 
-def _forward(
-    layer: Any, plain: Callable[..., Tensor], x: Tensor, *rest: Any, **more: Any
-) -> Tensor:
-    (name, *others) = layer.active_adapters or [None]
-    off = layer.disable_adapters or layer.merged or others or layer.lora_variant or rest or more
-    if off or not isinstance(layer.lora_dropout[name], nn.Identity):
-        return plain(x, *rest, **more)
-    base, a, b = layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight
-    dtype = _compute_dtype(x)
-    given = [x, base.weight, *([] if base.bias is None else [base.bias]), a, b]
-    if dtype is None and len({tensor.dtype for tensor in given}) > 1:
-        return plain(x)
-    x, weight, bias, a, b = (
-        None if tensor is None else tensor.to(dtype or x.dtype)
-        for tensor in (x, base.weight, base.bias, a, b)
-    )
-    return adapted_product(x, weight, bias, a, b, float(layer.scaling[name]))
+class FusedLinear(Linear):
+    """peft's layer with a forward of ours. A class and no function in its place: the compiler
+    takes functions that stand in modules for different programs, one for each layer."""
 
-
-def _compute_dtype(x: Tensor) -> torch.dtype | None:
-    """That of autocast, which a function of our own takes no part in."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    def forward(self, x: Tensor, *rest: Any, **more: Any) -> Tensor:
+        layer = cast("Any", self)
+        (name, *others) = layer.active_adapters or [None]
+        base = layer.get_base_layer()
+        off = layer.disable_adapters or layer.merged or others or layer.lora_variant
+        other = off or rest or more or type(base) is not nn.Linear or base.weight.requires_grad
+        if other or not isinstance(layer.lora_dropout[name], nn.Identity):
+            return super().forward(x, *rest, **more)
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        # Autocast's, which a function of our own takes no part in.
+        kind, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        elif not dtype == base.weight.dtype == a.dtype == b.dtype:
+            return super().forward(x)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        x, weight, a, b = (tensor.to(dtype) for tensor in (x, base.weight, a, b))
+        return adapted_product(x, weight, bias, a, b, float(layer.scaling[name]))
 
 
 def adapted_product(
-    x: Float[Tensor, "*batch width"],
-    weight: Float[Tensor, "out width"],
-    bias: Float[Tensor, " out"] | None,
-    a: Float[Tensor, "rank width"],
-    b: Float[Tensor, "out rank"],
-    scaling: float,
-) -> Float[Tensor, "*batch out"]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> Tensor:
     """x W^T + bias + scaling (x A^T) B^T. All in one dtype; gradients reach x, A and B alone.
+
+    Of x [..., width], W [out, width], bias [out], A [rank, width] and B [out, rank]: [..., out].
+    The types say no shapes because the compiler reads through this, with sizes that are symbols.
 
     Hu et al. 2021, arXiv:2106.09685, equation 3.
     """

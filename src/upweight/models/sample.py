@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from upweight.errors import ConfigError, ModelError
-from upweight.models.adapter import converted_once
+from upweight.models.adapter import Converted
 from upweight.models.attention import native_attention
 from upweight.models.compiled import as_written
 from upweight.models.head import at_least_fp32, logits, read
@@ -90,7 +90,7 @@ def sample(
     with (
         torch.no_grad(),
         as_written(),
-        converted_once(lm),
+        Converted(lm).in_place(),
         evaluation_mode(lm),
         native_attention(lm.causal),
         lm.compute(),

@@ -112,12 +112,23 @@ def check(
         begun = with_reference(begun, reference, own, screen, fresh=True)
     for line in figure_lines(begun.prepared.figures):
         screen.note(line)
+    screen.note(plan_line(begun.plan))
     shown = tuple(show(t, begun.lm.tokenizer) for t in begun.prepared.trees["train"][:num_shown])
     for row in shown:
         screen.row(row)
     lm = begun.lm
     model = {"name": lm.name, "description": describe(lm)}
     return Checked(begun.prepared, model, begun.plan, begun.memory, shown)
+
+
+def plan_line(plan: Plan) -> str:
+    """What a run would do, and how often it would look and save."""
+    every = (("evaluated", plan.evaluate_every), ("saved", plan.checkpoint_every))
+    when = "".join(f", {what} every {num:,}" for what, num in every if num is not None)
+    return (
+        f"plan: {plan.total_steps:,} steps ({plan.steps_per_epoch:,} an epoch), learning rate "
+        f"{plan.learning_rate:g}, {plan.schedule}{when}"
+    )
 
 
 def check_model(run: Run, screen: Screen | None = None) -> float:

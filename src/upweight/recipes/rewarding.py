@@ -183,8 +183,9 @@ def ask_rewards(run: Run, prepared: Prepared, screen: Screen) -> None:
                 f"{key}, asked about a few rows before step 1: {error} Mend the rows or the reward."
             ) from None
         num_rows = len({_whole(item.id) for item, _ in found})
+        range_of = " to ".join(dict.fromkeys(f"{end(rewards):.4g}" for end in (min, max)))
         screen.note(
-            f"{key}: {spec} gives {min(rewards):.4g} to {max(rewards):.4g} to the answers of "
+            f"{key}: {spec} gives {range_of} to the answers of "
             f'{counted(num_rows, "row")} ("{NO_ANSWER}" where a row has none)'
         )
         own = [reward for reward, (_, has_one) in zip(rewards, found, strict=True) if has_one]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ from upweight.config import Run
 from upweight.data.pack import divisible
 from upweight.data.stream import StepPlan
 from upweight.evidence.track import Tracking
+from upweight.models.adapter import Converted
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.reading import free_cached
 from upweight.recipes.prepare import note_smaller
@@ -138,6 +140,22 @@ def trained_modules(lm: LanguageModel, values: Values | None) -> nn.Module:
 def trained_models(lm: LanguageModel, values: Values | None) -> list[LanguageModel]:
     """The policy, and a value model that has a trunk of its own."""
     return [lm] if values is None or values.critic is None else [lm, values.critic]
+
+
+def computing(state: State) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Frozen matrices converted once for all steps. On a CPU alone: there a graph holds as much in
+    conversions of its own, and on a GPU layers may be recomputed because it does not fit."""
+    models = trained_models(state.lm, state.values)
+    converted = [Converted(lm) for lm in models if lm.device.type == "cpu"]
+
+    @contextlib.contextmanager
+    def in_place() -> Generator[None]:
+        with contextlib.ExitStack() as stack:
+            for kept in converted:
+                stack.enter_context(kept.in_place())
+            yield
+
+    return in_place
 
 
 def note(state: State, forest: Forest, margins: Tensor) -> None:

@@ -44,6 +44,7 @@ from upweight.recipes.state import (
     State,
     Values,
     Work,
+    computing,
     go_back,
     log,
     make_room,
@@ -255,6 +256,7 @@ def _train(state: State, work: Work, progress: Progress, stop: threading.Event) 
         on_out_of_memory=on_out_of_memory,
         is_done=state.is_done,
         epoch=state.epoch,
+        computing=computing(state),
     )
     plan = state.begun.plan
     if work.plan is not None:

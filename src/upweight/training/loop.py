@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -105,7 +106,8 @@ class Hooks:
     whether the weights as they are should be saved, whatever the plan says. `on_out_of_memory` is
     given the micro-batch that did not fit, and says whether the step is worth another try.
     `is_done` says whether a run has come to its end after so many steps, though the plan has more,
-    and `epoch` how often its rows have been gone through by then."""
+    and `epoch` how often its rows have been gone through by then. `computing` is around each
+    step's passes, forward and backward."""
 
     on_record: Callable[[Record], None]
     evaluate: Callable[[Progress], bool]
@@ -114,6 +116,7 @@ class Hooks:
     on_out_of_memory: Callable[[Progress, Forest], bool] = lambda progress, forest: False
     is_done: Callable[[int], bool] = lambda step: False
     epoch: Callable[[int], float] | None = None
+    computing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,8 @@ def fit(
             return False
         began, window = time.monotonic(), progress.window
         batch = forests(progress.step)
-        done = _accumulate_with_room(lm, optimizer, objective, batch)
+        with hooks.computing():
+            done = _accumulate_with_room(lm, optimizer, objective, batch)
         if isinstance(done, Full):
             optimizer.zero_grad(set_to_none=True)
             guard.ask()
