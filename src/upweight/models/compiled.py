@@ -69,11 +69,12 @@ def compile_layers(lm: LanguageModel) -> None:
     AttentionInterface.register(NAME, torch.compiler.disable(forest_attention))
     # The compiler looks at its inputs at each new kind of forest, and torch warns of that.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
+    # It makes one of each autograd function that it reads through.
+    warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
     try:
         with warnings.catch_warnings():
             # The compiler's own modules, imported at its first use, use what torch deprecates.
             warnings.filterwarnings("ignore", ".*torch.jit.*", DeprecationWarning)
-            warnings.filterwarnings("ignore", ".*should not be inst", DeprecationWarning)
             for layer in layers:
                 layer.compile(dynamic=True)
             fault = _fault(before, _read(lm, probe), lm.compute_dtype)
