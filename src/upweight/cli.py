@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upweight.config import (
     READS,
@@ -20,10 +20,20 @@ from upweight.config import (
     load_stages,
     values_from_flags,
 )
+from upweight.config.sections import SECTIONS
 from upweight.errors import Refusal, UpweightError, nearest
 
 if TYPE_CHECKING:
     from upweight.recipes.screen import Screen
+
+
+USAGES = {
+    "train": "[RUN.yaml] [key=value ...]",
+    "check": "[RUN.yaml] [key=value ...] [--json]",
+    "score": "--model MODEL --data FILE --out FILE",
+    "sample": "--model MODEL --prompts FILE --out FILE [-n NUM] [--top-p P]",
+}
+"""What each command needs, before the keys."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,8 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="files with a prompt a row",
     )
-    sample.add_argument("-n", "--num", type=int, default=1, help="answers to each prompt (1)")
-    sample.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (1.0: off)")
+    sample.add_argument(
+        "-n", "--num", type=int, default=1, metavar="NUM", help="answers to each prompt (1)"
+    )
+    sample.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1.0: off)"
+    )
     _add_overwrite(sample)
     _add_config(sample, "sample", overrides=False)
     sample.set_defaults(run=_sample)
@@ -144,28 +158,57 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _Help(argparse.HelpFormatter):
+    """Each flag once, as it is written in full and as short as it may be; what it takes stands in
+    its help. Not the same names again with - for _, which are understood too."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        all_names = action.option_strings
+        names = [
+            n for n in all_names if "-" not in n[2:] or f"--{_underscored(n)}" not in all_names
+        ]
+        return f"{', '.join(names)} {action.metavar or ''}".strip()
+
+
+def _underscored(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
 def _add_config(parser: argparse.ArgumentParser, command: str, overrides: bool) -> None:
-    """run.yaml, key=value overrides, and every key as a flag.
+    """run.yaml, key=value overrides, and every key as a flag, section by section.
 
     A flag that the command does not read is not shown, and refused later with the commands that do.
     """
+    parser.formatter_class = _Help
+    parser.usage = f"%(prog)s {USAGES[command]} [--KEY VALUE ...]"
     if overrides:
-        parser.add_argument("config", nargs="*", metavar="RUN.yaml | key=value")
-    group = parser.add_argument_group("keys of run.yaml, each a flag")
+        parser.add_argument(
+            "config",
+            nargs="*",
+            metavar="RUN.yaml, key=value",
+            help="a file of keys, and keys that change it; each is a flag too",
+        )
+    groups: dict[str, Any] = {}
     for flag in flags():
         if command == "sample" and flag.key == "data.path":
             continue  # called --prompts there
-        about = f"{flag.description} (default: {flag.default})".replace("%", "%%")
+        shown = flag.key in READS[command]
+        if flag.section not in groups and shown:
+            about = SECTIONS[flag.section].__doc__ if flag.section else "what is done to what"
+            groups[flag.section] = parser.add_argument_group(flag.section or "run", about)
+        about = f"{flag.description} ({flag.type}; default: {flag.default})".replace("%", "%%")
         names = list(flag.names)
         names += [n.replace("_", "-") for n in names if "_" in n]
-        group.add_argument(
+        groups.get(flag.section, parser).add_argument(
             *names,
             dest=flag.key,
             default=None,
             nargs="+" if flag.many else "?" if flag.switch else None,
             const="true" if flag.switch else None,
-            metavar=flag.type,
-            help=about if flag.key in READS[command] else argparse.SUPPRESS,
+            metavar="VALUE ..." if flag.many else "[VALUE]" if flag.switch else "VALUE",
+            help=about if shown else argparse.SUPPRESS,
         )
 
 
