@@ -1,6 +1,7 @@
 import contextlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import upweight.models.sample as sampling
+import upweight.recipes.train as run_train
+import upweight.training.objectives as objectives
 from oracles import SHAPES, as_peft_has_it, gradients, loaded, random_trees, weigh
+from runs import furnish, train
 from upweight.data.pack import collate
 from upweight.errors import ModelError
 from upweight.models import nf4
@@ -170,6 +174,36 @@ def test_answers_are_drawn_from_matrices_that_are_converted_once_and_are_the_sam
     assert seen == {torch.float32}
     for handle in handles:
         handle.remove()
+
+
+def test_a_run_trains_through_converted_matrices_and_evaluates_its_own(tmp_path, monkeypatch):
+    furnish(tmp_path, monkeypatch)
+    seen = {"step": set(), "evaluation": set()}
+    pair, evaluate = objectives.pair, run_train.evaluate_sets
+
+    def dtypes(lm):
+        return frozenset(m.weight.dtype for m in lm.causal.modules() if type(m) is nn.Linear)
+
+    def looking(*given):
+        objective = pair(*given)
+
+        def step(lm, forest):
+            seen["step"].add(dtypes(lm))
+            return objective.step(lm, forest)
+
+        return replace(objective, step=step)
+
+    def evaluated(state, progress):
+        seen["evaluation"].add(dtypes(state.lm))
+        return evaluate(state, progress)
+
+    monkeypatch.setattr(objectives, "pair", looking)
+    monkeypatch.setattr(run_train, "evaluate_sets", evaluated)
+    # Weights that bf16 does not hold: those that it holds are kept in it for good.
+    usual = ("--lora", "--dtype", "bfloat16", "--steps", "2", "--fraction", "0.2")
+    assert train("run", *usual) == 0
+    assert all(torch.bfloat16 in found for found in seen["step"]) and seen["step"]
+    assert seen["evaluation"] == {frozenset({torch.float32})}
 
 
 def test_a_step_through_matrices_that_are_converted_once_is_the_same_to_the_bit():

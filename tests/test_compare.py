@@ -22,7 +22,7 @@ steps: 2
 evaluation:
   true_reward: letters.py:score
   prompt_files: prompts.jsonl
-  samples: 3
+  samples: 6
   max_new_tokens: 6
 methods:
 """
@@ -38,7 +38,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("letters.py").write_text(
         "def score(prompt, response, row):\n    return sum(map(str.islower, response)) / 8\n"
     )
-    write_rows("prompts.jsonl", [{"prompt": f"another question {i}"} for i in range(4)])
+    write_rows("prompts.jsonl", [{"prompt": f"another question {i}"} for i in range(6)])
 
 
 def compared(methods: str) -> dict:
@@ -60,6 +60,24 @@ def test_each_method_is_judged_on_the_same_prompts_from_the_same_start():
     assert all(methods[name]["tokens"] > 0 for name in ("dpo", "ppo", "best of 3"))
     page = Path("out/comparison.html").read_text()
     assert "Small letters" in page and "best of 3" in page
+
+
+def test_of_a_few_prompts_no_interval_is_known_and_nothing_is_claimed(
+    capsys: pytest.CaptureFixture[str],
+):
+    few = SHARED.replace("samples: 6", "samples: 3")
+    Path("compare.yaml").write_text(few + DPO + JUDGE + PPO + BEST)
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 0
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    found = json.loads(Path("out/comparison.json").read_text(), parse_constant=refuse)
+    points = [p for method in found["methods"] for p in method["points"]]
+    assert points and all(p["reward_low"] is None is p["reward_high"] for p in points)
+    assert found["start"]["low"] is None and found["claim"]["holds"] is None
+    assert "nan" not in Path("out/comparison.html").read_text().lower().split()
+    assert "nan" not in capsys.readouterr().err
 
 
 def test_the_terminal_ends_in_a_verdict_and_one_line_for_each_pair(
@@ -148,7 +166,7 @@ def test_a_method_that_fails_is_named_and_the_others_go_on():
         ("model: model\n", "has no methods"),
         ("methods: [", "compare.yaml"),
         (SHARED + DPO.replace("4,", "4, discount: 0.5,"), "policy.discount is 0.5"),
-        (SHARED.replace("samples: 3", "samples: 0") + DPO, "evaluation.samples of at least 1"),
+        (SHARED.replace("samples: 6", "samples: 0") + DPO, "evaluation.samples of at least 1"),
         (SHARED.replace("  prompt_files: prompts.jsonl\n", "") + DPO, "evaluation.prompt_files"),
         (SHARED.replace("letters.py", "lettres.py") + DPO, "method dpo: evaluation.true_reward"),
         (SHARED + "  a: {objective: grpo}\n", "method a: objective grpo needs rollout.reward"),

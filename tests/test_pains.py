@@ -30,7 +30,6 @@ PAINS = {
         "reference foreign has another vocabulary than model",
     ),
     "a reference that is not there": ("--reference base/of/sft", "no folder base/of/sft"),
-    "a model in a folder that is here": ("--model model/last", "no folder model/last"),
     "stuck at ln 2 because the rate is 0": (
         "--learning-rate 0",
         "must be a number > 0 or null, found 0.",

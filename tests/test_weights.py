@@ -197,9 +197,16 @@ def test_a_hub_id_that_cannot_be_fetched_is_refused_before_the_hub_is_asked(
 
 def test_a_misspelt_folder_is_named_with_the_one_beside_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "model").mkdir(parents=True)
-    with pytest.raises(ModelError, match=r"no folder runs/modle. Did you mean runs/model\?"):
-        resolve("runs/modle")
+    (tmp_path / "runs" / "a" / "model").mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"no folder runs/a/modle. Did you mean runs/a/model\?"):
+        resolve("runs/a/modle")
+
+
+def test_a_hub_id_is_one_whatever_lies_in_a_folder_of_its_first_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "modle").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert resolve("some/model") == "some/model"
 
 
 def test_a_file_and_a_folder_without_a_config_are_no_model(tmp_path):

@@ -202,10 +202,14 @@ ELSEWHERE = {
 
 
 def meant(typed: str) -> str | None:
-    """The key that other programs have by this name."""
+    """The key that other programs have by this name; of one of our sections only a key of it."""
     whole = typed.replace("-", "_")
-    named = {whole, whole.rpartition(".")[2]}
-    return next((key for key, names in ELSEWHERE.items() if named & set(names)), None)
+    section, _, name = whole.rpartition(".")
+    for key, names in ELSEWHERE.items():
+        here = section not in SECTIONS or keys()[key].section == section
+        if whole in names or (name in names and here):
+            return key
+    return None
 
 
 def called_elsewhere(typed: str) -> str:

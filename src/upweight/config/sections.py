@@ -204,7 +204,9 @@ class Evaluation(Section):
         default=None, description="Steps between evaluations; null: about ten in a run."
     )
     samples: Annotated[int, Field(ge=0)] = Field(
-        default=4, description="Prompts that policy and reference answer at each evaluation."
+        default=8,
+        description="Prompts that policy and reference answer at each evaluation; of fewer than 6 "
+        "nothing is known of the spread, and UW305 and UW308 cannot be asked.",
     )
     max_new_tokens: Count = Field(default=64, description="Longest sampled answer, in tokens.")
     temperature: NotNegative = Field(

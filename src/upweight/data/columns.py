@@ -394,13 +394,21 @@ def printable(name: Any) -> str:
 
 def _misspelt(row: Row, required: Iterable[str]) -> str:
     missing = list(dict.fromkeys(name for name in required if name not in row))
-    others = [str(name) for name in row if name not in READ]
-    meant = {name: wanted for name in others if (wanted := _meant(name, missing))}
+    others = [str(name) for name, value in row.items() if name not in READ and _says(value)]
+    meant: dict[str, str] = {}
+    for name in sorted(others, key=len):  # chosen_response is it, and chosen_response_model is not
+        if (wanted := _meant(name, missing)) is not None:
+            meant.setdefault(wanted, name)
     if not meant:
         return ""
-    (first, wanted), *more = meant.items()
-    rest = [f'"{printable(name)}" "{wanted}"' for name, wanted in more]
+    (wanted, first), *more = sorted(meant.items(), key=lambda found: others.index(found[1]))
+    rest = [f'"{printable(name)}" "{other}"' for other, name in more]
     return " Is " + _words([f'"{printable(first)}" meant to be "{wanted}"', *rest]) + "?"
+
+
+def _says(value: Any) -> bool:
+    """Whether it can be something that somebody said."""
+    return isinstance(value, str | list | tuple | Mapping)
 
 
 def _meant(name: str, missing: Sequence[str]) -> str | None:

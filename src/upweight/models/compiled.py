@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from upweight.errors import ModelError
+from upweight.models.adapter import Converted
 from upweight.models.attention import NAME, forest_attention
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import scored_hidden
@@ -78,6 +79,9 @@ def compile_layers(lm: LanguageModel) -> None:
             for layer in layers:
                 layer.compile(dynamic=True)
             fault = _fault(before, _read(lm, probe), lm.compute_dtype)
+            # As training on a CPU has them (recipes.state.computing): for the compiler, new layers.
+            with Converted(lm).in_place():
+                fault = fault or _fault(before, _read(lm, probe), lm.compute_dtype)
     except FAILURES as error:
         fault = f"{type(error).__name__}: {first_lines(error, 1)}"
     if fault is not None:

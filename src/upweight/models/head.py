@@ -255,6 +255,7 @@ def _exponentials(
     else:
         shift = torch.zeros_like(at_target)
     e = z.exp_()
+    assert z.device.type in WAITING_DEVICES or bool((y >= 0).all()), "a target is no token"
     # scatter_ takes a half-precision matrix to fp32 and back on a CPU, all of it.
     e.view(-1).index_fill_(0, torch.arange(len(y), device=y.device) * e.shape[1] + y, 0.0)
     rest = _row_sums(e)

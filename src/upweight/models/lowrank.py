@@ -28,11 +28,11 @@ class FusedLinear(Linear):
 
     def forward(self, x: Tensor, *rest: Any, **more: Any) -> Tensor:
         layer = cast("Any", self)
-        (name, *others) = layer.active_adapters or [None]
+        (name, *others) = layer.active_adapters or [""]
         base = layer.get_base_layer()
         off = layer.disable_adapters or layer.merged or others or layer.lora_variant
         other = off or rest or more or type(base) is not nn.Linear or base.weight.requires_grad
-        if other or not isinstance(layer.lora_dropout[name], nn.Identity):
+        if other or name not in layer.lora_A or not _is_plain(layer, name):
             return super().forward(x, *rest, **more)
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         # Autocast's, which a function of our own takes no part in.
@@ -44,6 +44,12 @@ class FusedLinear(Linear):
         bias = None if base.bias is None else base.bias.to(dtype)
         x, weight, a, b = (tensor.to(dtype) for tensor in (x, base.weight, a, b))
         return adapted_product(x, weight, bias, a, b, float(layer.scaling[name]))
+
+
+def _is_plain(layer: Any, name: str) -> bool:
+    """Two matrices, and nothing between or behind them."""
+    biased = layer.lora_A[name].bias is not None or layer.lora_B[name].bias is not None
+    return isinstance(layer.lora_dropout[name], nn.Identity) and not biased
 
 
 def adapted_product(
@@ -71,25 +77,25 @@ class _Adapted(torch.autograd.Function):
         b: Tensor,
         scaling: float,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         low = rows @ a.T
         out = nn.functional.linear(rows, weight, bias)
         out.addmm_(low, b.T, alpha=scaling)
         ctx.save_for_backward(rows, low, weight, a, b)
         ctx.scaling = scaling
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = grads
         rows, low, weight, a, b = ctx.saved_tensors
-        of_out = slope.reshape(-1, slope.shape[-1])
+        of_out = slope.reshape(len(rows), slope.shape[-1])
         of_low = of_out @ b
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = of_out @ weight
             of_x.addmm_(of_low, a, alpha=ctx.scaling)
-            of_x = of_x.view(*slope.shape[:-1], -1)
+            of_x = of_x.view(*slope.shape[:-1], of_x.shape[-1])
         of_a = (of_low.T @ rows).mul_(ctx.scaling)
         of_b = (of_out.T @ low).mul_(ctx.scaling)
         return of_x, None, None, of_a, of_b, None

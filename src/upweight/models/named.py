@@ -104,30 +104,26 @@ def resolve(name: str) -> str:
         ) from error
     if is_file:
         raise ModelError(f"model: {name} is a file; give a model folder, a .gguf file or a hub id.")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.parent.name in _folders():
-        raise ModelError(f"model: there is no folder {name}.{nearest(name, _models_beside(path))}")
-    _require_reachable(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"model: there is no folder {name}.{_beside(path)}")
+    _require_reachable(name, path)
     return name
 
 
-def _folders() -> set[str]:
-    """The folders here: what begins with one of them is no hub id."""
-    return {entry.name for entry in Path().iterdir() if entry.is_dir()}
-
-
-def _models_beside(path: Path) -> list[str]:
+def _beside(path: Path) -> str:
     try:
-        return [str(p) for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".gguf"]
+        there = [str(p) for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".gguf"]
     except OSError:
-        return []
+        return ""
+    return nearest(str(path), there)
 
 
-def _require_reachable(name: str) -> None:
+def _require_reachable(name: str, path: Path) -> None:
     """Raises ModelError for a hub id that is not kept here while the hub has no address: its client
     would ask again and again for half a minute."""
     known = ("config.json", "adapter_config.json")
     host = urlsplit(constants.ENDPOINT).hostname
-    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies() or host is None:
         return
     with model_errors(name):
         if any(isinstance(try_to_load_from_cache(name, file), str) for file in known):
@@ -138,7 +134,7 @@ def _require_reachable(name: str) -> None:
         raise ModelError(
             f"model: there is no folder {name} here, and {host}, where a hub id of that name would "
             f"be fetched from, has no address ({error.strerror or error}). Give a model folder, a "
-            ".gguf file, or a hub id while there is a network."
+            f".gguf file, or a hub id while there is a network.{_beside(path)}"
         ) from error
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 
@@ -34,7 +34,7 @@ from upweight.stats import mean_interval
 from upweight.training.rollout import as_tree
 from upweight.training.rundir import write_atomic
 
-POINT = ("step", "length", "kl", "kl_low", "kl_high", "reward", "reward_low", "reward_high")
+POINT = ("length", "kl", "kl_low", "kl_high", "reward", "reward_low", "reward_high")
 """What is kept of an evaluation."""
 
 BUDGET = (
@@ -113,7 +113,9 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> C
         seconds=spent,
         claim=claim,
     )
-    write_atomic(folder / "comparison.json", json.dumps(asdict(study), indent=1))
+    write_atomic(
+        folder / "comparison.json", json.dumps(_known(asdict(study)), indent=1, allow_nan=False)
+    )
     page = scored.write_comparison(folder)
     screen.note("")
     screen.note(claim.said)
@@ -123,6 +125,15 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> C
     screen.note(f"{counted(len(methods), 'method')} in {took}")
     screen.note(f"comparison: {page}")
     return Compared(page, tuple(m.name for m in methods if m.failed is not None))
+
+
+def _known(value: Any) -> Any:
+    """As JSON has it: what is not known is null there, and nan here."""
+    if isinstance(value, dict):
+        return {key: _known(inner) for key, inner in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_known(inner) for inner in cast("list[Any]", value)]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _told(method: Method) -> str:
@@ -199,7 +210,7 @@ def _trained(
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     points = [
-        scored.Point(**{key: r[key] for key in POINT})
+        scored.Point(r["step"], **{key: math.nan if r[key] is None else r[key] for key in POINT})
         for r in records
         if r["kind"] == "eval" and r["set"] == PROMPTS and "reward" in r and "kl" in r
     ]

@@ -17,7 +17,7 @@ from upweight.data.stream import StepPlan
 from upweight.evidence.track import Tracking
 from upweight.models.adapter import Converted
 from upweight.models.load import LanguageModel, checkpoint_layers
-from upweight.models.reading import free_cached
+from upweight.models.reading import attempt, free_cached
 from upweight.recipes.prepare import note_smaller
 from upweight.recipes.reference import Against
 from upweight.recipes.resume import data_digests, settings_digest
@@ -143,13 +143,19 @@ def trained_models(lm: LanguageModel, values: Values | None) -> list[LanguageMod
 
 
 def computing(state: State) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Frozen matrices converted once for all steps. On a CPU alone: there a graph holds as much in
-    conversions of its own, and on a GPU layers may be recomputed because it does not fit."""
-    models = trained_models(state.lm, state.values)
-    converted = [Converted(lm) for lm in models if lm.device.type == "cpu"]
+    """Frozen matrices converted once for all steps: a graph holds as much in conversions of its
+    own. Not where layers are recomputed, whose graphs do not, and not on a GPU, where a conversion
+    takes no time."""
+    converted: list[Converted] = []
+    if state.lm.device.type == "cpu" and not state.recomputing:
+        models = trained_models(state.lm, state.values)
+        made = attempt(lambda: [Converted(lm) for lm in models])
+        converted += [] if isinstance(made, Exception) else made
 
     @contextlib.contextmanager
     def in_place() -> Generator[None]:
+        if state.recomputing:
+            converted.clear()
         with contextlib.ExitStack() as stack:
             for kept in converted:
                 stack.enter_context(kept.in_place())

@@ -24,6 +24,7 @@ from upweight.models.export import export, export_reward_model
 from upweight.models.nf4 import FILE as QUANTIZATION
 from upweight.models.probes import served_otherwise
 from upweight.recipes.beside import written_bytes
+from upweight.recipes.card import write_card
 from upweight.recipes.environment import write_environment
 from upweight.recipes.evaluation import evaluate_sets
 from upweight.recipes.kinds import KINDS
@@ -260,7 +261,8 @@ def _train(state: State, work: Work, progress: Progress, stop: threading.Event) 
     )
     plan = state.begun.plan
     if work.plan is not None:
-        _try_largest(state, work, progress.step)
+        with hooks.computing():
+            _try_largest(state, work, progress.step)
     return fit(state.lm, state.optimizer, work.objective, forests, plan, hooks, progress)
 
 
@@ -340,6 +342,7 @@ def _finish(state: State, progress: Progress) -> Result:
     else:
         probes = prepared.trees["train"][:PROBES]
         written = [export_reward_model(state.lm, state.rundir.file("model"), probes)]
+    write_card(written[0], state.run, progress.step)
     write_environment(state, finished=True)
     if KINDS[state.run.objective].by_reference:
         write_suspects(state)

@@ -242,7 +242,7 @@ def _lengths(records: Records, set_name: str) -> Iterator[str]:
     if rule is None or found is None or found.step == 0:
         return
     # The rule is only a rival where it is itself better than chance.
-    if rule.accuracy.low > CHANCE and not rule.lead.low > 0:
+    if rule.accuracy.low > CHANCE and rule.lead.low <= 0:
         which = "longer" if rule.longer else "shorter"
         yield (
             f"The policy is not shown to know more than length: always taking the {which} answer "
