@@ -20,6 +20,7 @@ from upweight.models.adapter import (
     Converted,
     adapter_off,
     add_lora,
+    converts_to_the_same,
     keep_frozen_in_compute_dtype,
     widened,
 )
@@ -116,6 +117,14 @@ def test_a_family_whose_numbers_would_change_is_left_alone(kind):
     keep_frozen_in_compute_dtype(lm)
     assert not narrow(lm)
     assert torch.equal(token_logps(lm, FOREST), before)
+
+
+def test_what_reads_its_weights_with_all_digits_is_not_converted_for_a_step():
+    lm = adapted(rounded=False)
+    assert converts_to_the_same(lm)
+    layer = lm.causal.base_model.layers[0].mlp
+    layer.register_forward_hook(lambda m, given, out: out * m.down_proj.base_layer.weight.sum())
+    assert not converts_to_the_same(lm)
 
 
 def test_widened_for_a_pass_in_full_precision_and_no_longer():

@@ -475,7 +475,7 @@ def test_a_reward_that_failed_in_the_first_round_is_mended_and_tried_again(capsy
 def test_a_run_without_an_evaluation_is_watched_by_its_rounds(objective):
     words = (
         f"train --model model --data prompts.jsonl --objective {objective} --dtype float32 "
-        "--reward count.py:score --prompts_per_round 4 --max_tokens 8 --steps 4 --passes 1 --out"
+        "--reward count.py:score --prompts_per_round 20 --max_tokens 8 --steps 4 --passes 1 --out"
     ).split()
     assert main([*words, "clean", "--learning-rate", "1e-5"]) == 0
     # Four such steps teach pairs next to nothing, and that alone is said.

@@ -297,12 +297,14 @@ def test_the_best_checkpoint_may_be_that_of_any_set():
 
 
 def test_what_checkpoint_best_takes_is_what_an_evaluation_records():
-    for more in ((), ("--temperature", "0.5"), ("--samples", "0")):
-        out = f"run-{len(more) and more[0]}"
+    write_rows("pairs.jsonl", plain_rows(40))
+    for more in ((), ("--temperature", "0.5"), ("--samples", "0"), ("--samples", "8")):
+        out = "run-" + "-".join(more)
         assert train(out, "--steps", "1", *more) == 0
         run = load_run(f"{out}/run.yaml").run
         (record, *_) = (r for r in rows_of(f"{out}/metrics.jsonl") if r["kind"] == "eval")
         numbers = {k for k, v in record.items() if isinstance(v, float)} - {"epoch"}
+        assert ("kl_low" in numbers) == (more == ("--samples", "8"))
         assert set(metrics(run, "heldout")) == numbers
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -168,6 +169,21 @@ def test_the_length_rule_is_compared_prompt_by_prompt():
     assert rule.lead.value == pytest.approx(0.0)
     assert (rule.num_more, rule.num_fewer, rule.p) == (1, 1, 1.0)
     assert length_rule([]) is None
+
+
+def test_of_a_few_prompts_nothing_is_said_against_the_length_rule():
+    """Forty preferences of four prompts, all of them right by length and by the policy."""
+    rows = [
+        LedgerRow(
+            **ledger_row(i, margin=1.0, tokens_chosen=9, tokens_rejected=5)
+            | {"prompt_text": f"{i % 4}"}
+        )
+        for i in range(40)
+    ]
+    rule = length_rule(rows)
+    assert rule is not None and math.isnan(rule.lead.low)
+    said = verdict(evaluated(eval_line(20), ledger=tuple(rows))).cautions
+    assert not any("know more than length" in caution for caution in said)
 
 
 def warned(code: str, metric: str = "", step: int | None = 20, **rest: Any) -> Warned:

@@ -352,7 +352,7 @@ def test_a_policy_that_learns_to_repeat_itself_is_reported():
 def test_a_small_beta_is_named_where_the_policy_runs_away():
     write_rows("pairs.jsonl", plain_rows())
     loose = ("--learning-rate", "0.03", "--beta", "1e-3", "--epochs", "2", "--kl", "25")
-    assert train("run", *loose, "--max_new_tokens", "48") == 0
+    assert train("run", *loose, "--max_new_tokens", "48", "--samples", "8") == 0
     assert "at which that distance costs" in warned()["UW308"]["said"]
 
 

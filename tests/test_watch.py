@@ -292,10 +292,11 @@ def test_what_a_run_warns_of_is_in_the_terminal_the_records_and_the_report(
 ):
     # A few words learned by heart, and no limit on how far that may go.
     rows = [
-        {"prompt": f"question {i}", "chosen": "yes", "rejected": "no way at all"} for i in range(24)
+        {"prompt": f"question {i}", "chosen": "yes", "rejected": "no way at all"} for i in range(40)
     ]
     write_rows("pairs.jsonl", rows)
-    assert train("run", "--epochs", "12", "--kl", "0", "--shortcut", "0.99") == 0
+    usual = ("--epochs", "8", "--kl", "0", "--shortcut", "0.99", "--samples", "8")
+    assert train("run", *usual) == 0
     said = capsys.readouterr().err
     assert said.count("warning[UW308]") == 1
     found = warnings("run")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from upweight.errors import ModelError
 from upweight.models import bnb
 from upweight.models.load import LanguageModel
-from upweight.models.logprobs import token_logps
+from upweight.models.logprobs import scored_hidden, token_logps
 from upweight.models.named import first_lines
 from upweight.models.nf4 import Nf4Linear
 from upweight.models.proof import probe_forest
@@ -173,6 +173,19 @@ class Converted:
             yield
         finally:
             _put(self.modules, wide)
+
+
+def converts_to_the_same(lm: LanguageModel) -> bool:
+    """Whether a probe's hidden states are the same to the bit with matrices converted once: a layer
+    of the family's own may take no part in autocast, or read its weights with all their digits."""
+    probe = probe_forest(lm).to(lm.device)
+    with torch.no_grad():
+        before = scored_hidden(lm, probe)
+        try:
+            with Converted(lm).in_place():
+                return torch.equal(scored_hidden(lm, probe), before)
+        except RuntimeError:
+            return False
 
 
 def _put(modules: Sequence[Any], weights: Sequence[Tensor]) -> None:

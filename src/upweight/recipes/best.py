@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from upweight.config import Run
 from upweight.errors import ConfigError, nearest
 from upweight.recipes.kinds import KINDS, PROMPTS
+from upweight.stats import FEWEST
 
 SCORED = (
     "loss",
@@ -50,9 +52,9 @@ class Best:
 
     def improves(self, value: float, best: float | None) -> bool:
         """Whether `value` is better than the best one before. Less is, of losses,
-        KL and repetition."""
-        if best is None:
-            return True
+        KL and repetition. A bound that is not known is not."""
+        if best is None or math.isnan(value):
+            return not math.isnan(value)
         return value < best if self.metric in ("loss", *KL, *REPETITION) else value > best
 
 
@@ -65,7 +67,10 @@ def metrics(run: Run, name: str) -> tuple[str, ...]:
         return scored
     kl = KL if samples_are_the_policys(run) else ()
     rewarded = run.evaluation.true_reward or run.rollout.reward
-    return (*scored, *SAMPLED, *kl, *(REWARD if rewarded else ()))
+    sampled = (*SAMPLED, *kl, *(REWARD if rewarded else ()))
+    if run.evaluation.samples < FEWEST:  # Means, and no intervals of them.
+        sampled = tuple(m for m in sampled if not m.endswith(("_low", "_high")) or "stopped" in m)
+    return (*scored, *sampled)
 
 
 def samples_are_the_policys(run: Run) -> bool:

@@ -15,7 +15,7 @@ from upweight.config import Run
 from upweight.data.pack import divisible
 from upweight.data.stream import StepPlan
 from upweight.evidence.track import Tracking
-from upweight.models.adapter import Converted
+from upweight.models.adapter import Converted, converts_to_the_same
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.reading import attempt, free_cached
 from upweight.recipes.prepare import note_smaller
@@ -149,8 +149,9 @@ def computing(state: State) -> Callable[[], contextlib.AbstractContextManager[No
     converted: list[Converted] = []
     if state.lm.device.type == "cpu" and not state.recomputing:
         models = trained_models(state.lm, state.values)
-        made = attempt(lambda: [Converted(lm) for lm in models])
-        converted += [] if isinstance(made, Exception) else made
+        if all(converts_to_the_same(lm) for lm in models):
+            made = attempt(lambda: [Converted(lm) for lm in models])
+            converted += [] if isinstance(made, Exception) else made
 
     @contextlib.contextmanager
     def in_place() -> Generator[None]:

@@ -164,8 +164,13 @@ def _unwritten_call(example: Example, response: Response | None, renderer: Rende
         else:
             other = written(example, replace(response, content=changed), renderer)
         if other == str(_apply(example, response, renderer, tokenize=False)):
-            return f"the tool call {ascii(_name(turn['tool_calls'][0]))}"
+            return f"the tool call {ascii(_first_name(turn['tool_calls']))}"
     return None
+
+
+def _first_name(calls: object) -> str:
+    """Of calls as they stand in a row, which may be anything."""
+    return _name(calls[0]) if isinstance(calls, list | tuple) else _name(calls)
 
 
 def written(example: Example, response: Response | None, renderer: Renderer) -> str | None:
