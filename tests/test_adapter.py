@@ -2,6 +2,7 @@ import contextlib
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,13 +21,13 @@ from upweight.models.adapter import (
     Converted,
     adapter_off,
     add_lora,
-    converts_to_the_same,
     keep_frozen_in_compute_dtype,
     widened,
 )
 from upweight.models.load import fingerprint
 from upweight.models.logprobs import token_logps
 from upweight.models.proof import one_at_a_time, probe_forest
+from upweight.recipes.state import computing
 
 FOREST = collate(random_trees(SHAPES))
 
@@ -121,10 +122,10 @@ def test_a_family_whose_numbers_would_change_is_left_alone(kind):
 
 def test_what_reads_its_weights_with_all_digits_is_not_converted_for_a_step():
     lm = adapted(rounded=False)
-    assert converts_to_the_same(lm)
+    assert Converted(lm).gives_the_same(lm)
     layer = lm.causal.base_model.layers[0].mlp
     layer.register_forward_hook(lambda m, given, out: out * m.down_proj.base_layer.weight.sum())
-    assert not converts_to_the_same(lm)
+    assert not Converted(lm).gives_the_same(lm)
 
 
 def test_widened_for_a_pass_in_full_precision_and_no_longer():
@@ -228,3 +229,21 @@ def test_a_step_through_matrices_that_are_converted_once_is_the_same_to_the_bit(
     apart, together = found
     trained = [name for name in apart if "lora_" in name]
     assert trained and all(torch.equal(apart[name], together[name]) for name in trained)
+
+
+def test_where_layers_are_recomputed_or_would_say_something_else_nothing_is_converted(monkeypatch):
+    state = SimpleNamespace(lm=adapted(rounded=False), values=None, recomputing=False)
+
+    def converted(in_place) -> bool:
+        with in_place():
+            return bool(narrow(state.lm))
+
+    in_place = computing(state)
+    assert converted(in_place) and not narrow(state.lm)
+    # A step that ran out of memory makes it so, and the copies are given back for good.
+    state.recomputing = True
+    assert not converted(in_place)
+    state.recomputing = False
+    assert not converted(in_place) and converted(computing(state))
+    monkeypatch.setattr(Converted, "gives_the_same", lambda kept, lm: False)
+    assert not converted(computing(state))

@@ -174,18 +174,19 @@ class Converted:
         finally:
             _put(self.modules, wide)
 
-
-def converts_to_the_same(lm: LanguageModel) -> bool:
-    """Whether a probe's hidden states are the same to the bit with matrices converted once: a layer
-    of the family's own may take no part in autocast, or read its weights with all their digits."""
-    probe = probe_forest(lm).to(lm.device)
-    with torch.no_grad():
-        before = scored_hidden(lm, probe)
-        try:
-            with Converted(lm).in_place():
-                return torch.equal(scored_hidden(lm, probe), before)
-        except RuntimeError:
-            return False
+    def gives_the_same(self, lm: LanguageModel) -> bool:
+        """Whether a probe's hidden states are the same to the bit in place: a layer of the family's
+        own may take no part in autocast, or read its weights with all their digits."""
+        if not self.modules:
+            return True
+        probe = probe_forest(lm).to(lm.device)
+        with torch.no_grad():
+            before = scored_hidden(lm, probe)
+            try:
+                with self.in_place():
+                    return torch.equal(scored_hidden(lm, probe), before)
+            except RuntimeError:
+                return False
 
 
 def _put(modules: Sequence[Any], weights: Sequence[Tensor]) -> None:

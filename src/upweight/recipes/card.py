@@ -41,9 +41,7 @@ def card(folder: Path, run: Run, steps: int) -> str:
         "beta": f"{run.loss.beta:g}" if answers and run.objective != "sft" else None,
         "reward": _shown(run.rollout.reward),
     }
-    check = (
-        f"\n`upweight check --model .` says whether a copy is still this model ({PROBES_FILE}).\n"
-    )
+    check = f"`upweight check --model FOLDER` says whether a copy is still this ({PROBES_FILE})."
     what = "An adapter (LoRA) of" if is_adapter else "Trained from"
     return "\n".join(
         [

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -31,6 +31,7 @@ from upweight.recipes.screen import Screen, Silent, counted
 from upweight.recipes.stages import is_finished
 from upweight.recipes.train import train_model
 from upweight.stats import mean_interval
+from upweight.training.records import finite
 from upweight.training.rollout import as_tree
 from upweight.training.rundir import write_atomic
 
@@ -114,7 +115,7 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> C
         claim=claim,
     )
     write_atomic(
-        folder / "comparison.json", json.dumps(_known(asdict(study)), indent=1, allow_nan=False)
+        folder / "comparison.json", json.dumps(finite(asdict(study)), indent=1, allow_nan=False)
     )
     page = scored.write_comparison(folder)
     screen.note("")
@@ -125,15 +126,6 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> C
     screen.note(f"{counted(len(methods), 'method')} in {took}")
     screen.note(f"comparison: {page}")
     return Compared(page, tuple(m.name for m in methods if m.failed is not None))
-
-
-def _known(value: Any) -> Any:
-    """As JSON has it: what is not known is null there, and nan here."""
-    if isinstance(value, dict):
-        return {key: _known(inner) for key, inner in cast("dict[str, Any]", value).items()}
-    if isinstance(value, list | tuple):
-        return [_known(inner) for inner in cast("list[Any]", value)]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _told(method: Method) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -34,6 +33,7 @@ from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.screen import Screen, counted
 from upweight.stats import Interval
 from upweight.training.memory import enough_tokens
+from upweight.training.records import finite
 from upweight.trust.figures import FIGURES
 from upweight.trust.finding import Finding
 from upweight.trust.near import copies
@@ -279,11 +279,8 @@ def account_record(prepared: Prepared) -> dict[str, object]:
         "sets": {name: account.to_json() for name, account in prepared.accounts.items()},
         "findings": [asdict(finding) for finding in prepared.findings],
         "figures": {
-            name: {
-                # Of a few prompts there is no interval, and JSON has no nan.
-                figure: {k: None if math.isnan(v) else v for k, v in asdict(value).items()}
-                for figure, value in figures.items()
-            }
+            # Of a few prompts there is no interval.
+            name: {figure: finite(asdict(value)) for figure, value in figures.items()}
             for name, figures in prepared.figures.items()
         },
     }

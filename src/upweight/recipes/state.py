@@ -15,7 +15,8 @@ from upweight.config import Run
 from upweight.data.pack import divisible
 from upweight.data.stream import StepPlan
 from upweight.evidence.track import Tracking
-from upweight.models.adapter import Converted, converts_to_the_same
+from upweight.models.adapter import Converted
+from upweight.models.compiled import as_written
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.reading import attempt, free_cached
 from upweight.recipes.prepare import note_smaller
@@ -149,9 +150,10 @@ def computing(state: State) -> Callable[[], contextlib.AbstractContextManager[No
     converted: list[Converted] = []
     if state.lm.device.type == "cpu" and not state.recomputing:
         models = trained_models(state.lm, state.values)
-        if all(converts_to_the_same(lm) for lm in models):
-            made = attempt(lambda: [Converted(lm) for lm in models])
-            converted += [] if isinstance(made, Exception) else made
+        made = attempt(lambda: [Converted(lm) for lm in models])
+        with as_written():  # A probe without gradients would be compiled for by itself.
+            if not isinstance(made, Exception) and all(map(Converted.gives_the_same, made, models)):
+                converted += made
 
     @contextlib.contextmanager
     def in_place() -> Generator[None]:

@@ -22,7 +22,7 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
 
     JSON has no nan and no infinity: they are written as null.
     """
-    text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
     # A lone surrogate, which UTF-8 cannot hold, becomes \udxxx: that is JSON's own escape for it.
     line = text.encode("utf-8", "backslashreplace")
     with writing(path, len(line)):
@@ -45,14 +45,15 @@ def _append(descriptor: int, line: bytes) -> None:
         raise
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` as JSON has it: nan and infinity are null there."""
     match value:
         case float():
             return value if math.isfinite(value) else None
         case Mapping():
-            return {key: _finite(item) for key, item in value.items()}
+            return {key: finite(item) for key, item in value.items()}
         case list() | tuple():
-            return [_finite(item) for item in value]
+            return [finite(item) for item in value]
         case _:
             return value
 
