@@ -2,7 +2,6 @@ import contextlib
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,18 +231,21 @@ def test_a_step_through_matrices_that_are_converted_once_is_the_same_to_the_bit(
 
 
 def test_where_layers_are_recomputed_or_would_say_something_else_nothing_is_converted(monkeypatch):
-    state = SimpleNamespace(lm=adapted(rounded=False), values=None, recomputing=False)
+    lm, recomputing = adapted(rounded=False), [False]
+
+    def made():
+        return computing([lm], lambda: recomputing[0])
 
     def converted(in_place) -> bool:
         with in_place():
-            return bool(narrow(state.lm))
+            return bool(narrow(lm))
 
-    in_place = computing(state)
-    assert converted(in_place) and not narrow(state.lm)
+    in_place = made()
+    assert converted(in_place) and not narrow(lm)
     # A step that ran out of memory makes it so, and the copies are given back for good.
-    state.recomputing = True
-    assert not converted(in_place)
-    state.recomputing = False
-    assert not converted(in_place) and converted(computing(state))
+    recomputing[0] = True
+    assert not converted(in_place) and not converted(made())
+    recomputing[0] = False
+    assert not converted(in_place) and converted(made())
     monkeypatch.setattr(Converted, "gives_the_same", lambda kept, lm: False)
-    assert not converted(computing(state))
+    assert not converted(made())

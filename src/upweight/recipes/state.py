@@ -143,13 +143,14 @@ def trained_models(lm: LanguageModel, values: Values | None) -> list[LanguageMod
     return [lm] if values is None or values.critic is None else [lm, values.critic]
 
 
-def computing(state: State) -> Callable[[], contextlib.AbstractContextManager[None]]:
+def computing(
+    models: Sequence[LanguageModel], is_recomputing: Callable[[], bool]
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
     """Frozen matrices converted once for all steps: a graph holds as much in conversions of its
     own. Not where layers are recomputed, whose graphs do not, and not on a GPU, where a conversion
     takes no time."""
     converted: list[Converted] = []
-    if state.lm.device.type == "cpu" and not state.recomputing:
-        models = trained_models(state.lm, state.values)
+    if models[0].device.type == "cpu" and not is_recomputing():
         made = attempt(lambda: [Converted(lm) for lm in models])
         with as_written():  # A probe without gradients would be compiled for by itself.
             if not isinstance(made, Exception) and all(map(Converted.gives_the_same, made, models)):
@@ -157,7 +158,7 @@ def computing(state: State) -> Callable[[], contextlib.AbstractContextManager[No
 
     @contextlib.contextmanager
     def in_place() -> Generator[None]:
-        if state.recomputing:
+        if is_recomputing():
             converted.clear()
         with contextlib.ExitStack() as stack:
             for kept in converted:

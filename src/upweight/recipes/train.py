@@ -51,6 +51,7 @@ from upweight.recipes.state import (
     make_room,
     note,
     save,
+    trained_models,
     trained_modules,
 )
 from upweight.recipes.suspects import write_suspects
@@ -257,7 +258,7 @@ def _train(state: State, work: Work, progress: Progress, stop: threading.Event) 
         on_out_of_memory=on_out_of_memory,
         is_done=state.is_done,
         epoch=state.epoch,
-        computing=computing(state),
+        computing=computing(trained_models(state.lm, state.values), lambda: state.recomputing),
     )
     plan = state.begun.plan
     if work.plan is not None:
