@@ -97,7 +97,6 @@ def test_a_stop_token_that_is_drawn_otherwise_is_not_lost_in_a_long_answers_mean
     assert size(*(-1.0,) * 49, -3.0) == pytest.approx(2.0)
     assert size(*(-1.5,) * 50) == pytest.approx(0.5)
     assert size(-3.0, *(-1.0,) * 49) == pytest.approx(0.04)
-    assert held_against(found, {ids[0]: None}, BF16) == ()
 
 
 @pytest.mark.parametrize("num", [FEWEST - 1, FEWEST])
@@ -130,13 +129,15 @@ def _prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_prompts")
+@pytest.mark.parametrize("sharing", ["true", "false"])
 def test_a_sampler_that_is_warmer_than_the_policy_ends_a_run_in_bf16(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sharing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    assert rounds("right") == 0
+    # Without sharing transformers reads the prompts, as it does for families of other layers.
+    assert rounds("right", "--sharing", sharing) == 0
     monkeypatch.setattr(rollout, "sample", partial(sample, temperature=1.05))
     capsys.readouterr()
-    assert rounds("warm") == 2
+    assert rounds("warm", "--sharing", sharing) == 2
     printed = capsys.readouterr().err
     assert "UW101" in printed and "as at a temperature of 1.0" in printed
 
@@ -149,7 +150,7 @@ def test_a_sampler_whose_log_probs_are_not_the_policys_ends_a_run(
 
     def other(*given):
         trees, said = draw(*given)
-        return trees, {i: None if x is None else tuple(y + 0.1 for y in x) for i, x in said.items()}
+        return trees, {i: tuple(y + 0.1 for y in x) for i, x in said.items()}
 
     monkeypatch.setattr(online, "draw_answers", other)
     assert rounds("wrong", "--dtype", "float32") == 2

@@ -30,6 +30,7 @@ from upweight.training.rollout import (
     Credit,
     Rollouts,
     Sizes,
+    by_response,
     credited,
     num_rounds,
     ranked,
@@ -128,6 +129,13 @@ def test_a_round_that_is_read_back_is_the_round_that_was_written(drawn, values, 
             assert all(torch.equal(one[i], other[i]) for i in one)
 
 
+def test_what_is_read_of_answers_comes_in_the_order_of_their_trees():
+    """As the round's file has it: intervals of a round that is read back are the same."""
+    trees = [tree_of(range(n), [range(3)] * 2, [], line=n) for n in (2, 9, 1, 7, 3, 8)]
+    found = by_response(lambda forest: torch.zeros(len(forest.scored)), trees, 18)
+    assert list(found) == [i for tree in trees for i in tree.ids]
+
+
 def test_a_round_whose_file_is_gone_says_so(tmp_path):
     with pytest.raises(OutputError, match="round-000003.parquet cannot be read .* Put it back"):
         read_round(tmp_path, 3)
@@ -151,7 +159,7 @@ def rollouts(folder, prompts=5, per_round=3, passes=3, minibatches=2, **more) ->
 
     planted = [tree_of([n], [], [], line=n + 1) for n in range(prompts)]
     planted = [replace(t, ids=(ResponseId(RowId("p", t.prompt[0]), 0),)) for t in planted]
-    sizes = Sizes(per_round, 2, 4, passes, minibatches, seed=11)
+    sizes = Sizes(per_round, 2, 4, None, passes, minibatches, seed=11)
     return Rollouts(planted, sizes, folder, make, beta=0.1, **more)
 
 

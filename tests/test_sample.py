@@ -53,8 +53,9 @@ def require_same(got, wanted):
         assert ours.logps == pytest.approx(theirs.logps, abs=1e-5)
 
 
-def test_a_response_does_not_depend_on_what_is_in_its_batch():
-    lm = loaded()
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_response_does_not_depend_on_what_is_in_its_batch(sharing: bool):
+    lm = loaded(sharing=sharing)
     lm.causal.generation_config.eos_token_id = list(range(40))  # some rows end early and leave
     together = sample(lm, PROMPTS, num=3, max_new_tokens=12)
     assert len({len(s.tokens) for drawn in together for s in drawn}) > 3
@@ -117,6 +118,26 @@ def test_what_training_teaches_to_stop_at_stops_a_sample():
 def last_hidden(lm, prompt):
     out = plain_model().model(input_ids=torch.tensor([prompt])).last_hidden_state[0, -1]
     return out / out.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_a_response_ends_where_it_fills_the_length_that_is_given(family: str):
+    lm = loaded(family)
+    options = dict(max_new_tokens=12, stop_token_ids=(), seed=4)
+    drawn, free = sample(lm, PROMPTS, max_length=9, **options), sample(lm, PROMPTS, **options)
+    assert [len(s.tokens) for (s,) in drawn] == [6, 8, 4]
+    assert [s.tokens for (s,) in drawn] == [s.tokens[:n] for (s,), n in zip(free, (6, 8, 4))]
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_the_log_probs_that_tokens_were_drawn_with_are_the_models(family: str):
+    lm = loaded(family)
+    drawn = sample(lm, PROMPTS, num=2, max_new_tokens=9, stop_token_ids=range(60))
+    assert len({len(s.tokens) for answers in drawn for s in answers}) > 2
+    sums = tree_logps(lm, sample_trees(PROMPTS, drawn))
+    for answers, wanted in zip(drawn, sums, strict=True):
+        assert all(len(s.logps) == len(s.tokens) for s in answers)
+        assert [sum(s.logps) for s in answers] == pytest.approx(wanted, abs=1e-4)
 
 
 NEAR_THE_END = [tuple(range(10, 130)) * 4, tuple(range(20, 131)) * 4, (9,)]  # 480, 444, 1 tokens

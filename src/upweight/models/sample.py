@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
 from upweight.errors import ConfigError, ModelError
 from upweight.models.adapter import Converted
@@ -35,19 +35,19 @@ LOWEST_TEMPERATURE = 1e-6
 """Below it sampling is greedy: logits divided by less leave fp32, and all but ties is decided."""
 
 
-Drawn = tuple[list[int], list[float] | None]
-"""The tokens of a response, and their log-probs where they are known."""
+Drawn = tuple[list[int], list[float]]
+"""The tokens of a response, and their log-probs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One response drawn from the model. `tokens` end with the stop token if `stopped`; else it was
     cut, at max_new_tokens or where the model's positions end. `logps` are the tokens' log-probs in
-    nats as they were drawn, with the temperature; None where transformers drew them."""
+    nats as they were drawn, with the temperature."""
 
     tokens: tuple[int, ...]
     stopped: bool
-    logps: tuple[float, ...] | None = None
+    logps: tuple[float, ...] = ()
 
 
 def sample(
@@ -60,6 +60,7 @@ def sample(
     top_p: float | int = 1.0,
     seed: int = 0,
     stop_token_ids: Collection[int] | None = None,
+    max_length: int | None = None,
     rows_per_batch: int = 128,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[Sample]]:
@@ -77,7 +78,8 @@ def sample(
     no room for a response or holds a token that the model has no embedding for.
     """
     _require_options(num, max_new_tokens, temperature, top_p)
-    _require_prompts(lm, prompts)
+    longest = lm.max_length if max_length is None else min(max_length, lm.max_length or max_length)
+    _require_prompts(lm, prompts, longest)
     stop = frozenset(lm.stop_token_ids if stop_token_ids is None else stop_token_ids)
     heat = 0.0 if temperature < LOWEST_TEMPERATURE else float(temperature)
     draw = _Draw(max_new_tokens, heat, float(top_p), stop)
@@ -87,6 +89,8 @@ def sample(
         dtype=torch.float64,
     )
     done, drawn = 0, [list[Sample]() for _ in prompts]
+    read = _with_cache if lm.plan.shared else _generate
+    size = max(1, rows_per_batch // num)
     with (
         torch.no_grad(),
         as_written(),
@@ -95,18 +99,15 @@ def sample(
         native_attention(lm.causal),
         lm.compute(),
     ):
-        for group, limit in _batches(lm, prompts, max_new_tokens, max(1, rows_per_batch // num)):
-            upto, first = replace(draw, max_new_tokens=limit), seed + done
+        for group, limit in _batches(prompts, max_new_tokens, longest, size):
+            upto = replace(draw, max_new_tokens=limit)
 
-            def answer(numbers: list[int], upto: _Draw = upto, first: int = first) -> list[Drawn]:
+            def answer(numbers: list[int], upto: _Draw = upto) -> list[Drawn]:
                 asked = [prompts[i] for i in numbers]
-                if lm.plan.shared:
-                    return _with_cache(lm, upto, asked, noise[numbers].flatten(0, 1))
-                return _generate(lm, upto, asked, num, first)
+                return read(lm, upto, asked, noise[numbers].flatten(0, 1))
 
             for row, (tokens, logps) in enumerate(_as_fits(answer, group)):
-                said = None if logps is None else tuple(logps)
-                found = Sample(tuple(tokens), tokens[-1] in stop, said)
+                found = Sample(tuple(tokens), tokens[-1] in stop, tuple(logps))
                 drawn[group[row // num]].append(found)
             done += len(group)
             on_progress(done, len(prompts))
@@ -126,8 +127,9 @@ def _require_options(
             raise ConfigError(f"sample: {name} is {value}; allowed: {allowed}.")
 
 
-def _require_prompts(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> None:
-    longest = lm.max_length
+def _require_prompts(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], longest: int | None
+) -> None:
     for number, prompt in enumerate(prompts, 1):
         where = f"sample: prompt {number} of {len(prompts)}"
         if not prompt:
@@ -146,12 +148,12 @@ def _require_prompts(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> Non
 
 
 def _batches(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, size: int
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, longest: int | None, size: int
 ) -> Iterator[tuple[list[int], int]]:
-    """Prompts of about equal length, by their index, and how long their responses may be. Where the
-    model's positions cut responses short, a batch is of one length: all its rows end at once."""
-    longest = math.inf if lm.max_length is None else lm.max_length
-    limits = [int(min(max_new_tokens, longest - len(prompt))) for prompt in prompts]
+    """Prompts of about equal length, by their index, and how long their responses may be. Where
+    `longest` cuts responses short, a batch is of one length: all its rows end at once."""
+    room = math.inf if longest is None else longest
+    limits = [int(min(max_new_tokens, room - len(prompt))) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for limit, same in groupby(order, key=limits.__getitem__):
         group = list(same)
@@ -277,32 +279,44 @@ def first_logps(
 
 
 def _generate(
-    lm: LanguageModel, draw: _Draw, prompts: Sequence[Sequence[int]], num: int, seed: int
+    lm: LanguageModel,
+    draw: _Draw,
+    prompts: Sequence[Sequence[int]],
+    noise: Float[Tensor, "rows steps"],
 ) -> list[Drawn]:
-    """By transformers' generate, which knows each family's own state."""
-    ids, mask = _left_padded(lm, prompts)
+    """By transformers' generate, which knows each family's own state; what is drawn from its scores
+    is decided here."""
+    (ids, mask), noise = _left_padded(lm, prompts), noise.to(lm.device)
+    num = len(noise) // len(ids)
+    tokens: list[list[int]] = [[] for _ in noise]
+    logps: list[list[float]] = [[] for _ in noise]
+
+    def decide(before: Tensor, scores: Tensor) -> Tensor:
+        """Leaves the token that is drawn as the only one that the greedy search can take."""
+        step = before.shape[1] - ids.shape[1]
+        drawn, likely = draw.pick(scores, noise[:, step])
+        for row in range(len(noise)):
+            if not tokens[row] or tokens[row][-1] not in draw.stop:
+                tokens[row].append(drawn[row])
+                logps[row].append(likely[row])
+        only = torch.full_like(scores, -math.inf)
+        return only.scatter(1, torch.tensor(drawn, device=scores.device)[:, None], 0.0)
+
     config = GenerationConfig(
         max_new_tokens=draw.max_new_tokens,
-        do_sample=draw.temperature > 0,
-        temperature=draw.temperature or 1.0,
-        top_k=0,
-        top_p=draw.top_p,
+        do_sample=False,
         eos_token_id=sorted(draw.stop) or None,
         pad_token_id=PAD,
         use_cache=True,
     )
-    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []), _only(lm, config):
-        torch.manual_seed(seed)
-        out = lm.model.generate(  # pyright: ignore
+    with _only(lm, config):
+        lm.model.generate(  # pyright: ignore
             input_ids=ids.repeat_interleave(num, 0),
             attention_mask=mask.repeat_interleave(num, 0),
             generation_config=config,
+            logits_processor=LogitsProcessorList([decide]),
         )
-    rows: list[tuple[list[int], list[float] | None]] = []
-    for row in out[:, ids.shape[1] :].tolist():
-        end = next((n for n, token in enumerate(row) if token in draw.stop), None)
-        rows.append((row if end is None else row[: end + 1], None))
-    return rows
+    return list(zip(tokens, logps, strict=True))
 
 
 @contextmanager

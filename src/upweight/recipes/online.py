@@ -220,13 +220,7 @@ def _draw(
         found = by_response(functools.partial(_both, state), trees, state.tokens_per_bin, smaller)
     logps = {i: both[:, 0] for i, both in found.items()}
     values = None if state.values is None else {i: both[:, 1] for i, both in found.items()}
-    compared = held_against(logps, said, TOLERANCE_NATS[lm.compute_dtype])
-    _require_same_policy(compared)
-    if not compared and number == 1:
-        state.screen.note(
-            "the sampler's log-probs are not compared with the trainer's: transformers draws for "
-            "this family, and says none"
-        )
+    _require_same_policy(held_against(logps, said, TOLERANCE_NATS[lm.compute_dtype]))
     with start.in_round(lm, number) as reference:
         read = functools.partial(token_logps, reference)
         known = by_response(read, trees, state.tokens_per_bin, smaller)
@@ -263,8 +257,8 @@ def _both(state: State, forest: Forest) -> Float[Tensor, "scored 2"]:
 
 def _require_same_policy(compared: Sequence[Beside]) -> None:
     """What drew the answers must be what is trained: raises Refusal UW101 otherwise."""
-    worst = max(compared, key=lambda beside: beside.beyond, default=None)
-    if worst is not None and not worst.agrees:
+    worst = max(compared, key=lambda beside: beside.beyond)
+    if not worst.agrees:
         raise Refusal(
             "UW101",
             f"the sampler is not the policy: {worst.said} (rounding: {worst.allowed:.2g}).",

@@ -134,6 +134,8 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     if not kind.draws:
         off = require_alone(lm, computed_together(prepared.trees["train"]))
         prepared = prepared.noticed({"train": {"alone_nats": Interval(off, off, off)}}, [])
+    if short := _short_of_room(run, prepared):
+        screen.note(short)
     trees, steps = _learned_from(run, prepared)
     plan = _plan(run, prepared)
     lm = trained(run, lm, prepared.renderer.stop_ids)
@@ -368,6 +370,7 @@ def rollout_sizes(run: Run) -> Sizes:
         prompts=options.prompts_per_round,
         responses=options.responses or kind.num_responses,
         max_tokens=options.max_tokens,
+        max_length=run.data.max_length,
         passes=options.passes or default_passes(run.objective),
         minibatches=options.minibatches,
         seed=run.seed,
@@ -381,12 +384,27 @@ def _learned_from(run: Run, prepared: Prepared) -> tuple[Sequence[Tree], Sequenc
     if not KINDS[run.objective].draws:
         return trees, plan_epoch(trees, run.batch.pairs_per_step, run.seed, 0)
     sizes = rollout_sizes(run)
-    answer = (0,) * sizes.max_tokens
     imagined = [
-        replace(tree, responses=(answer,) * sizes.responses)
+        replace(tree, responses=((0,) * sizes.room(tree),) * sizes.responses)
         for tree in sorted(trees, key=lambda tree: -tree.num_tokens)[: sizes.prompts]
     ]
     return imagined, [range(len(imagined))]
+
+
+def _short_of_room(run: Run, prepared: Prepared) -> str | None:
+    """Of a run that draws its answers: how many prompts leave less room than they may take."""
+    if not KINDS[run.objective].draws:
+        return None
+    sizes, trees = rollout_sizes(run), prepared.trees["train"]
+    room = [sizes.room(tree) for tree in trees]
+    short = sum(left < sizes.max_tokens for left in room)
+    if not short:
+        return None
+    return (
+        f"{short:,} of {len(trees):,} prompts leave less than rollout.max_tokens="
+        f"{sizes.max_tokens:,} of data.max_length={sizes.max_length:,}, {min(room):,} at the "
+        "least: answers to them are cut there"
+    )
 
 
 def _plan(run: Run, prepared: Prepared) -> Plan:

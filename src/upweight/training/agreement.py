@@ -42,9 +42,9 @@ class Beside:
 
 
 def held_against(
-    found: ByResponse, said: Mapping[ResponseId, tuple[float, ...] | None], tolerance: float
+    found: ByResponse, said: Mapping[ResponseId, tuple[float, ...]], tolerance: float
 ) -> tuple[Beside, ...]:
-    """The trainer's log-probs against the sampler's, in four ways; none where the sampler has none.
+    """The trainer's log-probs against the sampler's, in four ways.
 
     `tolerance` is the mean difference per token that rounding explains. In bf16, of which the
     allowances are made, a token's rounding is a few hundredths of a nat, 0.25 at the worst of
@@ -64,10 +64,7 @@ def held_against(
     gaps = {
         i: found[i].double() - torch.tensor(logps, dtype=torch.float64)
         for i, logps in said.items()
-        if logps is not None
     }
-    if not gaps:
-        return ()
     flat = torch.cat(list(gaps.values()))
     logps = torch.cat([found[i].double() for i in gaps])
     ends = torch.stack([gap[-1] for gap in gaps.values()])

@@ -36,11 +36,13 @@ from upweight.types import Forest, Preference, ResponseId, Tree
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many prompts, answers and updates a round has."""
+    """How many prompts, answers and updates a round has. An answer has at most `max_tokens`, and
+    together with its prompt `max_length`."""
 
     prompts: int
     responses: int
     max_tokens: int
+    max_length: int | None
     passes: int
     minibatches: int
     seed: int
@@ -48,6 +50,12 @@ class Sizes:
     @property
     def steps(self) -> int:
         return self.passes * self.minibatches
+
+    def room(self, prompt: Tree) -> int:
+        """The tokens that an answer to the prompt may have."""
+        if self.max_length is None:
+            return self.max_tokens
+        return min(self.max_tokens, self.max_length - len(prompt.prompt))
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,8 @@ def by_response(
             pieces = said.float().cpu().split(forest.tokens_per_response.tolist())
             ids = (i for tree in forest.trees for i in tree.ids)
             found |= zip(ids, pieces, strict=True)
-    return found
+    # Not in the bins' order, which the round's file would not keep.
+    return {i: found[i] for tree in trees for i in tree.ids}
 
 
 def draw_answers(
@@ -93,7 +102,7 @@ def draw_answers(
     sizes: Sizes,
     stop_ids: Sequence[int],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[list[Tree], dict[ResponseId, tuple[float, ...] | None]]:
+) -> tuple[list[Tree], dict[ResponseId, tuple[float, ...]]]:
     """K answers to each prompt at temperature 1, as trees, and the sampler's own log-probs.
 
     At temperature 1 and from the whole distribution: what is drawn otherwise is not the policy's.
@@ -105,6 +114,7 @@ def draw_answers(
         max_new_tokens=sizes.max_tokens,
         seed=sizes.seed * 1_000_003 + number,
         stop_token_ids=stop_ids,
+        max_length=sizes.max_length,
         on_progress=on_progress,
     )
     trees = [
