@@ -1,22 +1,15 @@
-"""The objective of PPO, GRPO and RLOO: its value and its slopes in closed form, and where the one
-engine takes a language of one token by it."""
+"""The objective of PPO, GRPO and RLOO: its value and its slopes in closed form."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oracles import loaded, random_trees
-from runs import furnish, write_rows
-from upweight.config import load_run
 from upweight.data.pack import collate
-from upweight.recipes.train import train_model
 from upweight.training.objectives import Surrogate, policy_gradient
 from upweight.types import Experience
 
@@ -152,57 +145,3 @@ def test_without_values_there_is_no_value_loss():
     step, _, by_value = slopes(PLAIN)
     assert not any(by_value)
     assert not {"value_loss", "policy_loss"} & step.metrics.keys()
-
-
-# Through the engine: every answer is one token, so that the optimum can be written down
-
-BETA = 0.5
-
-
-def pays(text: str) -> float:
-    return 1.0 if text.islower() else 0.5 if text.isupper() else -0.5 if text.isdigit() else 0.0
-
-
-def first_token(folder: str, prompt: list[int]) -> torch.Tensor:
-    """The log-probs of the token after the prompt, by plain transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        return model(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)
-
-
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    return (one.exp() - other.exp()).abs().sum().item() / 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["rloo", "grpo", "ppo"])
-def test_a_run_from_a_config_takes_a_language_of_one_token_to_its_optimum(
-    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """pi* = pref exp(r/beta)/Z, from a total variation of 0.37. 512 answers a round estimate each
-    share to 0.02 or so, and a falling rate averages over rounds."""
-    furnish(tmp_path, monkeypatch)
-    write_rows("prompts.jsonl", [{"prompt": "question"}])
-    Path("pays.py").write_text(
-        "def score(prompt, text, row):\n"
-        "    small, large, digit = text.islower(), text.isupper(), text.isdigit()\n"
-        "    return 1.0 if small else 0.5 if large else -0.5 if digit else 0.0\n"
-    )
-    values = {
-        "model": "model", "data": "prompts.jsonl", "out": "run", "objective": objective,
-        "rollout.reward": "pays.py:score", "prompts_per_round": 1, "responses": 512,
-        "rollout.max_tokens": 1, "steps": 60, "learning_rate": 3e-3, "loss.beta": BETA,
-        "dtype": "float32", "checkpoint.every": 60,
-    }  # fmt: skip
-    if objective == "ppo":
-        values |= {"passes": 2}
-    assert train_model(load_run(None, values=values)).finished
-    rows = pq.read_table("run/rollouts/round-000001.parquet").to_pylist()
-    prompt = rows[0]["prompt"]
-    tokenizer = AutoTokenizer.from_pretrained("model")
-    stop = tokenizer.eos_token_id
-    start, end = first_token("model", prompt), first_token("run/model", prompt)
-    texts = ["" if i == stop else tokenizer.decode([i]) for i in range(len(start))]
-    best = (start + torch.tensor([*map(pays, texts)], dtype=torch.float64) / BETA).log_softmax(-1)
-    assert distance(start, best) > 0.35
-    assert distance(end, best) < 0.03

@@ -126,7 +126,8 @@ def test_a_response_ends_where_it_fills_the_length_that_is_given(family: str):
     options = dict(max_new_tokens=12, stop_token_ids=(), seed=4)
     drawn, free = sample(lm, PROMPTS, max_length=9, **options), sample(lm, PROMPTS, **options)
     assert [len(s.tokens) for (s,) in drawn] == [6, 8, 4]
-    assert [s.tokens for (s,) in drawn] == [s.tokens[:n] for (s,), n in zip(free, (6, 8, 4))]
+    cut = zip(free, (6, 8, 4), strict=True)
+    assert [s.tokens for (s,) in drawn] == [s.tokens[:n] for (s,), n in cut]
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
