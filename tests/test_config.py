@@ -54,6 +54,7 @@ OTHER: dict[str, Any] = {
     "data.format": "pair",
     "data.template": "none",
     "data.template_options": {"enable_thinking": False},
+    "data.date": "2024-07-05",
     "data.max_length": 512,
     "data.truncation": "prompt",
     "data.pairing": "extremes",
@@ -374,6 +375,9 @@ def test_contradictions_between_sections_are_refused(tmp_path: Path) -> None:
     assert error_of("template=none", "template_options={a: 1}") == (
         "template_options has no effect with data.template none; keep one of them."
     )
+    assert error_of("template=none", "date=2024-07-05") == (
+        "date has no effect with data.template none; keep one of them."
+    )
     assert error_of("attention=dense", "sharing=false") == (
         "attention has no effect with compute.sharing false; keep one of them."
     )
@@ -603,6 +607,8 @@ WRONG = {
         'found "all_linear". Did you mean all-linear?'
     ),
     "sets=a.jsonl": ('sets must be a mapping {name: text or a list of texts}, found "a.jsonl".'),
+    "date=2024-02-30": 'date must be a day such as 2026-11-29 or null, found "2024-02-30".',
+    "date=20240705": "date must be a day such as 2026-11-29 or null, found 20240705.",
     "template_options=3": "template_options must be a mapping {name: value}, found 3.",
     "threads=1025": "threads must be a whole number >= 1 and <= 1024 or null, found 1025.",
     "temperature=-0.1": "temperature must be a number >= 0, found -0.1.",
@@ -790,6 +796,7 @@ random_values = st.fixed_dictionaries(
             st.lists(texts, min_size=1, max_size=2),
             max_size=2,
         ),
+        "date": st.none() | st.dates().map(str),
         "beta": positive,
         "learning_rate": st.none() | positive,
         "warmup": st.floats(min_value=0, max_value=1, exclude_max=True),

@@ -19,7 +19,7 @@ _MODEL = ("model", "out", "batch.tokens_per_bin") + tuple(
     f"compute.{name}"
     for name in ("dtype", "device", "attention", "sharing", "threads", "trust_remote_code")
 )
-_TEXT = ("data.path", "data.limit", "data.template", "data.template_options")
+_TEXT = of_section("data", "path", "limit", "template", "template_options", "date")
 _ROWS = tuple(
     f"data.{name}" for name in ("format", "max_length", "truncation", "pairing", "min_score_gap")
 )

@@ -155,8 +155,12 @@ def check_model(run: Run, screen: Screen | None = None) -> float:
     screen.stage("model")
     lm = load_policy(run)
     found = require_as_exported(run.model, lm, probes)
+    day = "" if probes.date is None else f" (as of {probes.date})"
     screen.note(
-        f"{run.model}: {found.num_probes} probes have the same tokens, and log-probs that differ "
-        f"by {found.worst:.2g} nats a token at most (rounding of its weights: {found.allowed})"
+        f"{run.model}: {found.num_probes} probes have the same tokens{day}, and log-probs that "
+        f"differ by {found.worst:.2g} nats a token at most (rounding of its weights: "
+        f"{found.allowed})"
     )
+    if found.doubt is not None:
+        screen.note(f"warning: {found.doubt}.")
     return found.worst

@@ -11,6 +11,7 @@ import torch
 
 from upweight.config import Run, write
 from upweight.data.account import Account, percentiles, require_used
+from upweight.data.clock import reads_clock
 from upweight.data.render import Renderer, make_renderer
 from upweight.data.stream import (
     grow,
@@ -29,6 +30,7 @@ from upweight.models.nf4 import num_weights, quantized_layers
 from upweight.models.reference import Reference, fill, open_reference, verify
 from upweight.models.scalar import load_reward_model
 from upweight.recipes.apart import nearly_apart, require_apart
+from upweight.recipes.exported import day_of_export
 from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.screen import Screen, counted
 from upweight.stats import Interval
@@ -97,14 +99,21 @@ def _loaded(read: Callable[..., LanguageModel], run: Run) -> LanguageModel:
 
 
 def renderer_for(run: Run, lm: LanguageModel) -> Renderer:
-    """Raises ConfigError for more tokens than the model has positions, Refusal UW109 for template
-    options that nothing reads."""
+    """A template that writes the date writes data.date, or the day that the model was trained on
+    before, or today's.
+
+    Raises ConfigError for more tokens than the model has positions, Refusal UW109 for template
+    options or a date that nothing reads.
+    """
     asked = run.data.max_length
     if asked is not None and lm.max_length is not None and asked > lm.max_length:
         raise ConfigError(
             f"data.max_length is {asked:,}, and {lm.name} was made for {lm.max_length:,} positions "
             f"at most. Use data.max_length={lm.max_length}, or leave it out."
         )
+    day = run.data.date
+    if day is None and run.data.template != "none" and reads_clock(lm.tokenizer):
+        day = day_of_export(run.model)
     renderer = make_renderer(
         lm.tokenizer,
         template=run.data.template,
@@ -112,8 +121,13 @@ def renderer_for(run: Run, lm: LanguageModel) -> Renderer:
         max_length=lm.max_length if asked is None else asked,
         truncation=run.data.truncation,
         template_options=run.data.template_options,
+        date=day,
     )
     _require_template_reads(run.data.template_options, renderer)
+    if run.data.date is not None and renderer.date is None:
+        chat = renderer.template == "chat"
+        who = "the model's chat template writes no date" if chat else "no chat template is used"
+        raise Refusal("UW109", f"data.date is {write(run.data.date)}, and {who}. Leave it out.")
     return renderer
 
 
@@ -288,11 +302,17 @@ def account_record(prepared: Prepared) -> dict[str, object]:
 
 def account_lines(prepared: Prepared) -> list[str]:
     """The account as a person reads it, one line per set."""
+    day = prepared.renderer.date
     lines = [
         "text is rendered with the model's chat template"
         if prepared.renderer.template == "chat"
         else "text is used as it is, without a chat template"
     ]
+    if day is not None:
+        lines.append(
+            f"the chat template may write the day's date: {day} in every row (data.date); a server "
+            "writes its own"
+        )
     for name, account in prepared.accounts.items():
         drops = ", ".join(f"{num} {reason}" for reason, num in account.dropped.items())
         cuts = {side: num for side, num in account.truncated.items() if num}

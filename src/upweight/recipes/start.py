@@ -30,7 +30,7 @@ from upweight.models.scalar import response_scores, with_scalar_head
 from upweight.models.weights import load_tokenizer
 from upweight.recipes.beside import has_own_critic, held_beside, require_room
 from upweight.recipes.best import Best, best_metric
-from upweight.recipes.exported import require_start_as_exported
+from upweight.recipes.exported import day_of_export, require_start_as_exported
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import (
     Prepared,
@@ -110,7 +110,10 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     prepared = prepare(run, lm)
     if run.data.template == "auto":
         resolved = resolved.with_value("data.template", prepared.renderer.template, INHERITED)
-        run = resolved.run
+    if run.data.date is None and prepared.renderer.date is not None:
+        origin = INHERITED if day_of_export(run.model) else RESOLVED
+        resolved = resolved.with_value("data.date", prepared.renderer.date, origin)
+    run = resolved.run
     for line in account_lines(prepared):
         screen.note(line)
     for finding in prepared.findings:

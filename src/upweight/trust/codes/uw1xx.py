@@ -312,7 +312,8 @@ PAGES: tuple[Page, ...] = (
             "`export.merge` without `lora`, `policy.clip_low`, `policy.clip_high`, "
             "`policy.value_clip` and `policy.kl_stop` where a round is one step, "
             "`policy.kl_estimator` while `loss.beta` is 0, a variable in "
-            "`data.template_options` that the chat template never looks up, and `data.pairing` or "
+            "`data.template_options` that the chat template never looks up, a `data.date` where it "
+            "writes none, and `data.pairing` or "
             "`data.min_score_gap` where no row has scores."
         ),
         guarded_by=(
