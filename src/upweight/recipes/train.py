@@ -20,7 +20,7 @@ from upweight.data.stream import plan_epoch, planned
 from upweight.errors import OutputError, Refusal
 from upweight.evidence.report import write_report
 from upweight.evidence.track import Target, Tracking, clients, tracking
-from upweight.models.export import export, export_reward_model
+from upweight.models.export import export, export_reward_model, probed
 from upweight.models.nf4 import FILE as QUANTIZATION
 from upweight.models.probes import served_otherwise
 from upweight.recipes.beside import written_bytes
@@ -186,12 +186,14 @@ def _state(
     values = values_of(begun.run, begun.lm, sorted(begun.prepared.renderer.stop_ids))
     optimizer = _optimizer(begun, values)
     plan, trees = begun.plan, begun.prepared.trees["train"]
+    answers = KINDS[begun.run.objective].answers
     told = Told(begun.run.loss.beta, plan.total_steps, trees, plan.log_every)
     watch = Watch(begun.lm, begun.run.watch, told)
     return State(
         begun, against, rundir, optimizer, screen, trackers, capacity, watch,
         values=values, judge=_judge(begun), recomputing=recomputing,
         reward_digests=reward_digests(begun.run, begun.prepared),
+        start=probed(begun.lm, begun.prepared.renderer) if answers else None,
     )  # fmt: skip
 
 
@@ -339,6 +341,7 @@ def _finish(state: State, progress: Progress) -> Result:
             merge=state.run.export.merge,
             renderer=prepared.renderer,
             rows=prepared.rows,
+            start=state.start,
         )
     else:
         probes = prepared.trees["train"][:PROBES]
