@@ -297,20 +297,30 @@ def _texts(
 
 
 def with_reference(
-    begun: Start, reference: Reference, own: Interval, screen: Screen, *, fresh: bool
+    begun: Start,
+    reference: Reference,
+    own: Interval | None,
+    probes: Sequence[Tree],
+    screen: Screen,
+    *,
+    fresh: bool,
 ) -> Start:
-    """With what the reference says against the rows that it was asked about, and, where the policy
-    is still at its start, against it."""
+    """With what the reference says against the rows that it was asked about (`own`: its own answers
+    to them), and, where the policy is still at its start, against it: of those rows, or of
+    `probes`."""
     run, prepared = begun.run, begun.prepared
-    trees = prepared.trees["train"]
-    unknown = set(map(id, reference.missing(trees)))
-    known = [tree for tree in trees if id(tree) not in unknown]
-    # What is wrong with a start is wrong in every row: short ones are asked.
-    few = sorted(spread(known, 16), key=lambda tree: tree.num_tokens)[:PROBES]
-    found = {e.name: by_reference(e, reference, own) for e in examined_sets(run, prepared)}
-    if fresh:
+    found: dict[str, tuple[Figures, list[Finding]]] = {"train": ({}, [])}
+    if own is not None:
+        trees = prepared.trees["train"]
+        unknown = set(map(id, reference.missing(trees)))
+        known = [tree for tree in trees if id(tree) not in unknown]
+        # What is wrong with a start is wrong in every row: short ones are asked.
+        probes = sorted(spread(known, 16), key=lambda tree: tree.num_tokens)[:PROBES]
+        found = {e.name: by_reference(e, reference, own) for e in examined_sets(run, prepared)}
+    if fresh and probes:
+        first = "the first loss is not ln 2" if own is not None else "the first KL is not 0"
         named = run.reference is not None
-        elsewhere = starts_elsewhere(begun.lm, reference, few, named=named)
+        elsewhere = starts_elsewhere(begun.lm, reference, probes, first, named=named)
         found["train"][0].update(elsewhere.figures)
         if elsewhere.finding is not None:
             found["train"][1].append(elsewhere.finding)
