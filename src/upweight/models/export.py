@@ -89,8 +89,8 @@ def export(
     base = _findable_base(lm)
     beside: list[Path] = []
     if base is None:
-        start = load_weights(lm.name, lm.folder, lm.trust_remote_code)
-        beside.append(_write(folder.parent / "base", lm, start))
+        whole = load_weights(lm.name, lm.folder, lm.trust_remote_code)
+        beside.append(_write(folder.parent / "base", lm, whole))
         base = str(beside[0].resolve())
     lm.model.peft_config["default"].base_model_name_or_path = base  # pyright: ignore
     if not merge:

@@ -109,7 +109,7 @@ def check(
     if ask and (KINDS[begun.run.objective].by_reference or pulled_elsewhere(begun.run)):
         screen.stage("reference")
         reference, own, probes = probe_reference(begun.run, begun.lm, begun.prepared)
-        begun = with_reference(begun, reference, own, probes, screen, fresh=True)
+        begun = with_reference(begun, reference, own, screen, fresh=True, probes=probes)
     for line in figure_lines(begun.prepared.figures):
         screen.note(line)
     screen.note(plan_line(begun.plan))

@@ -118,10 +118,9 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
         against = ask_reference(begun.run, begun.lm, begun.prepared, screen)
         if saved is not None:
             require_same_models(saved.position, begun.run, against)
-        if against.own is not None or against.probes:
-            begun = with_reference(
-                begun, against.logps, against.own, against.probes, screen, fresh=saved is None
-            )
+        begun = with_reference(
+            begun, against.logps, against.own, screen, fresh=saved is None, probes=against.probes
+        )
         # Before the first file of the run, so that a login that is wrong leaves none.
         target = Target(rundir.path, leaf_values(begun.run), saved.position.step if saved else None)
         trackers = stack.enter_context(tracking(to_open, target, screen.note))

@@ -24,8 +24,8 @@ PAGES: tuple[Page, ...] = (
             "difference is refused. With a "
             "`reference` that you named it is reported: the first `loss` in `metrics.jsonl` is "
             "then not ln 2 = 0.6931. A run that learns from its own answers, and is pulled to a "
-            "named reference, is asked by its answers to four prompts. It compares besides, in every "
-            "round, the log-probs that the sampler drew tokens with and the trainer's. More than "
+            "named reference, is asked by its answers to four prompts. In every round it also "
+            "compares the log-probs that the sampler drew tokens with and the trainer's. More than "
             "that rounding is refused, as a mean over all tokens, over the last ones or over one "
             "answer; so is a difference that does not average out, or that grows with how "
             "unlikely a token is, as at another temperature (bfloat16: 0.005 nats a token and "
@@ -336,7 +336,8 @@ PAGES: tuple[Page, ...] = (
         ),
         detectors=(
             "upweight.config.commands:require_read",
-            "upweight.recipes.prepare:_require_template_reads",
+            "upweight.recipes.rendering:renderer_for",
+            "upweight.recipes.rendering:_require_template_reads",
             "upweight.recipes.prepare:_require_scores",
             "upweight.recipes.prepare:_require_turns",
             "upweight.recipes.prepare:_require_margins",
