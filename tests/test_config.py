@@ -403,6 +403,31 @@ def test_a_command_takes_exactly_the_values_that_it_reads(command: str, key: str
     assert all(name in first for name in readers) and f"{command} does not read it" in first
 
 
+GRPO = ["objective=grpo", "rollout.reward=number"]
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "instead"),
+    [
+        ("sample", ["max_tokens=5"], "evaluation.max_new_tokens"),
+        ("train", ["max_tokens=5", "fraction=0.1"], "evaluation.max_new_tokens"),
+        ("train", [*GRPO, "max_new_tokens=5"], "rollout.max_tokens"),
+        # What has no effect either is not named.
+        ("train", ["max_tokens=5"], None),
+        ("score", ["max_tokens=5"], None),
+        ("train", ["max_new_tokens=5"], None),
+    ],
+)
+def test_the_longest_answer_by_its_name_elsewhere_is_answered_with_its_name_here(
+    command: str, given: list[str], instead: str | None
+) -> None:
+    with pytest.raises(Refusal) as caught:
+        require_read(command, run_of(*given))
+    (first, _) = str(caught.value).splitlines()
+    assert first.endswith(f". Here that is {instead}.") == (instead is not None)
+    assert ("Here that" in first) == (instead is not None)
+
+
 def test_score_reads_beta_only_with_a_reference() -> None:
     with pytest.raises(Refusal, match="score reads it only with a reference"):
         require_read("score", run_of("beta=0.2"))
