@@ -30,8 +30,9 @@ from upweight.config import load_run
 from upweight.data.stream import grow, load_examples
 from upweight.demo.run import demo
 from upweight.models.named import demo_model_path
-from upweight.recipes.prepare import load_policy, renderer_for
+from upweight.recipes.prepare import load_policy
 from upweight.recipes.reference import probe_reference
+from upweight.recipes.rendering import renderer_for
 from upweight.recipes.screen import Silent
 from upweight.recipes.start import start, with_reference
 from upweight.trust.identity import computed_together, require_alone
@@ -133,8 +134,10 @@ def main() -> None:
             timed(examination.__name__, lambda examination=examination: examination(examined))
         timed("packed = alone", lambda: require_alone(lm, computed_together(trees)))
         begun = timed("start, all of the above", lambda: start(resolved, Silent()))
-        found = timed("reference on a few rows", lambda: probe_reference(run, lm, begun.prepared))
-        timed("what it says", lambda: with_reference(begun, *found, Silent(), fresh=True))
+        reference, own, _ = timed(
+            "reference on a few rows", lambda: probe_reference(run, lm, begun.prepared)
+        )
+        timed("what it says", lambda: with_reference(begun, reference, own, Silent(), fresh=True))
 
 
 if __name__ == "__main__":

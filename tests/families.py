@@ -104,6 +104,18 @@ HARMONY = (
     "and m.role == 'assistant' else '<|end|>') }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
+# As Llama 3.2 does, a variable of its own comes before the clock, and the clock before a fixed day.
+LLAMA32 = (
+    "{%- if not date_string is defined %}\n    {% if strftime_now is defined %}\n"
+    "        {%- set date_string = strftime_now('%d %b %Y') %}\n    {% else %}\n"
+    "        {%- set date_string = '26 Jul 2024' %}\n    {% endif %}\n{% endif %}\n"
+    "{{- '<|begin_of_text|>' }}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + "
+    "date_string + '\n\n<|eot_id|>' }}" + LLAMA3.removeprefix("{{ '<|begin_of_text|>' }}")
+)
+GRANITE = (
+    "{% macro opening() %}{{ '<|im_start|>system\nToday\\'s Date: ' + strftime_now(format='%B %-d, "
+    "%Y') + '.<|im_end|>\n' }}{% endmacro %}{{ opening() }}"
+) + CHATML
 NO_HEADER = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 )
@@ -142,7 +154,7 @@ DS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User�
 @dataclass(frozen=True)
 class Family:
     """A tokenizer with its chat template, the stops of the model's generation config, and what is
-    expected of {user: "Why?", assistant: "Because."}."""
+    expected of {user: "Why?", assistant: "Because."} on the day `date`."""
 
     tokenizer: PreTrainedTokenizerFast
     prompt: str
@@ -150,11 +162,12 @@ class Family:
     stops: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     appended: bool = False
+    date: str | None = None
 
     @property
     def renderer_options(self) -> dict[str, Any]:
         ids = self.tokenizer.convert_tokens_to_ids(list(self.stops))
-        return {"stop_token_ids": ids, "template_options": self.options}
+        return {"stop_token_ids": ids, "template_options": self.options, "date": self.date}
 
     @property
     def trims(self) -> bool:
@@ -239,6 +252,21 @@ FAMILIES = {
         tokenizer(IM, template=NO_HEADER, eos="<|im_end|>"),
         "<|im_start|>user\nWhy?<|im_end|>\n",
         "<|im_start|>assistant\nBecause.<|im_end|>",
+    ),
+    "llama 3.2, which writes the date": Family(
+        tokenizer(L3, template=LLAMA32, eos="<|end_of_text|>", bos=L3[0], lead=L3[:1]),
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 09 Jul 2024"
+        "\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "Because.<|eot_id|>",
+        date="2024-07-09",
+    ),
+    "granite, which writes the date in a macro": Family(
+        tokenizer(IM, template=GRANITE, eos="<|endoftext|>"),
+        "<|im_start|>system\nToday's Date: July 9, 2024.<|im_end|>\n"
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
+        "Because.<|im_end|>",
+        date="2024-07-09",
     ),
     "no stop token": Family(
         tokenizer(IM, template=NO_STOP, eos="<|endoftext|>"),

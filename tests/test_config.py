@@ -54,6 +54,7 @@ OTHER: dict[str, Any] = {
     "data.format": "pair",
     "data.template": "none",
     "data.template_options": {"enable_thinking": False},
+    "data.date": "2024-07-05",
     "data.max_length": 512,
     "data.truncation": "prompt",
     "data.pairing": "extremes",
@@ -374,6 +375,9 @@ def test_contradictions_between_sections_are_refused(tmp_path: Path) -> None:
     assert error_of("template=none", "template_options={a: 1}") == (
         "template_options has no effect with data.template none; keep one of them."
     )
+    assert error_of("template=none", "date=2024-07-05") == (
+        "date has no effect with data.template none; keep one of them."
+    )
     assert error_of("attention=dense", "sharing=false") == (
         "attention has no effect with compute.sharing false; keep one of them."
     )
@@ -397,6 +401,31 @@ def test_a_command_takes_exactly_the_values_that_it_reads(command: str, key: str
     shown = "lora is true" if key.startswith("lora") else f"{key} is "
     (first,) = (line for line in str(caught.value).splitlines() if line.startswith(shown))
     assert all(name in first for name in readers) and f"{command} does not read it" in first
+
+
+GRPO = ["objective=grpo", "rollout.reward=number"]
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "instead"),
+    [
+        ("sample", ["max_tokens=5"], "evaluation.max_new_tokens"),
+        ("train", ["max_tokens=5", "fraction=0.1"], "evaluation.max_new_tokens"),
+        ("train", [*GRPO, "max_new_tokens=5"], "rollout.max_tokens"),
+        # What has no effect either is not named.
+        ("train", ["max_tokens=5"], None),
+        ("score", ["max_tokens=5"], None),
+        ("train", ["max_new_tokens=5"], None),
+    ],
+)
+def test_the_longest_answer_by_its_name_elsewhere_is_answered_with_its_name_here(
+    command: str, given: list[str], instead: str | None
+) -> None:
+    with pytest.raises(Refusal) as caught:
+        require_read(command, run_of(*given))
+    (first, _) = str(caught.value).splitlines()
+    assert first.endswith(f". Here that is {instead}.") == (instead is not None)
+    assert ("Here that" in first) == (instead is not None)
 
 
 def test_score_reads_beta_only_with_a_reference() -> None:
@@ -603,6 +632,8 @@ WRONG = {
         'found "all_linear". Did you mean all-linear?'
     ),
     "sets=a.jsonl": ('sets must be a mapping {name: text or a list of texts}, found "a.jsonl".'),
+    "date=2024-02-30": 'date must be a day such as 2026-11-29 or null, found "2024-02-30".',
+    "date=20240705": "date must be a day such as 2026-11-29 or null, found 20240705.",
     "template_options=3": "template_options must be a mapping {name: value}, found 3.",
     "threads=1025": "threads must be a whole number >= 1 and <= 1024 or null, found 1025.",
     "temperature=-0.1": "temperature must be a number >= 0, found -0.1.",
@@ -790,6 +821,7 @@ random_values = st.fixed_dictionaries(
             st.lists(texts, min_size=1, max_size=2),
             max_size=2,
         ),
+        "date": st.none() | st.dates().map(str),
         "beta": positive,
         "learning_rate": st.none() | positive,
         "warmup": st.floats(min_value=0, max_value=1, exclude_max=True),

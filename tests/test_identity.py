@@ -10,6 +10,8 @@ import torch
 
 import upweight.recipes.start as run_start
 from runs import furnish, plain_rows, train, write_rows
+from tiny import save_tiny
+from upweight.cli import main
 from upweight.config import Run
 from upweight.models.load import LanguageModel
 
@@ -48,6 +50,53 @@ def test_another_reference_that_was_named_is_reported(capsys: pytest.CaptureFixt
     assert [found["code"] for found in findings] == ["UW101"]
     assert train("same", "--reference", "model") == 0
     assert "UW101" not in capsys.readouterr().err
+
+
+def rounds(out: str, objective: str, *more: str, command: str = "train") -> int:
+    words = (
+        f"{command} --model model --data prompts.jsonl --objective {objective} --out {out} --dtype "
+        "float32 --learning-rate 1e-3 --reward letters.py:score --prompts_per_round 2 --responses "
+        "2 --max_tokens 6 --steps 1"
+    )
+    return main([*words.split(), *more])
+
+
+@pytest.mark.parametrize("objective", ["ppo", "grpo", "rloo", "online_dpo"])
+def test_another_reference_of_a_run_of_rounds_is_reported(
+    objective: str, capsys: pytest.CaptureFixture[str]
+):
+    write_rows("prompts.jsonl", [{"prompt": f"question {i}"} for i in range(12)])
+    Path("letters.py").write_text("def score(prompt, response, row):\n    return len(response)\n")
+    save_tiny("other", seed=1)
+    for command in ("check", "train"):
+        assert rounds(f"{command}ed", objective, "--reference", "other", command=command) == 0
+        said = capsys.readouterr()
+        warned = [x for x in (said.out + said.err).splitlines() if x.startswith("warning[UW101]")]
+        assert len(warned) == 1 and "so the first KL is not 0. The reference was" in warned[0]
+    account = json.loads(Path("trained/account.json").read_text())
+    assert [found["code"] for found in account["findings"]] == ["UW101"]
+    assert account["figures"]["train"]["start_nats"]["value"] > 0.1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--reference", "model"],
+        ["--reference", "model", "--lora"],
+        ["--reference", "other", "--beta", "0"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_a_reference_that_is_the_start_or_pulls_nothing_is_not_reported(
+    more: list[str], capsys: pytest.CaptureFixture[str]
+):
+    write_rows("prompts.jsonl", [{"prompt": f"question {i}"} for i in range(12)])
+    Path("letters.py").write_text("def score(prompt, response, row):\n    return len(response)\n")
+    save_tiny("other", seed=1)
+    assert rounds("run", "grpo", *more, command="check") == 0
+    said = capsys.readouterr()
+    assert "UW101" not in said.out + said.err
 
 
 def test_a_model_that_says_something_else_each_time_is_refused(

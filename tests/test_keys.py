@@ -77,6 +77,7 @@ CASES: dict[str, Case] = {
     "data.path": Case(["pairs.jsonl"], "rows"),
     "data.format": Case("messages", "rows", refused="plain.jsonl:1"),
     "data.template": Case("none", "rows"),
+    "data.date": Case("2024-07-05", "rows", {"model": "dated"}),
     "data.template_options": Case({"style": "curt"}, "rows", {"model": "styled"}),
     "data.max_length": Case(55, "rows", CUT),
     "data.truncation": Case("prompt", "rows", CUT),
@@ -183,9 +184,10 @@ def _furnished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         folder = tmp_path_factory.mktemp("keys")
         patched.setenv("UPWEIGHT_CACHE", str(folder / "cache"))
         patched.chdir(folder)
-        for seed, name in enumerate(("model", "other", "styled", "coded")):
+        for seed, name in enumerate(("model", "other", "styled", "coded", "dated")):
             save_tiny(name, seed=seed)
         byte_tokenizer("{{ style }}" + CHATML).save_pretrained("styled")
+        byte_tokenizer("{{ strftime_now('%F') }}" + CHATML).save_pretrained("dated")
         _with_code_of_its_own(Path("coded"))
         write_rows("plain.jsonl", plain_rows(40))
         write_rows("pairs.jsonl", PAIRS)

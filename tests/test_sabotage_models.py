@@ -292,10 +292,66 @@ def test_a_model_is_checked_against_the_probes_that_came_with_it(
     assert "error[UW402]: half writes other tokens" in error and "token 1 of probes.json:1" in error
 
 
-def _half(folder: str, to: str) -> None:
+def _half(folder: str, to: str, probes: Path | None = None) -> None:
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(to)
     AutoTokenizer.from_pretrained(folder).save_pretrained(to)
-    Path(to, "probes.json").write_bytes(Path(folder, "probes.json").read_bytes())
+    Path(to, "probes.json").write_bytes((probes or Path(folder, "probes.json")).read_bytes())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_copy_that_is_the_start_of_its_training_is_refused_though_rounding_would_explain_it(
+    lora: bool, capsys: pytest.CaptureFixture[str]
+):
+    # Weights that bfloat16 holds: what is learned at a small rate is rounded back to them.
+    tiny_model().to(torch.bfloat16).float().save_pretrained("model")
+    merged = ["--lora", "--export.merge"] if lora else []
+    assert train("run", "--learning-rate", "1e-4", *merged) == 0
+    assert main(["check", "--model", "run/model"]) == 0
+    assert "nearer to" not in capsys.readouterr().out
+    file = Path("run/model/probes.json")
+    _half("model", "half", file)
+    assert main(["check", "--model", "half"]) == 2
+    said = capsys.readouterr().err
+    assert "error[UW401]: half is nearer to the model that training began with (" in said
+    assert "what was learned is not in it" in said
+    # Nor is it gone on with.
+    assert train("second", "--model", "half", command="check") == 2
+    assert "error[UW401]: half is nearer to the model" in capsys.readouterr().err
+    # Probes that were written without the start's numbers say what they said.
+    record = json.loads(file.read_text())
+    for probe in record["probes"]:
+        del probe["start_logps"]
+    Path("half/probes.json").write_text(json.dumps(record))
+    assert main(["check", "--model", "half"]) == 0
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.45, True), (0.55, False)])
+def test_a_copy_that_has_lost_most_of_what_was_learned_is_reported(
+    share: float, warned: bool, capsys: pytest.CaptureFixture[str]
+):
+    assert train("run", "--learning-rate", "1e-4") == 0
+    start, trained = (load_file(f"{of}/model.safetensors") for of in ("model", "run/model"))
+    _half("run/model", "half")
+    between = {key: start[key] + share * (trained[key] - start[key]) for key in trained}
+    save_file(between, "half/model.safetensors", {"format": "pt"})
+    config = json.loads(Path("half/config.json").read_text())
+    # As if it had been rounded, which explains more than this.
+    Path("half/config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    capsys.readouterr()
+    assert main(["check", "--model", "half"]) == 0
+    said = "its rounding is as large as what was learned"
+    assert (said in capsys.readouterr().out) == warned
+
+
+def test_a_run_that_changes_nothing_measurable_has_no_start_among_its_probes():
+    assert train("run", "--learning-rate", "1e-12") == 0
+    record = json.loads(Path("run/model/probes.json").read_text())
+    assert all(probe["start_logps"] == [] for probe in record["probes"])
+    assert train("more") == 0
+    record = json.loads(Path("more/model/probes.json").read_text())
+    moved = [abs(x - y) for p in record["probes"]
+             for x, y in zip(p["logps"], p["start_logps"], strict=True)]  # fmt: skip
+    assert max(moved) > 0.002
 
 
 def no_probe(record: dict[str, Any]) -> None:
@@ -314,7 +370,7 @@ def a_token_of_another_model(record: dict[str, Any]) -> None:
     ("spoil", "said"),
     [
         (no_probe, "probes.json holds no probe, so there is nothing to compare"),
-        (one_logp_less, "probe 2 has 6 logps for 7 response_ids"),
+        (one_logp_less, "probe 2 has 6 logps and 0 start_logps for 7 response_ids"),
         (a_token_of_another_model, "has the token id 99,999, and model has 260 tokens"),
     ],
 )

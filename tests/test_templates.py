@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from families import FAMILIES, ROW, UNSTABLE, Family, assistant, grown, pair_of, reason, texts, user
 from upweight.config import Preflight
 from upweight.data.account import REASONS, Account
+from upweight.data.clock import on_day
 from upweight.data.render import make_renderer
 from upweight.data.stream import grow
 from upweight.data.trees import prompt_ids, tree
@@ -39,7 +40,8 @@ def family(bare: Family, request: pytest.FixtureRequest) -> Family:
 
 
 def served(family: Family) -> list[int]:
-    return family.tokenizer.apply_chat_template(
+    serving = family.tokenizer if family.date is None else on_day(family.tokenizer, family.date)
+    return serving.apply_chat_template(
         [user("Why?")], add_generation_prompt=True, return_dict=False, **family.options
     )
 

@@ -195,6 +195,28 @@ def test_a_hub_id_that_cannot_be_fetched_is_refused_before_the_hub_is_asked(
     assert resolve("some/model") == "some/model"
 
 
+@pytest.mark.parametrize("answers", ["never", "the second time"])
+def test_a_name_server_that_does_not_answer_is_asked_once_more(answers, monkeypatch):
+    asked, waited = [], []
+
+    def busy(*given):
+        asked.append(given)
+        if answers == "never" or len(asked) == 1:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return []
+
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", busy)
+    monkeypatch.setattr("time.sleep", waited.append)
+    if answers == "never":
+        with pytest.raises(ModelError, match="has no address \\(Temporary failure"):
+            resolve("some/model")
+    else:
+        assert resolve("some/model") == "some/model"
+    assert len(asked) == 2 and len(waited) == 1
+
+
 def test_a_misspelt_folder_is_named_with_the_one_beside_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "a" / "model").mkdir(parents=True)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+)
 
 
 def _listed(value: Any) -> Any:
@@ -18,7 +26,14 @@ def _without_nul(value: str) -> str:
     return value
 
 
+def _a_day(value: str) -> str:
+    if date.fromisoformat(value).isoformat() != value:
+        raise ValueError("a day in another form")
+    return value
+
+
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
+Day = Annotated[str, AfterValidator(_a_day), WithJsonSchema({"type": "string", "format": "date"})]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]

@@ -19,7 +19,7 @@ _MODEL = ("model", "out", "batch.tokens_per_bin") + tuple(
     f"compute.{name}"
     for name in ("dtype", "device", "attention", "sharing", "threads", "trust_remote_code")
 )
-_TEXT = ("data.path", "data.limit", "data.template", "data.template_options")
+_TEXT = of_section("data", "path", "limit", "template", "template_options", "date")
 _ROWS = tuple(
     f"data.{name}" for name in ("format", "max_length", "truncation", "pairing", "min_score_gap")
 )
@@ -134,6 +134,12 @@ NEEDS: tuple[Need, ...] = (
     Need(("score",), ("loss.beta",), _has_reference, _ALONE),
 )
 
+ALIKE = {
+    "rollout.max_tokens": "evaluation.max_new_tokens",
+    "evaluation.max_new_tokens": "rollout.max_tokens",
+}
+"""Keys for the same thing in different places: the longest answer, in training and elsewhere."""
+
 
 def require_read(command: str, run: Run) -> None:
     """Raises Refusal UW109 with a line for each value that is not the default and that nobody
@@ -143,7 +149,7 @@ def require_read(command: str, run: Run) -> None:
     values = leaf_values(run.model_copy(update={"lora": None}))
     values["lora"] = None if run.lora is None else True
     lines = [
-        f"{key} is {write(value)}, and {why}."
+        f"{key} is {write(value)}, and {why}.{_instead(command, run, key)}"
         for key, value in values.items()
         if value != defaults[key] and (why := _unread(command, run, key))
     ]
@@ -161,6 +167,12 @@ def _unread(command: str, run: Run, key: str) -> str | None:
         if command in need.commands and key in need.keys and not need.met(run):
             return f"it {need.said}"
     return None
+
+
+def _instead(command: str, run: Run, key: str) -> str:
+    """A trailing ' Here that is X.' where another key is for the same thing and is read."""
+    other = ALIKE.get(key)
+    return f" Here that is {other}." if other and not _unread(command, run, other) else ""
 
 
 def _do(readers: Iterable[str]) -> str:

@@ -135,6 +135,8 @@ def _kind(schema: Mapping[str, Any]) -> str:
         return f"a mapping {{name: {holds}}}"
     if choices:
         return _listing(choices)
+    if schema.get("format") == "date":
+        return "a day such as 2026-11-29"
     bounds = [f"{sign} {schema[name]}" for name, sign in BOUNDS.items() if name in schema]
     return f"{WORDS[schema['type']]} {' and '.join(bounds)}".strip()
 

@@ -251,10 +251,11 @@ def _contradictions(held: Mapping[str, Setting], problems: Problems) -> None:
         setting = held["compute.attention"]
         said = f"{setting.shown} has no effect with compute.sharing false; keep one of them."
         problems.at(setting, said)
-    if given("data.template") == "none" and given("data.template_options"):
-        setting = held["data.template_options"]
-        said = f"{setting.shown} has no effect with data.template none; keep one of them."
-        problems.at(setting, said)
+    for leaf in ("data.template_options", "data.date"):
+        if given("data.template") == "none" and given(leaf):
+            setting = held[leaf]
+            said = f"{setting.shown} has no effect with data.template none; keep one of them."
+            problems.at(setting, said)
 
 
 def _nested(held: Mapping[str, Setting]) -> dict[str, Any]:

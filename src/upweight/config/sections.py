@@ -12,6 +12,7 @@ from pydantic import Field, JsonValue
 
 from upweight.config.base import (
     Count,
+    Day,
     NotNegative,
     Positive,
     Section,
@@ -39,6 +40,11 @@ class Data(Section):
     template_options: dict[Text, JsonValue] = Field(
         default_factory=dict[str, JsonValue],
         description="Extra variables for the chat template, such as enable_thinking.",
+    )
+    date: Day | None = Field(
+        default=None,
+        description="The day that a chat template which writes the date is told; null: that of the "
+        "model's own training, or of the run's start.",
     )
     max_length: Count | None = Field(
         default=None,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jinja2
 
+from upweight.data.clock import on_day, reads_clock, today
 from upweight.data.columns import texts_in
 from upweight.data.preferences import clipped, is_empty
 from upweight.errors import ConfigError, DataError, ModelError
@@ -50,7 +51,8 @@ class Renderer:
     at which text can be cut and tokenized apart. `added_stop` is appended where no stop is
     rendered, and `end` is the stop that a rendered answer has: that one, or the template's. `lead`
     are the ids that the tokenizer itself puts before a text (beginning-of-text, if it adds it),
-    used where no chat template is.
+    used where no chat template is. `date` is the day that the tokenizer's template writes (None: it
+    writes none), whatever day it is.
     """
 
     tokenizer: Tokenizer
@@ -68,6 +70,7 @@ class Renderer:
     bos: int | None
     max_length: int | None
     truncation: Truncation
+    date: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +117,13 @@ def make_renderer(
     max_length: int | None = None,
     truncation: Truncation = "drop",
     template_options: Mapping[str, Any] | None = None,
+    date: str | None = None,
 ) -> Renderer:
     """Finds out once what every row needs to know about a tokenizer and its chat template.
 
     `stop_token_ids` are the generation config's, `max_length` counts the tokens of a prompt and
-    one response (None: no limit). Template auto is chat where the tokenizer has a template.
+    one response (None: no limit). Template auto is chat where the tokenizer has a template. `date`
+    is the day for a template that reads the clock (None: today).
     Raises ModelError where there is no template or no stop token to use, ConfigError for options
     that are not the template's.
     """
@@ -132,6 +137,11 @@ def make_renderer(
     if template == "chat" and not tokenizer.chat_template:
         raise ModelError(f"data.template is chat, and {_NO_TEMPLATE}")
     chat = bool(tokenizer.chat_template) and template != "none"
+    if chat and reads_clock(tokenizer):
+        date = date or today()
+        tokenizer = on_day(tokenizer, date)
+    else:
+        date = None
     header, after = _probe(tokenizer, options) if chat else ("", None)
     added = dict(tokenizer.added_tokens_decoder)
     texts = {i: str(token) for i, token in added.items()}
@@ -164,6 +174,7 @@ def make_renderer(
         bos=cast("int | None", tokenizer.bos_token_id),
         max_length=max_length,
         truncation=truncation,
+        date=date,
     )
 
 

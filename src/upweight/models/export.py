@@ -35,6 +35,15 @@ from upweight.types import Example, Forest, Tree
 KEPT = "Nothing was exported; the run's last checkpoint has the trained weights."
 
 
+def probed(lm: LanguageModel, renderer: Renderer) -> probes.Probes:
+    """The probes, with the log-probs that `lm` gives them as it stands."""
+    sent = probes.make_probes(renderer)
+    if not sent.probes:
+        return sent
+    with evaluation_mode(lm), widened(lm):
+        return probes.with_logps(sent, one_at_a_time(lm, collate(probes.probe_trees(sent))))
+
+
 def export(
     lm: LanguageModel,
     folder: Path,
@@ -42,6 +51,7 @@ def export(
     merge: bool = False,
     renderer: Renderer | None = None,
     rows: Sequence[Example] = (),
+    start: probes.Probes | None = None,
 ) -> list[Path]:
     """Write the model as a Hugging Face folder; returns the folders written, the model's first.
 
@@ -53,8 +63,8 @@ def export(
 
     Each folder appears whole or not at all, and only if it is the trained model when it is read
     back, and with `renderer` writes `rows` and the probes as training did. The probes travel with
-    it in probes.json. Raises Refusal UW401 or UW402 otherwise, and OutputError when it cannot be
-    written. The caller has made room.
+    it in probes.json, with what they were at the `start` of training. Raises Refusal UW401 or UW402
+    otherwise, and OutputError when it cannot be written. The caller has made room.
     """
     sent = probes.make_probes(renderer) if renderer else None
     probe = collate([*probe_forest(lm).trees, *(probes.probe_trees(sent) if sent else ())])
@@ -63,6 +73,8 @@ def export(
     if sent:
         num = sum(len(p.response_ids) for p in sent.probes)
         sent = probes.with_logps(sent, trained[len(trained) - num :])
+        if start:
+            sent = probes.with_start(sent, start, TOLERANCE_NATS[torch.float32])
 
     def same(written: Path) -> None:
         rescore(lm, written, probe, trained)
@@ -77,8 +89,8 @@ def export(
     base = _findable_base(lm)
     beside: list[Path] = []
     if base is None:
-        start = load_weights(lm.name, lm.folder, lm.trust_remote_code)
-        beside.append(_write(folder.parent / "base", lm, start))
+        whole = load_weights(lm.name, lm.folder, lm.trust_remote_code)
+        beside.append(_write(folder.parent / "base", lm, whole))
         base = str(beside[0].resolve())
     lm.model.peft_config["default"].base_model_name_or_path = base  # pyright: ignore
     if not merge:

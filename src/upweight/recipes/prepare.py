@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import torch
 
 from upweight.config import Run, write
 from upweight.data.account import Account, percentiles, require_used
-from upweight.data.render import Renderer, make_renderer
+from upweight.data.render import Renderer
 from upweight.data.stream import (
     grow,
     load_examples,
@@ -22,14 +21,14 @@ from upweight.data.stream import (
 )
 from upweight.data.supervised import each_turn, opening_key, plant, preferred
 from upweight.data.trees import ended
-from upweight.data.variables import template_variables
-from upweight.errors import ConfigError, Refusal, nearest
+from upweight.errors import Refusal
 from upweight.models.load import LanguageModel, fingerprint, load
 from upweight.models.nf4 import num_weights, quantized_layers
 from upweight.models.reference import Reference, fill, open_reference, verify
 from upweight.models.scalar import load_reward_model
 from upweight.recipes.apart import nearly_apart, require_apart
 from upweight.recipes.kinds import KINDS, PROMPTS
+from upweight.recipes.rendering import renderer_for
 from upweight.recipes.screen import Screen, counted
 from upweight.stats import Interval
 from upweight.training.memory import enough_tokens
@@ -94,39 +93,6 @@ def _loaded(read: Callable[..., LanguageModel], run: Run) -> LanguageModel:
         trust_remote_code=run.compute.trust_remote_code,
         quantize=None if run.lora is None else run.lora.quantize,
     )
-
-
-def renderer_for(run: Run, lm: LanguageModel) -> Renderer:
-    """Raises ConfigError for more tokens than the model has positions, Refusal UW109 for template
-    options that nothing reads."""
-    asked = run.data.max_length
-    if asked is not None and lm.max_length is not None and asked > lm.max_length:
-        raise ConfigError(
-            f"data.max_length is {asked:,}, and {lm.name} was made for {lm.max_length:,} positions "
-            f"at most. Use data.max_length={lm.max_length}, or leave it out."
-        )
-    renderer = make_renderer(
-        lm.tokenizer,
-        template=run.data.template,
-        stop_token_ids=lm.stop_token_ids,
-        max_length=lm.max_length if asked is None else asked,
-        truncation=run.data.truncation,
-        template_options=run.data.template_options,
-    )
-    _require_template_reads(run.data.template_options, renderer)
-    return renderer
-
-
-def _require_template_reads(options: Mapping[str, Any], renderer: Renderer) -> None:
-    chat = renderer.template == "chat"
-    read = template_variables(renderer.tokenizer) if chat else frozenset[str]()
-    for name in () if read is None else options.keys() - read:
-        who = "the model's chat template does" if chat else "text without a chat template can"
-        raise Refusal(
-            "UW109",
-            f"data.template_options.{name} is {write(options[name])}, and {who} not read it."
-            f"{nearest(name, read or ())} Leave it out.",
-        )
 
 
 def prepare(run: Run, lm: LanguageModel) -> Prepared:
@@ -288,11 +254,17 @@ def account_record(prepared: Prepared) -> dict[str, object]:
 
 def account_lines(prepared: Prepared) -> list[str]:
     """The account as a person reads it, one line per set."""
+    day = prepared.renderer.date
     lines = [
         "text is rendered with the model's chat template"
         if prepared.renderer.template == "chat"
         else "text is used as it is, without a chat template"
     ]
+    if day is not None:
+        lines.append(
+            f"the chat template may write the day's date: {day} in every row (data.date); a server "
+            "writes its own"
+        )
     for name, account in prepared.accounts.items():
         drops = ", ".join(f"{num} {reason}" for reason, num in account.dropped.items())
         cuts = {side: num for side, num in account.truncated.items() if num}

@@ -26,12 +26,14 @@ from upweight.models.load import (
 )
 from upweight.models.logprobs import token_logps
 from upweight.models.reference import Reference
-from upweight.models.sample import Sample
+from upweight.models.sample import Sample, sample
 from upweight.recipes.exported import require_start_as_exported
 from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.prepare import Prepared, fill_reference
 from upweight.recipes.screen import Screen
 from upweight.stats import Interval
+from upweight.training.rollout import as_tree
+from upweight.trust.identity import PROBES
 from upweight.trust.likely import own_nats, spread
 from upweight.types import Tree
 
@@ -43,13 +45,18 @@ PROBE_TOKENS = 2048
 """What `check` asks the reference about in each set: minutes of training are seconds here."""
 
 
+DRAWN_TOKENS = 16
+"""Of each answer that a run of rounds is held against its reference by."""
+
+
 @dataclass(frozen=True)
 class Against:
     """The reference's log-probs, how it runs forests, and its answers by evaluation set.
 
     `own` is the mean log-prob per token of its own answers, in nats; None where the rows are not
     compared with it. `model_fingerprint` is that of the policy at its start. `bit_sums` are those
-    of the reference's weights where it stays in memory, under the policy's adapter.
+    of the reference's weights where it stays in memory, under the policy's adapter. `probes` are
+    answers of the policy's that a run of rounds is held against it by.
     """
 
     logps: Reference
@@ -58,6 +65,7 @@ class Against:
     own: Interval | None
     model_fingerprint: str
     bit_sums: Mapping[str, int] | None = None
+    probes: Sequence[Tree] = ()
 
 
 def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Screen) -> Against:
@@ -69,6 +77,7 @@ def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Scree
     if not kind.answers:
         start = fingerprint(lm)
         return Against(Reference(start, Path()), lm.plan, {}, None, start)
+    probes = drawn_probes(run, lm, prepared)
     with _at_start(run, lm) as model, evaluation_mode(model):
         own = None
         if kind.by_reference:
@@ -79,6 +88,7 @@ def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Scree
             own = own_nats(model, prepared.trees["train"], stop_ids, run.seed)
         else:
             logps = Reference(fingerprint(model), Path())
+            _take(logps, model, probes)
         answers = {
             name: draw(run, model, sampled_prompts(run, found), stop_ids)
             for name, found in answered_sets(run, prepared).items()
@@ -86,23 +96,54 @@ def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Scree
         plan = model.plan
         sums = bit_sums(model) if model is lm and lm.has_adapter else None
     start = logps.fingerprint if run.reference is None else fingerprint(lm)
-    return Against(logps, plan, answers, own, start, sums)
+    return Against(logps, plan, answers, own, start, sums, probes)
 
 
-def probe_reference(run: Run, lm: LanguageModel, prepared: Prepared) -> tuple[Reference, Interval]:
+def probe_reference(
+    run: Run, lm: LanguageModel, prepared: Prepared
+) -> tuple[Reference, Interval | None, Sequence[Tree]]:
     """What the reference says of a few rows of each set, kept nowhere, and the mean log-prob per
-    token of its own answers."""
+    token of its own answers; where it is not asked about rows, what it says of `drawn_probes`."""
     stop_ids = prepared.renderer.stop_ids
+    logps, probes = Reference("", Path()), drawn_probes(run, lm, prepared)
     with _at_start(run, lm) as model, evaluation_mode(model):
-        logps = Reference("", Path())
+        if not KINDS[run.objective].by_reference:
+            _take(logps, model, probes)
+            return logps, None, probes
         for name, trees in prepared.trees.items():
-            if name == PROMPTS:
-                continue
-            for group in bins(_probes(trees), PROBE_TOKENS):
-                forest = collate(group)
-                with torch.no_grad():
-                    logps.take(forest, token_logps(model, forest))
-        return logps, own_nats(model, prepared.trees["train"], stop_ids, run.seed)
+            if name != PROMPTS:
+                _take(logps, model, _probes(trees))
+        return logps, own_nats(model, prepared.trees["train"], stop_ids, run.seed), probes
+
+
+def _take(logps: Reference, model: LanguageModel, trees: Sequence[Tree]) -> None:
+    for group in bins(trees, PROBE_TOKENS):
+        forest = collate(group)
+        with torch.no_grad():
+            logps.take(forest, token_logps(model, forest))
+
+
+def pulled_elsewhere(run: Run) -> bool:
+    """Whether a run of rounds is pulled to a reference that was named: it may not be its start."""
+    return KINDS[run.objective].draws and run.reference is not None and run.loss.beta > 0
+
+
+def drawn_probes(run: Run, lm: LanguageModel, prepared: Prepared) -> list[Tree]:
+    """The beginnings of the policy's answers to a few short prompts, where it is to be held against
+    a reference and the rows have no responses."""
+    if not pulled_elsewhere(run):
+        return []
+    asked = sorted(spread(prepared.trees["train"], 4 * PROBES), key=lambda tree: tree.num_tokens)
+    asked = asked[:PROBES]
+    with evaluation_mode(lm):
+        drawn = sample(
+            lm,
+            [tree.prompt for tree in asked],
+            max_new_tokens=DRAWN_TOKENS,
+            seed=run.seed,
+            stop_token_ids=prepared.renderer.stop_ids,
+        )
+    return [as_tree(tree, answers) for tree, answers in zip(asked, drawn, strict=True)]
 
 
 def _probes(trees: Sequence[Tree]) -> list[Tree]:

@@ -25,10 +25,10 @@ from upweight.recipes.prepare import (
     load_scorer,
     note_smaller,
     prepare,
-    renderer_for,
     tokens_read_at_once,
 )
 from upweight.recipes.reference import reference_model, require_same_tokens
+from upweight.recipes.rendering import renderer_for
 from upweight.recipes.screen import Screen, Silent, counted
 from upweight.training.rundir import require_file, write_atomic
 from upweight.types import Example

@@ -14,13 +14,11 @@ from upweight.config import (
     RESOLVED,
     Resolved,
     Run,
-    default_passes,
     require_read,
     unread,
 )
-from upweight.data.stream import num_steps, plan_epoch
 from upweight.errors import ModelError, Refusal
-from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype, most_change
+from upweight.models.adapter import add_lora, keep_frozen_in_compute_dtype
 from upweight.models.compiled import can_compile, compile_layers, pays_back
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.logprobs import token_logps
@@ -30,8 +28,15 @@ from upweight.models.scalar import response_scores, with_scalar_head
 from upweight.models.weights import load_tokenizer
 from upweight.recipes.beside import has_own_critic, held_beside, require_room
 from upweight.recipes.best import Best, best_metric
-from upweight.recipes.exported import require_start_as_exported
+from upweight.recipes.exported import day_of_export, require_start_as_exported
 from upweight.recipes.kinds import KINDS
+from upweight.recipes.plan import (
+    learned_from,
+    planned,
+    short_of_room,
+    stays_put,
+    tokens_of,
+)
 from upweight.recipes.prepare import (
     Prepared,
     account_lines,
@@ -50,8 +55,6 @@ from upweight.training.loop import Plan
 from upweight.training.memory import MemoryPlan, plan_memory
 from upweight.training.moment import Position
 from upweight.training.optimizer import MOMENT_BYTES, require_moments
-from upweight.training.rollout import Sizes, num_rounds
-from upweight.training.schedules import summed_factors
 from upweight.trust.finding import Finding, Refused
 from upweight.trust.identity import (
     PROBES,
@@ -61,7 +64,7 @@ from upweight.trust.identity import (
     starts_elsewhere,
 )
 from upweight.trust.likely import by_reference, spread, swapped
-from upweight.trust.preflight import Examined, Figures, Reach, examine, hardly_moves, settle
+from upweight.trust.preflight import Examined, Figures, examine, settle
 from upweight.trust.spans import Texts, examine_texts
 from upweight.types import Tree
 
@@ -110,7 +113,10 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     prepared = prepare(run, lm)
     if run.data.template == "auto":
         resolved = resolved.with_value("data.template", prepared.renderer.template, INHERITED)
-        run = resolved.run
+    if run.data.date is None and prepared.renderer.date is not None:
+        origin = INHERITED if day_of_export(run.model) else RESOLVED
+        resolved = resolved.with_value("data.date", prepared.renderer.date, origin)
+    run = resolved.run
     for line in account_lines(prepared):
         screen.note(line)
     for finding in prepared.findings:
@@ -134,13 +140,13 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     if not kind.draws:
         off = require_alone(lm, computed_together(prepared.trees["train"]))
         prepared = prepared.noticed({"train": {"alone_nats": Interval(off, off, off)}}, [])
-    if short := _short_of_room(run, prepared):
+    if short := short_of_room(run, prepared):
         screen.note(short)
-    trees, steps = _learned_from(run, prepared)
-    plan = _plan(run, prepared)
+    trees, steps = learned_from(run, prepared)
+    plan = planned(run, prepared)
     lm = trained(run, lm, prepared.renderer.stop_ids)
     screen.note(f"model: {lm.name}, {describe(lm)}")
-    resolved = _compiled(resolved, lm, _num_tokens(run, trees, steps, plan), screen)
+    resolved = _compiled(resolved, lm, tokens_of(run, trees, steps, plan), screen)
     run = resolved.run
     forward = token_logps if kind.answers else response_scores
     if run.lora is None or not run.lora.dropout:
@@ -160,25 +166,11 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     screen.note(memory.describe())
     if run.batch.tokens_per_bin is None:
         resolved = resolved.with_value("batch.tokens_per_bin", memory.tokens_per_bin, RESOLVED)
-    prepared = _noticed(prepared, {"train": ({}, _still(run, plan, lm))}, screen)
+    prepared = _noticed(prepared, {"train": ({}, stays_put(run, plan, lm))}, screen)
     resolved = _with_plan(resolved, plan)
     if resolved.run.out is not None:
         require_room(resolved.run, lm, Path(resolved.run.out))
     return Start(resolved, lm, prepared, plan, best, memory)
-
-
-def _still(run: Run, plan: Plan, lm: LanguageModel) -> list[Finding]:
-    """What is said of a plan that gets nowhere."""
-    reach = summed_factors(plan.total_steps, plan.warmup, plan.schedule) * plan.learning_rate
-    if run.lora is not None:
-        reach *= most_change(lm)
-    options = run.optimizer
-    # |g| / (|g| + epsilon) is what is left of a step, and no element is above the clipped norm.
-    held = 1.0
-    if plan.max_grad_norm is not None:
-        held = min(1.0, plan.max_grad_norm / options.epsilon)
-    steps = Reach(plan.total_steps, plan.learning_rate, reach * held, held)
-    return hardly_moves(steps, run.preflight.reach, adapted=run.lora is not None)
 
 
 def _require_offload_has_effect(run: Run) -> None:
@@ -231,15 +223,6 @@ def _compiled(resolved: Resolved, lm: LanguageModel, num_tokens: float, screen: 
             screen.note(f"left as they are: {error}")
             pays = False
     return resolved.with_value("compute.compile", pays, RESOLVED)
-
-
-def _num_tokens(
-    run: Run, trees: Sequence[Tree], steps: Sequence[Sequence[int]], plan: Plan
-) -> float:
-    """Of the whole run: an epoch's or a round's, as often as its steps are taken."""
-    once = sum(trees[i].num_tokens for step in steps for i in step)
-    each = rollout_sizes(run).minibatches if KINDS[run.objective].draws else len(steps)
-    return once * plan.total_steps / max(1, each)
 
 
 def _with_plan(resolved: Resolved, plan: Plan) -> Resolved:
@@ -296,20 +279,30 @@ def _texts(
 
 
 def with_reference(
-    begun: Start, reference: Reference, own: Interval, screen: Screen, *, fresh: bool
+    begun: Start,
+    reference: Reference,
+    own: Interval | None,
+    screen: Screen,
+    *,
+    fresh: bool,
+    probes: Sequence[Tree] = (),
 ) -> Start:
-    """With what the reference says against the rows that it was asked about, and, where the policy
-    is still at its start, against it."""
+    """With what the reference says against the rows that it was asked about (`own`: its own answers
+    to them), and, where the policy is still at its start, against it: of those rows, or of
+    `probes`."""
     run, prepared = begun.run, begun.prepared
-    trees = prepared.trees["train"]
-    unknown = set(map(id, reference.missing(trees)))
-    known = [tree for tree in trees if id(tree) not in unknown]
-    # What is wrong with a start is wrong in every row: short ones are asked.
-    few = sorted(spread(known, 16), key=lambda tree: tree.num_tokens)[:PROBES]
-    found = {e.name: by_reference(e, reference, own) for e in examined_sets(run, prepared)}
-    if fresh:
+    found: dict[str, tuple[Figures, list[Finding]]] = {"train": ({}, [])}
+    if own is not None:
+        trees = prepared.trees["train"]
+        unknown = set(map(id, reference.missing(trees)))
+        known = [tree for tree in trees if id(tree) not in unknown]
+        # What is wrong with a start is wrong in every row: short ones are asked.
+        probes = sorted(spread(known, 16), key=lambda tree: tree.num_tokens)[:PROBES]
+        found = {e.name: by_reference(e, reference, own) for e in examined_sets(run, prepared)}
+    if fresh and probes:
+        first = "the first loss is not ln 2" if own is not None else "the first KL is not 0"
         named = run.reference is not None
-        elsewhere = starts_elsewhere(begun.lm, reference, few, named=named)
+        elsewhere = starts_elsewhere(begun.lm, reference, probes, first, named=named)
         found["train"][0].update(elsewhere.figures)
         if elsewhere.finding is not None:
             found["train"][1].append(elsewhere.finding)
@@ -362,71 +355,3 @@ def trained(run: Run, lm: LanguageModel, stop_ids: Collection[int]) -> LanguageM
     if run.compute.compile:
         compile_layers(lm)
     return replace(lm, offload=run.compute.offload)
-
-
-def rollout_sizes(run: Run) -> Sizes:
-    kind, options = KINDS[run.objective], run.rollout
-    return Sizes(
-        prompts=options.prompts_per_round,
-        responses=options.responses or kind.num_responses,
-        max_tokens=options.max_tokens,
-        max_length=run.data.max_length,
-        passes=options.passes or default_passes(run.objective),
-        minibatches=options.minibatches,
-        seed=run.seed,
-    )
-
-
-def _learned_from(run: Run, prepared: Prepared) -> tuple[Sequence[Tree], Sequence[Sequence[int]]]:
-    """The trees of an epoch, and which of them make a step. Answers that are yet to be drawn are
-    as long as they may be."""
-    trees = prepared.trees["train"]
-    if not KINDS[run.objective].draws:
-        return trees, plan_epoch(trees, run.batch.pairs_per_step, run.seed, 0)
-    sizes = rollout_sizes(run)
-    imagined = [
-        replace(tree, responses=((0,) * sizes.room(tree),) * sizes.responses)
-        for tree in sorted(trees, key=lambda tree: -tree.num_tokens)[: sizes.prompts]
-    ]
-    return imagined, [range(len(imagined))]
-
-
-def _short_of_room(run: Run, prepared: Prepared) -> str | None:
-    """Of a run that draws its answers: how many prompts leave less room than they may take."""
-    if not KINDS[run.objective].draws:
-        return None
-    sizes, trees = rollout_sizes(run), prepared.trees["train"]
-    room = [sizes.room(tree) for tree in trees]
-    short = sum(left < sizes.max_tokens for left in room)
-    if not short:
-        return None
-    return (
-        f"{short:,} of {len(trees):,} prompts leave less than rollout.max_tokens="
-        f"{sizes.max_tokens:,} of data.max_length={sizes.max_length:,}, {min(room):,} at the "
-        "least: answers to them are cut there"
-    )
-
-
-def _plan(run: Run, prepared: Prepared) -> Plan:
-    trees, size = prepared.trees["train"], run.batch.pairs_per_step
-    if KINDS[run.objective].draws:
-        sizes = rollout_sizes(run)
-        per_epoch = max(1, round(len(trees) / sizes.prompts * sizes.steps))
-        total = run.steps or num_rounds(len(trees), sizes.prompts, run.epochs) * sizes.steps
-    else:
-        per_epoch = len(plan_epoch(trees, size, run.seed, 0))
-        total = run.steps or num_steps(trees, size, run.seed, run.epochs)
-    tenth = max(1, total // 10)
-    rate = run.optimizer.learning_rate
-    assert rate is not None
-    return Plan(
-        total_steps=total,
-        steps_per_epoch=per_epoch,
-        learning_rate=rate,
-        warmup=run.optimizer.warmup,
-        schedule=run.optimizer.schedule,
-        max_grad_norm=run.optimizer.max_grad_norm,
-        log_every=run.log_every,
-        evaluate_every=(run.evaluation.every or tenth) if len(prepared.trees) > 1 else None,
-        checkpoint_every=run.checkpoint.every or tenth,
-    )

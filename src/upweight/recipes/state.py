@@ -18,6 +18,7 @@ from upweight.evidence.track import Tracking
 from upweight.models.adapter import Converted
 from upweight.models.compiled import as_written
 from upweight.models.load import LanguageModel, checkpoint_layers
+from upweight.models.probes import Probes
 from upweight.models.reading import attempt, free_cached
 from upweight.recipes.prepare import note_smaller
 from upweight.recipes.reference import Against
@@ -82,7 +83,8 @@ class State:
     says that a prompt with more is read a few responses at a time. `noted` are
     the margins of steps (from 0) of the first epoch that are not written yet, and `noting` is the
     step that is being taken, if it is one of them. `judged` are the rewards of the reference's
-    answers, by set, and `first_losses` what was measured before step 1."""
+    answers, by set, and `first_losses` what was measured before step 1; `start` is what the policy
+    said of the export's probes then."""
 
     begun: Start
     against: Against
@@ -95,6 +97,7 @@ class State:
     values: Values | None = None
     judge: Callable[[Sequence[Tree]], list[list[float]]] | None = None
     reward_digests: Mapping[str, str] = field(default_factory=dict[str, str])
+    start: Probes | None = None
     rounds: Rounds | None = None
     best: float | None = None
     best_step: int | None = None

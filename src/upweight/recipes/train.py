@@ -20,7 +20,7 @@ from upweight.data.stream import plan_epoch, planned
 from upweight.errors import OutputError, Refusal
 from upweight.evidence.report import write_report
 from upweight.evidence.track import Target, Tracking, clients, tracking
-from upweight.models.export import export, export_reward_model
+from upweight.models.export import export, export_reward_model, probed
 from upweight.models.nf4 import FILE as QUANTIZATION
 from upweight.models.probes import served_otherwise
 from upweight.recipes.beside import written_bytes
@@ -118,8 +118,9 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
         against = ask_reference(begun.run, begun.lm, begun.prepared, screen)
         if saved is not None:
             require_same_models(saved.position, begun.run, against)
-        if against.own is not None:
-            begun = with_reference(begun, against.logps, against.own, screen, fresh=saved is None)
+        begun = with_reference(
+            begun, against.logps, against.own, screen, fresh=saved is None, probes=against.probes
+        )
         # Before the first file of the run, so that a login that is wrong leaves none.
         target = Target(rundir.path, leaf_values(begun.run), saved.position.step if saved else None)
         trackers = stack.enter_context(tracking(to_open, target, screen.note))
@@ -186,12 +187,14 @@ def _state(
     values = values_of(begun.run, begun.lm, sorted(begun.prepared.renderer.stop_ids))
     optimizer = _optimizer(begun, values)
     plan, trees = begun.plan, begun.prepared.trees["train"]
+    answers = KINDS[begun.run.objective].answers
     told = Told(begun.run.loss.beta, plan.total_steps, trees, plan.log_every)
     watch = Watch(begun.lm, begun.run.watch, told)
     return State(
         begun, against, rundir, optimizer, screen, trackers, capacity, watch,
         values=values, judge=_judge(begun), recomputing=recomputing,
         reward_digests=reward_digests(begun.run, begun.prepared),
+        start=probed(begun.lm, begun.prepared.renderer) if answers else None,
     )  # fmt: skip
 
 
@@ -339,6 +342,7 @@ def _finish(state: State, progress: Progress) -> Result:
             merge=state.run.export.merge,
             renderer=prepared.renderer,
             rows=prepared.rows,
+            start=state.start,
         )
     else:
         probes = prepared.trees["train"][:PROBES]

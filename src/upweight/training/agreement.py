@@ -62,8 +62,7 @@ def held_against(
       0.01 is allowed.
     """
     gaps = {
-        i: found[i].double() - torch.tensor(logps, dtype=torch.float64)
-        for i, logps in said.items()
+        i: found[i].double() - torch.tensor(logps, dtype=torch.float64) for i, logps in said.items()
     }
     flat = torch.cat(list(gaps.values()))
     logps = torch.cat([found[i].double() for i in gaps])

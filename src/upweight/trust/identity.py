@@ -107,9 +107,10 @@ def _worst(
 
 
 def starts_elsewhere(
-    lm: LanguageModel, reference: Reference, trees: Sequence[Tree], *, named: bool
+    lm: LanguageModel, reference: Reference, trees: Sequence[Tree], so: str, *, named: bool
 ) -> Seen:
-    """The policy, as it is trained, against the reference's log-probs on a few trees.
+    """The policy, as it is trained, against the reference's log-probs on a few trees; `so` is what
+    a difference does to the first step.
 
     Raises Refusal UW101 where they differ by more than rounding and the reference is meant to be
     the policy's start; a finding where another was `named`.
@@ -121,8 +122,7 @@ def starts_elsewhere(
         return Seen(figures)
     said = (
         f"the policy does not start as its reference: {largest.row} differs by "
-        f"{largest.found:.3g} nats per token (rounding: {largest.allowed:.2g}), so the first loss "
-        "is not ln 2"
+        f"{largest.found:.3g} nats per token (rounding: {largest.allowed:.2g}), so {so}"
     )
     if named:
         said = f"{said}. The reference was named; is another meant?"

@@ -23,8 +23,9 @@ PAGES: tuple[Page, ...] = (
             "in float32, 0.1 in bfloat16, and more where tokens are few. With `reference` null a "
             "difference is refused. With a "
             "`reference` that you named it is reported: the first `loss` in `metrics.jsonl` is "
-            "then not ln 2 = 0.6931. A run that learns from its own answers compares, in every "
-            "round, the log-probs that the sampler drew tokens with and the trainer's. More than "
+            "then not ln 2 = 0.6931. A run that learns from its own answers, and is pulled to a "
+            "named reference, is asked by its answers to four prompts. In every round it also "
+            "compares the log-probs that the sampler drew tokens with and the trainer's. More than "
             "that rounding is refused, as a mean over all tokens, over the last ones or over one "
             "answer; so is a difference that does not average out, or that grows with how "
             "unlikely a token is, as at another temperature (bfloat16: 0.005 nats a token and "
@@ -312,7 +313,8 @@ PAGES: tuple[Page, ...] = (
             "`export.merge` without `lora`, `policy.clip_low`, `policy.clip_high`, "
             "`policy.value_clip` and `policy.kl_stop` where a round is one step, "
             "`policy.kl_estimator` while `loss.beta` is 0, a variable in "
-            "`data.template_options` that the chat template never looks up, and `data.pairing` or "
+            "`data.template_options` that the chat template never looks up, a `data.date` where it "
+            "writes none, and `data.pairing` or "
             "`data.min_score_gap` where no row has scores."
         ),
         guarded_by=(
@@ -334,7 +336,8 @@ PAGES: tuple[Page, ...] = (
         ),
         detectors=(
             "upweight.config.commands:require_read",
-            "upweight.recipes.prepare:_require_template_reads",
+            "upweight.recipes.rendering:renderer_for",
+            "upweight.recipes.rendering:_require_template_reads",
             "upweight.recipes.prepare:_require_scores",
             "upweight.recipes.prepare:_require_turns",
             "upweight.recipes.prepare:_require_margins",

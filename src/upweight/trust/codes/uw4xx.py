@@ -20,7 +20,9 @@ PAGES: tuple[Page, ...] = (
             "when a token's log-prob differs from the trained model's by more than 0.002 nats. "
             "The conversations travel with the model, with their ids and log-probs, in "
             "`probes.json`: `upweight check --model FOLDER` compares a copy or a conversion "
-            "with them, and allows 0.3 nats where the weights are stored in bfloat16. The same is "
+            "with them, and allows 0.3 nats where the weights are stored in bfloat16. The start's "
+            "log-probs are there too: a copy that is twice as near to them as to the trained "
+            "model's is refused, one that is nearer at all is reported. The same is "
             "asked of a `model` or `reference` that has the file, before step 1 and by `upweight "
             "check`, but where `lora.quantize` rounds it anew. A reward "
             "model is read back too, and must score four training prompts' responses as it did."
@@ -38,6 +40,8 @@ PAGES: tuple[Page, ...] = (
             "The base under an adapter that is the start of a run was trained on in place.",
             "Later: the run directory or the base was moved, or the export was converted to a "
             "smaller dtype or quantized (UW104).",
+            "Updates of a small `optimizer.learning_rate` are smaller than what bfloat16 can hold: "
+            "a conversion rounds the weights back to where training began.",
         ),
         do=(
             "Set `export.merge=true` to write a whole model, with the adapter beside it.",
@@ -50,6 +54,7 @@ PAGES: tuple[Page, ...] = (
             "upweight.models.export:rescore",
             "upweight.models.export:_require_same_scores",
             "upweight.recipes.exported:require_as_exported",
+            "upweight.recipes.exported:_what_is_left",
         ),
     ),
     Page(
@@ -68,7 +73,9 @@ PAGES: tuple[Page, ...] = (
             "`probes.json`, with the ids that training made of them; `upweight check "
             "--model FOLDER` renders them again with the tokenizer of that folder. What a server "
             "does is not seen: give it `messages` from that file, ask it for the token ids of the "
-            "prompt (many servers have a tokenize endpoint), and compare them with `prompt_ids`."
+            "prompt (many servers have a tokenize endpoint), and compare them with `prompt_ids`. "
+            "Where the chat template writes the day's date, all of it is done as of the day that "
+            "training took, which `probes.json` has (`data.date`)."
         ),
         guarded_by=(
             "The tokenizer and its chat template are written into `model/`. A prompt is rendered "
@@ -81,6 +88,7 @@ PAGES: tuple[Page, ...] = (
             "`data.template` was none, and the server uses the chat template; or the other way "
             "round.",
             "`data.template_options` of the run are not set on the server.",
+            "The chat template writes the day's date, and the server has another day.",
             "The server adds beginning-of-text to a template that writes it already, or a system "
             "message of its own.",
         ),

@@ -1,0 +1,59 @@
+"""How a run's rows become the model's tokens: its settings, held against the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upweight.config import Run, write
+from upweight.data.clock import reads_clock
+from upweight.data.render import Renderer, make_renderer
+from upweight.data.variables import template_variables
+from upweight.errors import ConfigError, Refusal, nearest
+from upweight.models.load import LanguageModel
+from upweight.recipes.exported import day_of_export
+
+
+def renderer_for(run: Run, lm: LanguageModel) -> Renderer:
+    """A template that writes the date writes data.date, or the day that the model was trained on
+    before, or today's.
+
+    Raises ConfigError for more tokens than the model has positions, Refusal UW109 for template
+    options or a date that nothing reads.
+    """
+    asked = run.data.max_length
+    if asked is not None and lm.max_length is not None and asked > lm.max_length:
+        raise ConfigError(
+            f"data.max_length is {asked:,}, and {lm.name} was made for {lm.max_length:,} positions "
+            f"at most. Use data.max_length={lm.max_length}, or leave it out."
+        )
+    day = run.data.date
+    if day is None and run.data.template != "none" and reads_clock(lm.tokenizer):
+        day = day_of_export(run.model)
+    renderer = make_renderer(
+        lm.tokenizer,
+        template=run.data.template,
+        stop_token_ids=lm.stop_token_ids,
+        max_length=lm.max_length if asked is None else asked,
+        truncation=run.data.truncation,
+        template_options=run.data.template_options,
+        date=day,
+    )
+    _require_template_reads(run.data.template_options, renderer)
+    if run.data.date is not None and renderer.date is None:
+        chat = renderer.template == "chat"
+        who = "the model's chat template writes no date" if chat else "no chat template is used"
+        raise Refusal("UW109", f"data.date is {write(run.data.date)}, and {who}. Leave it out.")
+    return renderer
+
+
+def _require_template_reads(options: Mapping[str, Any], renderer: Renderer) -> None:
+    chat = renderer.template == "chat"
+    read = template_variables(renderer.tokenizer) if chat else frozenset[str]()
+    for name in () if read is None else options.keys() - read:
+        who = "the model's chat template does" if chat else "text without a chat template can"
+        raise Refusal(
+            "UW109",
+            f"data.template_options.{name} is {write(options[name])}, and {who} not read it."
+            f"{nearest(name, read or ())} Leave it out.",
+        )
