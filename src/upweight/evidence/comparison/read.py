@@ -9,6 +9,7 @@ from upweight.errors import DataError
 from upweight.evidence.comparison.nouns import (
     Claim,
     Method,
+    Noticed,
     Pair,
     Point,
     Start,
@@ -80,7 +81,13 @@ def _method(entry: JsonObject) -> Method:
         points=tuple(map(_point, entry.objects("points"))),
         failed=None if entry.fields.get("failed") is None else entry.text("failed"),
         taught=None if entry.fields.get("taught") is None else _taught(entry.object("taught")),
+        # A record from before reports were kept has none.
+        noticed=tuple(map(_noticed, entry.objects("noticed"))) if "noticed" in entry.fields else (),
     )
+
+
+def _noticed(entry: JsonObject) -> Noticed:
+    return Noticed(entry.text("code"), entry.whole("step"), entry.text("said"))
 
 
 def _taught(entry: JsonObject) -> Taught:
