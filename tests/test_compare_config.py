@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.resources import as_file, files
 from pathlib import Path
 
 import pytest
 
 from upweight.config.methods import load_comparison
-from upweight.demo.run import demo_comparison
 from upweight.errors import ConfigError
 from upweight.recipes.alike import require_judged
 
@@ -85,8 +85,12 @@ def test_what_is_shared_and_best_of_n_does_not_read_is_none_of_its_concern(tmp_p
 
 
 def test_every_method_of_the_embedded_comparison_has_the_settings_that_it_reads(tmp_path: Path):
-    with demo_comparison("base") as found:
-        made = {method.name: found.run_of(method, tmp_path) for method in found.methods}
+    given = {"model": "base", "data.path": ["pairs.jsonl"], "data.max_length": 256,
+             "evaluation.sets": {"heldout": ["heldout.jsonl"]},
+             "evaluation.prompt_files": ["heldout.jsonl"]}  # fmt: skip
+    with as_file(files("upweight.demo") / "compare.yaml") as file:
+        found = load_comparison(file, given)
+    made = {method.name: found.run_of(method, tmp_path) for method in found.methods}
     for method in found.methods:
         method.require_read(made[method.name].run)
     assert require_judged(made) == "vader"

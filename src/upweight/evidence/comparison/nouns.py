@@ -96,13 +96,22 @@ class Start:
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A run of DPO and one of PPO, by their names. `said` ends a sentence that begins "DPO's
-    frontier is", or says why the two are not `compared`."""
+    frontier is", or says why the two are not `compared`. `in_part`: DPO's is above at some KL, and
+    elsewhere nothing is shown."""
 
     dpo: str
     ppo: str
     compared: bool
     holds: bool | None
     said: str
+    in_part: bool = False
+
+    @property
+    def way(self) -> str:
+        """What is shown, in a few words."""
+        if self.holds is None:
+            return "above at some KL" if self.in_part else "not shown to differ"
+        return "not below" if self.holds else "below"
 
 
 def widening(places: int) -> float:
@@ -135,11 +144,14 @@ class Claim:
         if not self.places:
             return ""
         if self.places == 1:
-            return "The frontiers were compared at one place, with an interval of 95 %."
+            return (
+                "The frontiers were compared at one place, with an interval of 95 % that has the "
+                "sampling of rewards and of KL in it."
+            )
         return (
-            f"The frontiers were compared at {self.places} places; the intervals are "
-            f"{widening(self.places):.2f} times as wide as one place alone would need, so that "
-            "all of them hold together with 95 % confidence."
+            f"The frontiers were compared at {self.places} places; the intervals, which have the "
+            f"sampling of rewards and of KL in them, are {widening(self.places):.2f} times as wide "
+            "as one place alone would need, so that all of them hold together with 95 % confidence."
         )
 
     @property

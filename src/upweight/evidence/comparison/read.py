@@ -54,6 +54,7 @@ def _pair(entry: JsonObject) -> Pair:
         compared=_compared(entry),
         holds=_holds(entry),
         said=entry.text("said"),
+        in_part=entry.fields.get("in_part") is True,
     )
 
 
