@@ -163,9 +163,10 @@ def _said(gaps: Sequence[Gap], low: float, margin: float) -> tuple[bool | None, 
         return (
             None,
             True,
-            f"above PPO's at KL {number(best.kl)}, where its reward is {_by(best)} higher, and not "
-            f"shown either way elsewhere: at KL {number(least.kl)} the difference is "
-            f"{_signed(least)}, and that it is lower by more than {allowed} is not ruled out",
+            "above PPO's at some KL, and not shown either way elsewhere: at KL "
+            f"{number(best.kl)} its reward is {_by(best)} higher; at KL {number(least.kl)} the "
+            f"difference is {_signed(least)}, and that it is lower by more than {allowed} is not "
+            "ruled out",
         )
     widest = max(gaps, key=lambda g: abs(g.gap.value))
     return (
