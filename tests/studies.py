@@ -10,9 +10,11 @@ from upweight.evidence.comparison import Claim, Method, Point, Start, Study
 START = Start(0.2, 0.15, 0.25)
 
 
-def point(step: int, kl: float, reward: float, half: float = 0.05, **rest: Any) -> Point:
+def point(
+    step: int, kl: float, reward: float, half: float = 0.05, kl_half: float = 0.1, **rest: Any
+) -> Point:
     kl, reward = float(kl), float(reward)
-    kls = {"kl_low": kl - 0.1, "kl_high": kl + 0.1}
+    kls = {"kl_low": kl - kl_half, "kl_high": kl + kl_half}
     rewards = {"reward_low": reward - half, "reward_high": reward + half}
     return Point(**{"step": step, "kl": kl, "reward": reward, "length": 30.0 + step}
                  | kls | rewards | rest)  # fmt: skip
@@ -27,8 +29,8 @@ def method(objective: str, *points: Point, **rest: Any) -> Method:
 
 
 def line(objective: str, slope: float, *kls: float, half: float = 0.01) -> Method:
-    """A frontier that rises from the start by `slope` a nat."""
-    found = (point(i, kl, 0.2 + slope * kl, half) for i, kl in enumerate(kls, start=1))
+    """A frontier that rises from the start by `slope` a nat, at KLs that are known exactly."""
+    found = (point(i, kl, 0.2 + slope * kl, half, 0) for i, kl in enumerate(kls, start=1))
     return method(objective, *found)
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from runs import furnish, write_rows
+from runs import furnish, rows_of, write_rows
+from tiny import save_tiny
 from upweight.cli import main
+from upweight.errors import ConfigError
+from upweight.recipes.alike import JUDGE as TRUE_REWARD
+from upweight.recipes.alike import require_same_start
+from upweight.recipes.resume import Beginning
 
 SHARED = """
 title: Small letters
@@ -159,6 +166,173 @@ def test_a_method_that_fails_is_named_and_the_others_go_on():
     assert "broken.py" in page and "batch.pairs_per_step: 4" in page
 
 
+def again(capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said where the same comparison is refused."""
+    capsys.readouterr()
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_finished_method_is_not_read_beside_what_is_made_of_something_else(
+    capsys: pytest.CaptureFixture[str],
+):
+    compared(DPO + JUDGE + PPO)
+    files = ("letters.py", "prompts.jsonl", "pairs.jsonl", "model/model.safetensors")
+    kept = {file: Path(file).read_bytes() for file in files}
+    Path("letters.py").write_text("def score(prompt, response, row):\n    return len(response)\n")
+    said = again(capsys)
+    assert "method dpo: the run in out/dpo is finished, and what it was made of has changed" in said
+    assert "since: the content of evaluation.true_reward, letters.py:score. What it mea" in said
+    assert "Put it back as it was, remove out/dpo to have it trained again, or choose anoth" in said
+    Path("letters.py").write_bytes(kept["letters.py"])
+    write_rows("prompts.jsonl", [{"prompt": f"another question {i}!"} for i in range(6)])
+    assert "since: the rows of the set prompts in prompts.jsonl; a column that" in again(capsys)
+    Path("prompts.jsonl").write_bytes(kept["prompts.jsonl"])
+    # A column that no token comes from: the function of the user may read it.
+    write_rows("prompts.jsonl", [r | {"key": 1} for r in rows_of("prompts.jsonl")])
+    assert "since: a column that its rewards may read, in pairs.jsonl, prompts." in again(capsys)
+    Path("prompts.jsonl").write_bytes(kept["prompts.jsonl"])
+    save_tiny("model", seed=1)
+    assert "since: model model (" in again(capsys)
+    Path("model/model.safetensors").write_bytes(kept["model/model.safetensors"])
+    # A reward model that was trained again since PPO learned from it, or is to be.
+    weights = Path("out/judge/model/model.safetensors")
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    said = again(capsys)
+    assert "method ppo: the run in out/ppo is finished, and" in said
+    assert "since: the content of rollout.reward, out/judge/model." in said
+    weights.write_bytes(before)
+    Path("out/judge").rename("judge")
+    assert "method ppo: the run in out/ppo is finished, and its reward is the model" in again(
+        capsys
+    )
+    Path("judge").rename("out/judge")
+    write_rows("pairs.jsonl", rows_of("pairs.jsonl")[1:])
+    assert "since: the rows of the set train in pairs.jsonl" in again(capsys)
+    Path("pairs.jsonl").write_bytes(kept["pairs.jsonl"])
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 0
+
+
+def test_a_reward_model_that_was_trained_from_another_start_is_not_taken_as_it_is(
+    capsys: pytest.CaptureFixture[str],
+):
+    compared(JUDGE.replace("ranks", "ranks, lora: true") + DPO)
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 0
+    # What a run began with stands in a checkpoint too.
+    record = Path("out/judge/environment.json")
+    said = json.loads(record.read_text())
+    del said["data_digests"]
+    record.write_text(json.dumps(said))
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 0
+    save_tiny("model", seed=1)
+    assert "method judge: the run in out/judge is finished, and what it was" in again(capsys)
+    Path("out/judge/checkpoints").rename("gone")
+    assert "method judge: the run in out/judge is finished, and nothing says" in again(capsys)
+
+
+def test_a_method_that_was_judged_otherwise_than_the_first_has_failed():
+    # A judge that is edited whenever it is asked: what it says while best of 3 is measured is not
+    # what it said of DPO.
+    Path("letters.py").write_text(
+        "from pathlib import Path\nitself = Path('letters.py')\n"
+        "def score(prompt, response, row):\n"
+        "    itself.write_text(itself.read_text() + '# and on\\n')\n    return 1.0\n"
+    )
+    Path("compare.yaml").write_text(
+        SHARED + DPO + "  best: {objective: best_of_n, reward: vader}\n"
+    )
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 2
+    dpo, best = json.loads(Path("out/comparison.json").read_text())["methods"]
+    assert dpo["failed"] is None and dpo["points"]
+    assert best["points"] == [] and best["tokens"] > 0
+    assert (
+        "does not compare with dpo, which was measured before it: not the same " in best["failed"]
+    )
+    assert "are what judged it (" in best["failed"]
+
+
+def test_of_two_starts_what_differs_is_said():
+    its = Beginning("a" * 64, "a" * 64, {"prompts": "p", "train": "t"}, {TRUE_REWARD: "j"})
+    alike = replace(its, data_digests={"prompts": "p", "train": "u"}, reward_digests=
+                    {TRUE_REWARD: "j", "rollout.reward": "r"})  # fmt: skip
+    require_same_start("dpo", its, alike)
+    for other, said in (
+        (
+            replace(its, model_fingerprint="b" * 64),
+            "the model that it started from (bbbbbbbbbbbb, ",
+        ),
+        (
+            replace(its, reference_fingerprint="b"),
+            "what its KL is measured to (b, not aaaaaaaaaaaa)",
+        ),
+        (replace(its, data_digests={"prompts": "q"}), "the prompts that it was asked (q, not p)"),
+        (replace(its, reward_digests={}), "what judged it (None, not j)"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            require_same_start("dpo", its, other)
+
+
+def test_what_a_method_measured_before_it_failed_counts_and_is_shown():
+    Path("late.py").write_text(
+        "from pathlib import Path\nasked = Path('asked.txt')\n"
+        "def score(prompt, response, row):\n"
+        "    num = int(asked.read_text()) if asked.exists() else 0\n"
+        "    asked.write_text(str(num + 1))\n"
+        "    return num % 2 if num < 24 else row['nothing']\n"
+    )
+    # Eight rows are asked about before step 1, and two rounds of eight answers are learned from.
+    late = (
+        "  late: {objective: grpo, reward: 'late.py:score', responses: 2, prompts_per_round: 4, "
+        "max_tokens: 4, evaluation.every: 1, steps: 3}\n"
+    )
+    Path("compare.yaml").write_text(SHARED + late + DPO)
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 2
+    whole = json.loads(Path("out/comparison.json").read_text())
+    found, dpo = whole["methods"]
+    assert "nothing" in found["failed"] and dpo["failed"] is None
+    assert [p["step"] for p in found["points"]] == [1, 2]
+    assert found["seconds"] > 0 and found["tokens"] > 0
+    taught = found["taught"]
+    assert (taught["steps"], taught["seen"], taught["answers"]) == (2, 8, 16)
+    assert whole["seconds"] == pytest.approx(found["seconds"] + dpo["seconds"])
+    # Of a run that is refused before it goes on, the records in its folder are none of its own.
+    Path("compare.yaml").write_text(SHARED + late.replace("steps: 3", "steps: 4") + DPO)
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 2
+    found, _ = json.loads(Path("out/comparison.json").read_text())["methods"]
+    assert "with other settings" in found["failed"] and found["points"] == []
+
+
+def test_prompts_of_which_no_answer_is_better_are_counted_as_asked_all_the_same():
+    # Of the first round's answers none is better than another; of the second's, some.
+    Path("tied.py").write_text(
+        "from pathlib import Path\nasked = Path('asked.txt')\n"
+        "def score(prompt, response, row):\n"
+        "    num = int(asked.read_text()) if asked.exists() else 0\n"
+        "    asked.write_text(str(num + 1))\n"
+        "    return float(num >= 8 + 18 and num % 3 == 0)\n"
+    )
+    online = (
+        "  online: {objective: online_dpo, reward: 'tied.py:score', responses: 3, "
+        "prompts_per_round: 6, max_tokens: 4, steps: 1}\n"
+    )
+    (found,) = compared(online)["methods"]
+    taught = found["taught"]
+    assert (taught["seen"], taught["answers"], taught["steps"]) == (12, 36, 1)
+
+
+def test_what_was_reported_while_a_method_trained_is_on_the_page(
+    capsys: pytest.CaptureFixture[str],
+):
+    far = DPO.replace("every: 1", "every: 1, learning_rate: 3e-2, watch.kl: 1e-3, steps: 4")
+    (found,) = compared(far)["methods"]
+    (noticed,) = [n for n in found["noticed"] if n["code"] == "UW308"]
+    assert noticed["said"]
+    said = f"dpo was reported while it trained: UW308 at step {noticed['step']}"
+    assert said in capsys.readouterr().err
+    assert noticed["said"][:40] in Path("out/comparison.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -171,6 +345,27 @@ def test_a_method_that_fails_is_named_and_the_others_go_on():
         (SHARED.replace("letters.py", "lettres.py") + DPO, "method dpo: evaluation.true_reward"),
         (SHARED + "  a: {objective: grpo}\n", "method a: objective grpo needs rollout.reward"),
         (SHARED + DPO + "  b: {samples: 2}\n", "evaluation.samples differs between methods"),
+        *(
+            (
+                SHARED + DPO + f"  b: {{{key}: {value}}}\n",
+                f"{key} differs between methods, which could not be compared then: dpo has {now}, "
+                f"and b {value}. Write it beside methods.",
+            )
+            for key, value, now in (
+                ("model", "other", "model"),
+                ("lora.quantize", "nf4", "null"),
+                ("compute.dtype", "bfloat16", "float32"),
+                ("data.template", "none", "auto"),
+                ("data.max_length", "300", "null"),
+            )
+        ),
+        (SHARED + DPO + "  b: {reference: other}\n", "method b: reference is other, and a comp"),
+        (
+            SHARED + DPO + "  b: {objective: best_of_n, reward: vader, rollout.responses: 32, "
+            "learning_rate: 1}\n",
+            "error[UW109]: method b: rollout.responses is 32, and best_of_n does not read it: ppo, "
+            "grpo, rloo and online_dpo do.\noptimizer.learning_rate is 1, and best_of_n does not",
+        ),
         (
             "model: model\ndata: pairs.jsonl\nmethods:\n" + JUDGE,
             "needs a method that answers prompts",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.resources import as_file, files
 from pathlib import Path
 
 import pytest
 
 from upweight.config.methods import load_comparison
 from upweight.errors import ConfigError
+from upweight.recipes.alike import require_judged
 
 SHARED = """
 model: base
@@ -59,6 +61,46 @@ def test_the_reward_of_a_method_is_the_model_that_another_trains(tmp_path: Path)
     assert comparison(tmp_path, text).methods[2].num == 3
 
 
+def test_the_folder_is_the_one_that_the_file_names(tmp_path: Path):
+    named = comparison(tmp_path, "out: runs/film\nmethods:\n  dpo: {}\n")
+    assert named.out == "runs/film"
+    # It is no setting of the methods, of which the page says what they were told.
+    assert "out" not in [setting.leaf for setting in named.shared]
+    assert named.run_of(named.methods[0], Path("elsewhere")).run.out == "elsewhere/dpo"
+    assert comparison(tmp_path, "out: null\nmethods:\n  dpo: {}\n").out is None
+    assert comparison(tmp_path, "methods:\n  dpo: {}\n").out is None
+
+
+def test_what_is_shared_and_best_of_n_does_not_read_is_none_of_its_concern(tmp_path: Path):
+    made = runs(
+        tmp_path,
+        "responses: 4\nlora: {rank: 4, quantize: nf4}\nlearning_rate: 3\nmethods:\n"
+        "  grpo: {objective: grpo, reward: vader}\n"
+        "  best: {objective: best_of_n, reward: vader, lora: {quantize: nf4}}\n",
+    )
+    best, grpo = made["best"], made["grpo"]
+    assert grpo.rollout.responses == 4 and best.rollout.responses is None
+    assert best.optimizer.learning_rate is None and grpo.optimizer.learning_rate == 3
+    assert best.lora is not None and best.lora.quantize == "nf4" and best.lora.rank != 4
+
+
+def test_every_method_of_the_embedded_comparison_has_the_settings_that_it_reads(tmp_path: Path):
+    given = {"model": "base", "data.path": ["pairs.jsonl"], "data.max_length": 256,
+             "evaluation.sets": {"heldout": ["heldout.jsonl"]},
+             "evaluation.prompt_files": ["heldout.jsonl"]}  # fmt: skip
+    with as_file(files("upweight.demo") / "compare.yaml") as file:
+        found = load_comparison(file, given)
+    made = {method.name: found.run_of(method, tmp_path) for method in found.methods}
+    for method in found.methods:
+        method.require_read(made[method.name].run)
+    assert require_judged(made) == "vader"
+    assert {m.objective for m in found.methods} == {
+        "sft", "dpo", "reward", "ppo", "grpo", "best_of_n"
+    }  # fmt: skip
+    judge = str(tmp_path / "reward-model" / "model")
+    assert {r.run.rollout.reward for r in made.values()} == {None, judge}
+
+
 def test_what_is_given_is_laid_over_what_is_shared(tmp_path: Path):
     assert runs(tmp_path, "methods:\n  dpo: {}\n", model="other")["dpo"].model == "other"
 
@@ -82,6 +124,21 @@ def test_what_is_given_is_laid_over_what_is_shared(tmp_path: Path):
             "no reward model before it is called so (before it: judge). Did you mean judge?",
         ),
         ("methods:\n  ppo: {objective: ppo, reward: 'method:dpo'}\n  dpo: {}\n", "before it: none"),
+        (
+            "methods:\n  dpo: {out: here}\n",
+            "compare.yaml:6: method dpo: out stands beside the methods: each writes to a folder in",
+        ),
+        (
+            "methods:\n  dpo: {resume: true}\n",
+            "compare.yaml:6: method dpo: resume is not read by compare, which goes on with what "
+            "has not finished when it is run again. Leave it out.",
+        ),
+        ("resume: true\nmethods:\n  dpo: {}\n", "compare.yaml:5: resume is not read by compare"),
+        ("out: [a]\nmethods:\n  dpo: {}\n", "compare.yaml:5: out must be text or null, found [a]."),
+        (
+            "responses: 8\nmethods:\n  dpo: {}\n  b: {objective: best_of_n, reward: vader}\n",
+            "responses is read by none of the methods (dpo, best_of_n)",
+        ),
     ],
 )
 def test_what_is_wrong_in_the_file_is_told(tmp_path: Path, text: str, said: str):

@@ -19,6 +19,8 @@ from upweight.errors import DataError, OutputError
 from upweight.evidence.comparison import (
     ROWS,
     Claim,
+    Noticed,
+    Pair,
     Start,
     Study,
     Taught,
@@ -66,8 +68,8 @@ def test_every_number_of_the_record_is_on_the_page(tmp_path: Path):
         assert count(one.tokens) in html and duration(one.seconds) in html
         for p in one.points:
             when = f"n = {p.step}" if one is best else f"step {p.step}"
-            shown = [number(v) for v in (p.kl, p.kl_low, p.kl_high, p.reward, p.reward_low,
-                                         p.reward_high, p.length)]  # fmt: skip
+            kls = (p.kl,) if one is best else (p.kl, p.kl_low, p.kl_high)
+            shown = [number(v) for v in (*kls, p.reward, p.reward_low, p.reward_high, p.length)]
             assert all(value in table for value in (when, *shown))
             assert f"{when}: reward" in html[: html.index('id="methods"')]
     for text in ("0.200\u00a0[0.150, 0.250]", "1000 steps each", "two cores", "2 h 3 min"):
@@ -135,6 +137,53 @@ def test_bounds_that_are_not_known_are_left_out(tmp_path: Path):
     (tmp_path / "comparison.json").write_text(json.dumps(whole))
     html = write_comparison(tmp_path).read_text(encoding="utf-8")
     assert "1.50" in html and "0.400" in html and 'class="bars"' not in html and "nan" not in html
+
+
+def test_the_kl_of_best_of_n_is_shown_as_the_bound_that_it_is():
+    # As a record has it whose bounds are the bound itself, and one that has it above 0.
+    exact = method("best_of_n", point(8, 1.2, 0.6, kl_half=0), name="best")
+    for best in (exact, replace(exact, points=(point(8, 1.2, 0.6, kl_low=0.0, kl_high=1.2),))):
+        html = render(study(line("dpo", 0.1, 1, 2), best))
+        assert html.count("<td>≤ 1.20</td>") == 2 and "n = 8, KL ≤ 1.20" in html
+        ((kind, said),) = [spot for spot in spots(html) if "best" in spot[1]]
+        assert said == "best, n = 8: reward 0.600\u00a0[0.550, 0.650] at KL ≤ 1.20"
+        # Its bar goes from 0, where the start has its mark, to the mark at the bound.
+        (bars,) = re.findall(r'class="bars" d="([^"]*)"/></g>(?=<g class="t-reference">)', html)
+        left, right = (float(x) for x in re.findall(r"M([\d.]+) [\d.]+H([\d.]+)", bars)[0])
+        marks = [float(x) for x in re.findall(r'<i class="spot [^>]*left:([\d.]+)%', html)]
+        assert left == pytest.approx(10 * marks[-1], abs=0.1)
+        assert right == pytest.approx(10 * marks[-2], abs=0.1)
+
+
+def test_what_was_reported_of_a_method_stands_beside_the_verdict_and_in_a_table(tmp_path: Path):
+    seen = (
+        Noticed("UW308", 9, "KL is 61 nats"), Noticed("UW305", 9, "answers are <3 times> as long"),
+        Noticed("UW305", 18, "4 in 5 do not stop"),
+    )  # fmt: skip
+    far = replace(named("ppo <b>", line("ppo", 0.1, 1, 2)), noticed=seen)
+    found = study(line("dpo", 0.1, 1, 2), far)
+    assert read_study(write(tmp_path, found)) == found
+    assert found.noticed == (
+        "ppo <b> was reported while it trained: UW308 at step 9, UW305 at step 9, "
+        "UW305 at step 18.",
+    )
+    html = render(found)
+    head = html.split("<nav")[0]
+    assert "<h2>Reported of 1 method while training</h2>" in head
+    assert "<li><bdi>ppo &lt;b&gt;</bdi>: UW308, UW305</li>" in head
+    table = html[html.index('<section id="reported-while-training">') :].split("</section>")[0]
+    assert "answers are &lt;3 times&gt; as long" in table and table.count("<tr>") == 4
+    quiet = render(study(line("dpo", 0.1, 1, 2)))
+    assert "reported-while-training" not in quiet and "Reported of" not in quiet
+
+
+def test_a_record_from_before_reports_and_parts_were_kept_is_read(tmp_path: Path):
+    pair = Pair("dpo", "ppo", True, None, "not shown to differ")
+    found = study(line("dpo", 0.1, 1), claim=Claim(None, "Not shown.", (pair,), 1))
+    whole = json.loads(json.dumps(asdict(found)))
+    del whole["methods"][0]["noticed"], whole["claim"]["pairs"][0]["in_part"]
+    (tmp_path / "comparison.json").write_text(json.dumps(whole))
+    assert read_study(tmp_path) == found
 
 
 def test_best_of_n_are_points_and_trained_methods_lines_from_the_start():
@@ -218,6 +267,10 @@ def test_a_claim_that_some_pairs_show_and_none_contradicts_is_said_to_be_shown_i
     methods = [line("dpo", 0.1, 2), line("ppo", 0.05, 2), line("ppo", 0.1, 2, half=0.3)]
     html = render(study(*methods, claim=claim(methods, START)))
     assert "Shown in part" in html and "The claim holds" not in html
+    above = [Pair("dpo", name, True, None, "above PPO's at KL 1", True) for name in ("a", "b")]
+    for pairs in (above[:1], above):
+        html = render(study(line("dpo", 0.1, 1), claim=Claim(None, "Above.", tuple(pairs), 2)))
+        assert "Shown in part" in html and ("> above at some KL</span>" in html) == (pairs is above)
 
 
 def test_eight_methods_have_a_colour_and_a_marker_each_and_names_that_do_not_meet():
@@ -323,7 +376,8 @@ def test_the_page_says_how_sure_the_verdict_is_below_it_and_that_training_was_on
     methods = [line("dpo", 0.1, 1, 2, 3), line("ppo", 0.05, 2, 3)]
     found = study(*methods, claim=claim(methods, START))
     head = render(found).split("<nav")[0]
-    assert "compared at 3 places; the intervals are 1.22 times as wide" in head
+    assert "compared at 3 places; the intervals, which have the sampling of rewards and" in head
+    assert "of KL in them, are 1.22 times as wide" in head
     assert "trained once, with one seed" in head
     assert "Bonferroni" in render(found) and "prompt by prompt" in render(found)
 

@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,7 +36,7 @@ from upweight.training.rollout import (
     num_rounds,
     ranked,
 )
-from upweight.training.round import Round, read_round, write_round
+from upweight.training.round import Round, Spent, read_round, spent_on, write_round
 from upweight.types import ResponseId, RowId, Step, Tree
 
 LISTS = ("logps", "reference_logps", "advantages", "values", "returns")
@@ -111,12 +112,15 @@ def test_a_round_that_is_read_back_is_the_round_that_was_written(drawn, values, 
     )
     first = next(iter(made.logps))
     made.logps[first][:] = torch.tensor(data.draw(fp32))
-    made = replace(made, stop_penalty=data.draw(st.floats(0, 10)))
+    counts = st.integers(0, 10**6)
+    spent = Spent(data.draw(counts), data.draw(counts), data.draw(counts))
+    made = replace(made, stop_penalty=data.draw(st.floats(0, 10)), spent=spent)
     if rank:
         made = ranked(made)
     with tempfile.TemporaryDirectory() as folder:
         write_round(Path(folder), made)
         again = read_round(Path(folder), made.number)
+        assert again.spent == spent_on(Path(folder)) == spent
     assert (again.number, again.beta, again.trees) == (made.number, made.beta, made.trees)
     assert again.num_stopped == made.num_stopped
     assert again.stop_penalty == made.stop_penalty
@@ -134,6 +138,18 @@ def test_what_is_read_of_answers_comes_in_the_order_of_their_trees():
     trees = [tree_of(range(n), [range(3)] * 2, [], line=n) for n in (2, 9, 1, 7, 3, 8)]
     found = by_response(lambda forest: torch.zeros(len(forest.scored)), trees, 18)
     assert list(found) == [i for tree in trees for i in tree.ids]
+
+
+def test_what_rounds_took_is_added_up_and_of_an_older_file_counted(tmp_path):
+    trees = random_trees([(3, 4, 1, 2), (2, 5, 5, 1)], seed=2)
+    write_round(tmp_path, replace(round_of(trees), spent=Spent(12, 36, 400)))
+    # One that does not say what was asked, and of whose prompts one has nothing to learn from.
+    write_round(tmp_path, ranked(replace(round_of(trees, number=2), spent=Spent(7, 7, 50))))
+    assert spent_on(tmp_path) == Spent(19, 43, 450)
+    file = tmp_path / "round-000002.parquet"
+    pq.write_table(pq.read_table(file).drop_columns(["asked", "drawn"]), file)
+    assert read_round(tmp_path, 2).spent == Spent(2, 6, 50)
+    assert spent_on(tmp_path) == Spent(12 + 2, 36 + 6, 450)
 
 
 def test_a_round_whose_file_is_gone_says_so(tmp_path):

@@ -35,6 +35,9 @@ USAGES = {
 }
 """What each command needs, before the keys."""
 
+COMPARED = "runs/compare"
+"""Where a comparison is written to that names no folder."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status is 0, 2 for a mistake or refusal, 130 when stopped."""
@@ -142,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("config", nargs="?", type=Path, metavar="COMPARE.yaml")
     compare.add_argument("--model", help="the start (the demo's model)")
-    compare.add_argument("--out", help="folder of the runs and the page (runs/compare)")
+    compare.add_argument("--out", help=f"folder of the runs and the page (the file's, {COMPARED})")
     compare.set_defaults(run=_compare)
 
     demo = commands.add_parser("demo", help="the embedded default, start to report")
@@ -360,13 +363,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     from upweight.terminal import default_screen
 
     given = {} if arguments.model is None else {"model": arguments.model}
-    out = arguments.out or "runs/compare"
     with default_screen() as screen:
         if arguments.config is not None:
-            done = compare(load_comparison(arguments.config, given), out, screen)
+            comparison = load_comparison(arguments.config, given)
+            done = compare(comparison, arguments.out or comparison.out or COMPARED, screen)
         else:
             with demo_comparison(arguments.model) as comparison:
-                done = compare(comparison, out, screen)
+                done = compare(comparison, arguments.out or COMPARED, screen)
     if done.page is None:
         return 130
     return 2 if done.failed else 0

@@ -5,13 +5,21 @@ A value that nobody reads is refused: it would change nothing (UW109).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from upweight.config.keys import keys
-from upweight.config.objectives import default_passes, draws, objectives_reading, of_section, unread
+from upweight.config.objectives import (
+    CHOOSING,
+    default_passes,
+    draws,
+    objectives_reading,
+    of_section,
+    unread,
+)
 from upweight.config.resolve import leaf_values
 from upweight.config.sections import Data, Run
+from upweight.config.settings import Setting, show
 from upweight.config.written import write
 from upweight.errors import Refusal
 
@@ -152,6 +160,20 @@ def require_read(command: str, run: Run) -> None:
         f"{key} is {write(value)}, and {why}.{_instead(command, run, key)}"
         for key, value in values.items()
         if value != defaults[key] and (why := _unread(command, run, key))
+    ]
+    if lines:
+        raise Refusal("UW109", "\n".join([*lines, "Leave out what is not read."]))
+
+
+def require_read_to_choose(said: Sequence[Setting]) -> None:
+    """Raises Refusal UW109 with a line for each key that a method says itself, and best_of_n does
+    not read. `lora` alone rounds nothing, and with lora.quantize it says no more."""
+    read = CHOOSING | ({"lora"} if any(s.leaf == "lora.quantize" for s in said) else set[str]())
+    lines = [
+        f"{setting.leaf} is {show(setting.value)}, and best_of_n does not read it: "
+        f"{_do(objectives_reading(setting.leaf))}."
+        for setting in said
+        if setting.leaf and setting.leaf not in read
     ]
     if lines:
         raise Refusal("UW109", "\n".join([*lines, "Leave out what is not read."]))

@@ -12,7 +12,8 @@
 
 A method is the file's other keys with its own laid over them, where its objective reads them.
 `reward: method:NAME` is the reward model that the method NAME trains; best_of_n trains nothing and
-lets `reward` choose among `num` answers. `note` is what the page says of a method.
+lets `reward` choose among `num` answers. `note` is what the page says of a method. Each method
+writes to a folder in `out`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upweight.config.keys import METHODS
-from upweight.config.objectives import OBJECTIVES, unread
+from upweight.config.commands import require_read, require_read_to_choose
+from upweight.config.keys import METHODS, keys
+from upweight.config.objectives import CHOOSING, OBJECTIVES, unread
 from upweight.config.resolve import Resolved, resolve
+from upweight.config.sections import Run
 from upweight.config.settings import Layer, Problem, Problems, Setting, collect, show
 from upweight.config.written import parse, settle
 from upweight.errors import ConfigError, nearest
@@ -37,6 +40,13 @@ TRAINED = "method:"
 
 ABOUT_ALL = ("title", METHODS)
 ABOUT_ONE = ("note", "num")
+
+NOT_OF_ONE = {
+    "out": "stands beside the methods: each writes to a folder in it",
+    "resume": "is not read by compare, which goes on with what has not finished when it is run "
+    "again. Leave it out",
+}
+"""Keys that no method has for itself, and why."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +77,28 @@ class Method:
         """The method whose reward model it uses."""
         return self.reward.removeprefix(TRAINED) if self.reward.startswith(TRAINED) else None
 
+    def reads(self, leaf: str) -> bool:
+        if self.objective == BEST_OF_N:
+            return leaf in CHOOSING
+        return leaf not in unread(self.objective)
+
+    def require_read(self, run: Run) -> None:
+        """Raises Refusal UW109 for what its run, or what it says itself, has and nobody reads."""
+        if self.objective == BEST_OF_N:
+            require_read_to_choose(self.own)
+        else:
+            require_read("train", run)
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """A compare.yaml: what all methods share, and the methods in their order."""
+    """A compare.yaml: what all methods share, the methods in their order, and the folder that it
+    names, None where it names none."""
 
     title: str
     shared: tuple[Setting, ...]
     methods: tuple[Method, ...]
+    out: str | None = None
 
     def method(self, name: str) -> Method:
         return next(method for method in self.methods if method.name == name)
@@ -92,8 +116,8 @@ class Comparison:
         if method.judge is not None:
             values["rollout.reward"] = str(out / self.method(method.judge).folder / "model")
         # What is shared is read by those methods that read it; what a method says itself must be.
-        others = set(unread(method.trains_by))
-        kept = [setting for setting in self.shared if setting.leaf not in others]
+        # A run has rows, also where nothing is learned from them.
+        kept = [s for s in self.shared if method.reads(s.leaf) or s.leaf == "data.path"]
         laid = [s for s in (*kept, *method.own) if s.leaf not in values]
         laid = sorted([*laid, *collect(values, itself, problems)], key=lambda s: s.layer.rank)
         return resolve(laid, problems, ("out",), f"method {method.name}: ")
@@ -127,20 +151,39 @@ def load_comparison(file: Path, given: Mapping[str, Any]) -> Comparison:
     layer = Layer(0, f"file {file}", file=str(file), lines=parsed.lines)
     shared = list(collect(_without(document, ABOUT_ALL), layer, problems))
     shared += collect(given, Layer(1, "given"), problems)
+    out = _out(shared, problems)
+    shared = [setting for setting in shared if setting.leaf != "out"]
     methods = tuple(
         _method(str(name), keys, shared, layer, problems) for name, keys in listed.items()
     )
     for i, method in enumerate(methods):
         _require_told_apart(method, methods[:i], layer, problems)
     for setting in shared:
-        if setting.leaf and all(setting.leaf in unread(m.trains_by) for m in methods):
+        if setting.leaf == "resume":
+            problems.at(setting, f"{setting.shown} {NOT_OF_ONE['resume']}.")
+        elif setting.leaf and not any(m.reads(setting.leaf) for m in methods):
             objectives = ", ".join(dict.fromkeys(m.objective for m in methods))
             problems.at(
                 setting,
                 f"{setting.shown} is read by none of the methods ({objectives}). Leave it out.",
             )
     problems.raise_any()
-    return Comparison(str(document.get("title", file.stem)), tuple(shared), methods)
+    return Comparison(str(document.get("title", file.stem)), tuple(shared), methods, out)
+
+
+def _out(shared: Sequence[Setting], problems: Problems) -> str | None:
+    """The folder that is named beside the methods; the last word holds."""
+    out: str | None = None
+    for setting in shared:
+        if setting.leaf != "out":
+            continue
+        found = setting.settled
+        if found is None or isinstance(found, str):
+            out = found
+        else:
+            kind = keys()["out"].kind
+            problems.at(setting, f"{setting.shown} must be {kind}, found {show(setting.value)}.")
+    return out
 
 
 def _without(keys: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -168,6 +211,9 @@ def _method(
     said: dict[str, Any] = keys
     own = tuple(collect(_without(said, ABOUT_ONE), here, problems))
     held = {setting.leaf: setting.value for setting in (*shared, *own)}
+    for setting in own:
+        if setting.leaf in NOT_OF_ONE:
+            problems.at(setting, f"{setting.shown} {NOT_OF_ONE[setting.leaf]}.")
     objective = str(settle(held.get("objective", "dpo"), True))
     if objective not in (*OBJECTIVES, BEST_OF_N):
         allowed = (*OBJECTIVES, BEST_OF_N)

@@ -66,6 +66,23 @@ A key that no line names is read by every objective, in `train` and `check`.
 """
 
 
+CHOOSING = frozenset(
+    (
+        *("objective", "model", "out", "resume", "seed", "rollout.reward", "batch.tokens_per_bin"),
+        *of_section("data", "template", "template_options", "max_length"),
+        *of_section(
+            "evaluation", "prompt_files", "samples", "max_new_tokens", "temperature", "true_reward"
+        ),
+        *of_section(
+            "compute", "dtype", "device", "attention", "sharing", "threads", "trust_remote_code"
+        ),
+        "lora.quantize",
+    )
+)
+"""The keys that best_of_n reads, which trains nothing: answers to the prompts of an evaluation are
+drawn, and its reward chooses among them."""
+
+
 COMPARING = ("grpo", "rloo", "online_dpo")
 """The objectives that hold the answers to one prompt against each other."""
 

@@ -16,6 +16,7 @@ import transformers
 
 from upweight.config import Run
 from upweight.models.compiled import is_compiled
+from upweight.recipes.resume import data_digests
 from upweight.recipes.state import State
 from upweight.training.rundir import write_atomic
 
@@ -42,6 +43,8 @@ def write_environment(state: State, *, finished: bool) -> None:
         "model_fingerprint": against.model_fingerprint,
         "reference_fingerprint": against.logps.fingerprint,
         "data_fingerprint": _data_fingerprint(state.run),
+        "data_digests": data_digests(state.begun.prepared),
+        "reward_digests": state.reward_digests,
         "dtype": str(lm.compute_dtype).removeprefix("torch."),
         "attention": lm.plan.attention,
         "compiled": is_compiled(lm),

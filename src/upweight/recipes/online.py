@@ -46,7 +46,7 @@ from upweight.training.rollout import (
     draw_answers,
     ranked,
 )
-from upweight.training.round import Round
+from upweight.training.round import Round, Spent
 from upweight.training.rundir import replacing
 from upweight.types import Forest, Tree
 
@@ -184,13 +184,13 @@ def _round(
     state: State, score: Scorer, start: Reference, asked: Asked, number: int, beta: float
 ) -> Round:
     """A round with something to learn from: one without a preference is followed by the next."""
-    computed = 0
+    spent = Spent()
     start.drew = False
     for at in range(number, number + TRIES):
         made = _draw(state, score, start, asked(at), at, beta)
-        computed += made.computed
+        spent = spent.plus(made.spent)
         if made.trees:
-            return replace(made, computed=computed)
+            return replace(made, spent=spent)
         state.screen.note(f"round {at}: every answer to a prompt scores the same; drawing anew")
     raise DataError(
         f"rollout.reward {state.run.rollout.reward} told no two answers to a prompt apart in "
@@ -235,8 +235,12 @@ def _draw(
         reference_logps=known,
         advantages={i: torch.zeros_like(x) for i, x in logps.items()},
         values=values,
-        computed=sum(tree.num_tokens for tree in trees) * _times_read(state),
         stop_penalty=run.rollout.stop_penalty,
+        spent=Spent(
+            asked=len(prompts),
+            drawn=len(logps),
+            computed=sum(tree.num_tokens for tree in trees) * _times_read(state),
+        ),
     )
     if run.objective == "online_dpo":
         return ranked(made)

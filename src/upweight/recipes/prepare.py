@@ -158,16 +158,26 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
         require_used(its_account, f"the evaluation set {name}")
     asked: list[Example] = []
     if run.evaluation.prompt_files is not None:
-        asked, account = load_prompts(run.evaluation.prompt_files)
+        trees[PROMPTS], asked, accounts[PROMPTS] = load_asked(run, renderer)
         require_apart(PROMPTS, train, asked)
-        trees[PROMPTS], accounts[PROMPTS] = plant(asked, renderer, account), account
-        require_used(account, f"evaluation.prompt_files {', '.join(run.evaluation.prompt_files)}")
     rows = tuple(train[:: max(1, len(train) // RENDERED_AGAIN)][:RENDERED_AGAIN])
     held = {name: rows for name, (rows, _) in sets.items()}
     near = tuple(nearly_apart(train, {**held, PROMPTS: asked}))
     return Prepared(
         trees, accounts, renderer, repeats, near, rows=rows, examples={"train": train, **held}
     )
+
+
+def load_asked(run: Run, renderer: Renderer) -> tuple[list[Tree], list[Example], Account]:
+    """The prompts of evaluation.prompt_files as trees, their rows, and the account of these.
+
+    Raises DataError when there is nothing to use.
+    """
+    files = run.evaluation.prompt_files or []
+    rows, account = load_prompts(files)
+    trees = plant(rows, renderer, account)
+    require_used(account, f"evaluation.prompt_files {', '.join(files)}")
+    return trees, rows, account
 
 
 def ended_answers(prepared: Prepared, lm: LanguageModel) -> Prepared:

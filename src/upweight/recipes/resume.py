@@ -1,4 +1,4 @@
-"""What a resumed run must have in common with the run that it goes on with."""
+"""What a run that is resumed, or taken as finished, must have in common with its beginning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from upweight.config import (
@@ -21,9 +21,10 @@ from upweight.config import (
 from upweight.data.read import read_rows
 from upweight.errors import ConfigError, DataError
 from upweight.evidence.records.settings import read_settings
-from upweight.recipes.kinds import KINDS
+from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.prepare import Prepared
 from upweight.recipes.reference import Against, answered_sets
+from upweight.training import checkpoint
 from upweight.training.moment import Position
 from upweight.training.rewards import COLUMNS, REWARDS, in_folder
 from upweight.types import RowId, Tree
@@ -71,10 +72,10 @@ def settings_digest(run: Run) -> str:
 
 def data_digests(prepared: Prepared) -> dict[str, str]:
     """For each set the sha256 of what is learned from or scored: token ids and preferences."""
-    return {name: _digest(trees) for name, trees in prepared.trees.items()}
+    return {name: digest_of(trees) for name, trees in prepared.trees.items()}
 
 
-def _digest(trees: Sequence[Tree]) -> str:
+def digest_of(trees: Sequence[Tree]) -> str:
     digest = hashlib.sha256()
     for tree in trees:
         preferences = [
@@ -96,12 +97,18 @@ def require_same_settings(saved: Position, run: Run, prepared: Prepared) -> None
         )
     for name, digest in data_digests(prepared).items():
         if saved.data_digests[name] != digest:
-            files = run.evaluation.sets.get(name, run.data.path)
             raise DataError(
                 f"resume: the rows of the set {name} are not those that the run in {run.out} began "
-                f"with: their tokens or preferences differ. Put {', '.join(files)} back as it was, "
-                "or start a new run with another out."
+                f"with: their tokens or preferences differ. Put {', '.join(_files_of(run, name))} "
+                "back as it was, or start a new run with another out."
             )
+
+
+def _files_of(run: Run, name: str) -> Sequence[str]:
+    """The files that a set's rows stand in."""
+    if name == PROMPTS:
+        return run.evaluation.prompt_files or ()
+    return run.evaluation.sets.get(name, run.data.path)
 
 
 def _changed(run: Run, out: Path) -> str:
@@ -119,8 +126,74 @@ def require_finished_as_asked(resolved: Resolved) -> None:
     if changed := _changed(run, Path(run.out)):
         raise ConfigError(
             f"the run in {run.out} is finished, with other settings{changed}. Put them "
-            "back, or choose another out."
+            f"back, remove {run.out} to have it trained again, or choose another out."
         )
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run began with: its own weights, its reference, the trees of every set by name, and
+    what is behind its rewards by key, each as its sha256."""
+
+    model_fingerprint: str
+    reference_fingerprint: str
+    data_digests: Mapping[str, str]
+    reward_digests: Mapping[str, str]
+
+
+def beginning_of(out: Path) -> Beginning | None:
+    """What the run in a folder began with, by its environment.json, or else by a checkpoint; None
+    where neither says."""
+    names = [field.name for field in fields(Beginning)]
+    file = out / "environment.json"
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if any(name not in said for name in names):
+        said = next((asdict(p) for p in checkpoint.positions(out / "checkpoints")), {})
+    return Beginning(**{name: said[name] for name in names}) if said else None
+
+
+def require_unchanged(run: Run, now: Beginning) -> None:
+    """Raises ConfigError where a run that is finished began with something else than there is."""
+    assert run.out is not None
+    then = beginning_of(Path(run.out))
+    anew = f"remove {run.out} to have it trained again, or choose another out."
+    if then is None:
+        raise ConfigError(
+            f"the run in {run.out} is finished, and nothing says what it began with: its "
+            f"environment.json does not, and it has no checkpoint. Put them back, {anew}"
+        )
+    if said := _differing(then, now, run):
+        raise ConfigError(
+            f"the run in {run.out} is finished, and what it was made of has changed since: "
+            f"{'; '.join(said)}. What it measured would not compare with what is made now. Put it "
+            f"back as it was, {anew}"
+        )
+
+
+def _differing(then: Beginning, now: Beginning, run: Run) -> list[str]:
+    """What a finished run began with and is otherwise now, in words."""
+    said: list[str] = []
+    models = (
+        (f"model {run.model}", then.model_fingerprint, now.model_fingerprint),
+        (f"reference {run.reference}", then.reference_fingerprint, now.reference_fingerprint),
+    )
+    for name, before, after in models[: 1 + (run.reference is not None)]:
+        if before != after:
+            said.append(
+                f"{name} ({before[:12]} then, {after[:12]} with this model, dtype and machine)"
+            )
+    for name, digest in now.data_digests.items():
+        if then.data_digests.get(name) != digest:
+            said.append(f"the rows of the set {name} in {', '.join(_files_of(run, name))}")
+    for key, digest in now.reward_digests.items():
+        if then.reward_digests.get(key) == digest:
+            continue
+        if key == "rows":
+            sets = dict.fromkeys(f for name in now.data_digests for f in _files_of(run, name))
+            said.append(f"a column that its rewards may read, in {', '.join(sets)}")
+        else:
+            said.append(f"the content of {key}, {leaf_values(run)[key]}")
+    return said
 
 
 def require_same_models(saved: Position, run: Run, against: Against) -> None:
@@ -153,18 +226,24 @@ def reward_digests(run: Run, prepared: Prepared) -> dict[str, str]:
     for key, spec in specs.items():
         if spec is None:
             continue
-        folder, file = Path(spec), Path(spec.rpartition(":")[0])
+        if (digest := content_digest(spec)) is not None:
+            found[key] = digest
         if in_folder(spec):
-            inside = (f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
-            found[key] = _files_digest(sorted(inside))
             continue
-        if spec not in REWARDS and file.is_file():
-            found[key] = _files_digest([file])
         columns = None if columns is None or spec not in COLUMNS else {*columns, *COLUMNS[spec]}
     if columns is None or columns:
         wanted = {replace(t.ids[0].row, turn=None) for trees in read.values() for t in trees}
         found["rows"] = _rows_digest(wanted, columns)
     return found
+
+
+def content_digest(spec: str) -> str | None:
+    """sha256 of a reward's file, or of its model's folder; None where it is in neither."""
+    if in_folder(spec):
+        inside = (f for f in Path(spec).iterdir() if f.suffix in (".json", ".safetensors"))
+        return _files_digest(sorted(inside))
+    file = Path(spec.rpartition(":")[0])
+    return _files_digest([file]) if spec not in REWARDS and file.is_file() else None
 
 
 def _files_digest(files: Sequence[Path]) -> str:

@@ -29,14 +29,14 @@ def train_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Re
         return train_model(stages[0], screen)
     screen = screen or Silent()
     for stage in stages:
-        with _named(stage):
+        with named("stage", _name(stage)):
             require_read("train", stage.run)
             if not stage.run.resume:
                 require_run_dir(_folder(stage), False)
     *earlier, last = stages
     for number, stage in enumerate(earlier, 1):
         said = f"stage {number} of {len(stages)}, {_name(stage)}"
-        with _named(stage):
+        with named("stage", _name(stage)):
             if stage.run.resume and is_finished(_folder(stage)):
                 require_finished_as_asked(stage)
                 screen.note(f"{said}: finished before")
@@ -48,7 +48,7 @@ def train_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Re
             return result
         gc.collect()  # the model of one stage is gone before that of the next is there
     screen.note(f"stage {len(stages)} of {len(stages)}, {_name(last)}")
-    with _named(last):
+    with named("stage", _name(last)):
         return train_model(_going_on(last, False), screen)
 
 
@@ -66,7 +66,7 @@ def check_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Ch
         ask = number == 1 or Path(stage.run.model).is_dir()
         if not ask:
             stage = stage.with_value("model", first.run.model, "the first stage's")
-        with _named(stage):
+        with named("stage", _name(stage)):
             found.append(check(_going_on(stage, number == 1), screen, ask=ask))
         gc.collect()
     return replace(found[0], later=tuple(found[1:]))
@@ -99,10 +99,10 @@ def _name(stage: Resolved) -> str:
 
 
 @contextlib.contextmanager
-def _named(stage: Resolved) -> Generator[None]:
-    """Errors inside of the block say which stage they are of."""
+def named(what: str, name: str) -> Generator[None]:
+    """Errors inside of the block say which stage, or method, they are of."""
     try:
         yield
     except UpweightError as error:
-        error.args = (f"stage {_name(stage)}: {error}",)
+        error.args = (f"{what} {name}: {error}",)
         raise

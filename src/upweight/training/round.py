@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,25 @@ ByResponse = dict[ResponseId, Float[Tensor, " tokens"]]
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What it took: prompts that were asked and answers that were drawn, each time, and tokens that
+    went through a model, each time that they did."""
+
+    asked: int = 0
+    drawn: int = 0
+    computed: int = 0
+
+    def plus(self, other: Spent) -> Spent:
+        return Spent(
+            self.asked + other.asked, self.drawn + other.drawn, self.computed + other.computed
+        )
+
+
+@dataclass(frozen=True)
 class Round:
-    """What was drawn, by response; `beta` is the weight of the KL term that it was made with,
-    `stop_penalty` what answers that do not stop by themselves pay, and `computed` the tokens that
-    went through a model to make it, each time that they did."""
+    """What was drawn, by response; `beta` is the weight of the KL term that it was made with, and
+    `stop_penalty` what answers that do not stop by themselves pay. `spent` is what it took, with
+    the rounds before it in which there was nothing to learn from."""
 
     number: int
     beta: float
@@ -41,8 +56,8 @@ class Round:
     advantages: ByResponse
     values: ByResponse | None = None
     returns: ByResponse | None = None
-    computed: int = 0
     stop_penalty: float = 0.0
+    spent: Spent = Spent()
 
     def experience(self, forest: Forest) -> Experience:
         """What is known of the forest's tokens, in their order."""
@@ -157,7 +172,8 @@ _SCHEMA = pa.schema(
     [("source", pa.string()), ("line", pa.int64()), ("index", pa.int64()), ("score", pa.float64())]
     + [("tree", pa.int64()), ("chosen", pa.bool_()), ("rejected", pa.bool_())]
     + [("stopped", pa.bool_()), ("beta", pa.float64()), ("num_stopped", pa.int64())]
-    + [("computed", pa.int64()), ("stop_penalty", pa.float64())]
+    + [("stop_penalty", pa.float64())]
+    + [(name, pa.int64()) for name in asdict(Spent())]
     + [("prompt", pa.list_(pa.int32())), ("response", pa.list_(pa.int32()))]
     + [(name, pa.list_(pa.float32())) for name in _LISTS]
 )
@@ -183,8 +199,8 @@ def write_round(folder: Path, made: Round) -> None:
             "score": score,
             "beta": made.beta,
             "num_stopped": made.num_stopped,
-            "computed": made.computed,
             "stop_penalty": made.stop_penalty,
+            **asdict(made.spent),
         }
         for key in _LISTS:
             known: ByResponse | None = getattr(made, key)
@@ -233,8 +249,8 @@ def read_round(folder: Path, number: int) -> Round:
         beta=rows[0]["beta"],
         trees=tuple(_read_tree(group) for _, group in sorted(groups.items())),
         num_stopped=rows[0]["num_stopped"],
-        computed=rows[0]["computed"] or 0,
         stop_penalty=rows[0]["stop_penalty"] or 0.0,
+        spent=_spent(rows),
         scores=scores,
         logps=known["logps"],
         reference_logps=known["reference_logps"],
@@ -242,6 +258,23 @@ def read_round(folder: Path, number: int) -> Round:
         values=known["values"] or None,
         returns=known["returns"] or None,
     )
+
+
+def spent_on(folder: Path) -> Spent:
+    """What all the rounds of a run took, by their files."""
+    columns, found = ["source", "line", *asdict(Spent())], Spent()
+    for file in folder.glob("round-*.parquet"):
+        rows = pq.read_table(file, schema=_SCHEMA, columns=columns).to_pylist()
+        found = found.plus(_spent(rows))
+    return found
+
+
+def _spent(rows: Sequence[Mapping[str, Any]]) -> Spent:
+    """Of a file that does not say what was asked, its own rows are counted."""
+    first, prompts = rows[0], {(row["source"], row["line"]) for row in rows}
+    if first["asked"] is None:
+        return Spent(len(prompts), len(rows), first["computed"] or 0)
+    return Spent(first["asked"], first["drawn"], first["computed"])
 
 
 def _name(row: Mapping[str, Any]) -> ResponseId:

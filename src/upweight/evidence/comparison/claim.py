@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from upweight.evidence.comparison.nouns import Claim, Method, Pair, Start, widening
 from upweight.evidence.report.markup import interval, number, plural
@@ -14,10 +14,13 @@ from upweight.stats import Interval
 
 @dataclass(frozen=True, slots=True)
 class Knot:
-    """A place of a frontier: the reward with its interval at a KL, in nats."""
+    """A place of a frontier: the reward with its interval at a KL, in nats, and the bounds of that
+    where it is estimated."""
 
     kl: float
     reward: Interval
+    kl_low: float
+    kl_high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +33,21 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Facing:
-    """The frontiers of a run of DPO and one of PPO, and their differences where both reach."""
+    """The frontiers of a run of DPO and one of PPO, their differences where both reach, and how far
+    below DPO's may lie there for it to be called not below."""
 
     dpo: Method
     ppo: Method
     ours: Sequence[Knot]
     theirs: Sequence[Knot]
     gaps: Sequence[Gap]
+    margin: float
+
+
+MARGIN = 0.1
+"""Of the rewards that both frontiers cover where they are compared, from the least to the greatest:
+who gains nine tenths of what another method gains, at the same KL, has not chosen wrongly. A share
+and no number, since rewards have no unit in common."""
 
 
 def claim(methods: Sequence[Method], start: Start | None = None) -> Claim:
@@ -44,11 +55,13 @@ def claim(methods: Sequence[Method], start: Start | None = None) -> Claim:
 
     Both frontiers go through their evaluations by KL, straight in its square root, from the start
     at KL 0 if it is given; they are compared where either has an evaluation, within the KL that
-    both reach. True: somewhere above and nowhere below, by the whole interval of the difference;
-    False: somewhere below; None: neither is shown, or there is nothing to compare. Of several runs
-    of DPO or PPO every pair is compared: False if one is, True if all are that can be compared.
+    both reach. False: somewhere below, by the whole interval of the difference. True: nowhere
+    below by more than MARGIN, by the whole interval at every place. None: neither is shown, though
+    one may be above at some KL, or there is nothing to compare. Of several runs of DPO or PPO every
+    pair is compared: False if one is, True if all are that can be compared.
 
-    The intervals hold at all places of all pairs together, in 95 of 100 comparisons.
+    The intervals hold at all places of all pairs together, in 95 of 100 comparisons. They have in
+    them what the sampling of KL makes uncertain, as far as a frontier's slope turns it into reward.
     """
     of = {name: _of(methods, name.lower()) for name in ("DPO", "PPO")}
     for name, found in of.items():
@@ -73,24 +86,35 @@ def _alone(pair: Pair) -> str:
 
 def _of_all(pairs: Sequence[Pair]) -> str:
     """The sentence over several pairs, in which each is counted."""
-    found = [pair.holds for pair in pairs if pair.compared]
+    found = [pair.way for pair in pairs if pair.compared]
     left = len(pairs) - len(found)
     if not found:
         return f"DPO and PPO are not compared: no KL was reached by both in any of {left} pairs."
-    ways = ((False, "below"), (True, "not below"), (None, "not shown to differ"))
-    (holds, way), *others = [(holds, way) for holds, way in ways if holds in found]
-    whose = f"{'from ' if holds is None else ''}PPO's at equal KL"
-    rest = "".join(f", {way} in {found.count(holds)}" for holds, way in others)
+    way, *others = [way for way in _WHOSE if way in found]
+    rest = "".join(f", {way} in {found.count(way)}" for way in others)
     besides = f" {left} more could not be compared." if left else ""
     return (
-        f"DPO's frontier is {way} {whose} in {found.count(holds)} of "
+        f"DPO's frontier is {_WHOSE[way]} in {found.count(way)} of "
         f"{plural(len(found), 'comparison')}{rest}.{besides}"
     )
 
 
+_WHOSE = {
+    "below": "below PPO's at equal KL",
+    "not below": "not below PPO's at equal KL",
+    "above at some KL": "above PPO's at some KL, and not shown either way elsewhere,",
+    "not shown to differ": "not shown to differ from PPO's at equal KL",
+}
+"""What a pair shows, and how a sentence over several goes on with it."""
+
+
 def _facing(dpo: Method, ppo: Method, start: Start | None) -> Facing:
     ours, theirs = knots(dpo, start), knots(ppo, start)
-    return Facing(dpo, ppo, ours, theirs, compared(ours, theirs))
+    gaps = compared(_with_kl(ours), _with_kl(theirs))
+    low, high = max(ours[0].kl, theirs[0].kl), min(ours[-1].kl, theirs[-1].kl)
+    places = [low, *(gap.kl for gap in gaps), high]
+    rewards = [at(frontier, kl).value for frontier in (ours, theirs) for kl in places]
+    return Facing(dpo, ppo, ours, theirs, gaps, MARGIN * (max(rewards) - min(rewards)))
 
 
 def _of_two(facing: Facing, times: float) -> Pair:
@@ -100,8 +124,8 @@ def _of_two(facing: Facing, times: float) -> Pair:
         said = f"not compared: no KL was reached by both (DPO {_reach(ours)}, PPO {_reach(theirs)})"
         return Pair(*names, False, None, said)
     gaps = [Gap(each.kl, _wider(each.gap, times)) for each in facing.gaps]
-    holds, said = _said(gaps, max(ours[0].kl, theirs[0].kl))
-    return Pair(*names, True, holds, said)
+    holds, in_part, said = _said(gaps, max(ours[0].kl, theirs[0].kl), facing.margin)
+    return Pair(*names, True, holds, said, in_part)
 
 
 def _wider(found: Interval, times: float) -> Interval:
@@ -109,32 +133,47 @@ def _wider(found: Interval, times: float) -> Interval:
     return Interval(found.value, found.value - times * low, found.value + times * high)
 
 
-def _said(gaps: Sequence[Gap], low: float) -> tuple[bool | None, str]:
-    """What the differences show, as the end of "DPO's frontier is ..."."""
+def _said(gaps: Sequence[Gap], low: float, margin: float) -> tuple[bool | None, bool, str]:
+    """Whether the claim holds, whether it is shown in part, and what the differences show, as the
+    end of "DPO's frontier is ..."."""
     where = f"between KL {number(low)} and {number(gaps[-1].kl)} nats"
     below = [g for g in gaps if g.gap.high < 0]
     above = [g for g in gaps if g.gap.low > 0]
+    best = max(above, key=lambda g: g.gap.value, default=None)
     if below:
         worst = min(below, key=lambda g: g.gap.value)
         crossing = ""
-        if above:
-            best = max(above, key=lambda g: g.gap.value)
+        if best is not None:
             crossing = f". They cross: at KL {number(best.kl)} it is {_by(best)} higher"
-        return False, (
-            f"below PPO's: at KL {number(worst.kl)} its reward is {_by(worst)} lower{crossing}"
+        return (
+            False,
+            False,
+            f"below PPO's: at KL {number(worst.kl)} its reward is {_by(worst)} lower{crossing}",
+        )
+    least = min(gaps, key=lambda g: g.gap.low)
+    allowed = f"{number(margin)} (a tenth of the rewards that both cover there)"
+    if all(g.gap.low > -margin for g in gaps):
+        higher = ""
+        if best is not None:
+            higher = f" its reward is higher by up to {_by(best)}, at KL {number(best.kl)}, and"
+        nowhere = f"nowhere lower by more than {allowed}" if least.gap.low < 0 else "nowhere lower"
+        its = "" if higher else " its reward is"
+        return True, False, f"not below PPO's at equal KL: {where}{higher}{its} {nowhere}"
+    if best is not None:
+        return (
+            None,
+            True,
+            "above PPO's at some KL, and not shown either way elsewhere: at KL "
+            f"{number(best.kl)} its reward is {_by(best)} higher; at KL {number(least.kl)} the "
+            f"difference is {_signed(least)}, and that it is lower by more than {allowed} is not "
+            "ruled out",
         )
     widest = max(gaps, key=lambda g: abs(g.gap.value))
-    if above:
-        best = max(above, key=lambda g: g.gap.value)
-        worst = min(gaps, key=lambda g: g.gap.value)
-        least = f" ({_signed(worst)} at KL {number(worst.kl)})" if worst.gap.value < 0 else ""
-        return True, (
-            f"not below PPO's at equal KL: {where} its reward is higher by up to {_by(best)}, at "
-            f"KL {number(best.kl)}, and nowhere shown to be lower{least}"
-        )
-    return None, (
+    return (
+        None,
+        False,
         f"not shown to differ from PPO's at equal KL: {where} the largest difference in reward is "
-        f"{_signed(widest)}, at KL {number(widest.kl)}"
+        f"{_signed(widest)}, at KL {number(widest.kl)}",
     )
 
 
@@ -167,7 +206,8 @@ def _reach(found: Sequence[Knot]) -> str:
 
 
 def _known(method: Method) -> list[Knot]:
-    return [Knot(p.kl, p.reward_interval) for p in method.points if math.isfinite(p.kl + p.reward)]
+    known = [p for p in method.points if math.isfinite(p.kl + p.reward)]
+    return [Knot(p.kl, p.reward_interval, p.kl_low, p.kl_high) for p in known]
 
 
 def knots(method: Method, start: Start | None) -> list[Knot]:
@@ -177,21 +217,58 @@ def knots(method: Method, start: Start | None) -> list[Knot]:
     """
     found = _known(method)
     if start is not None:
-        origin = Knot(0.0, Interval(start.reward, start.low, start.high))
+        origin = Knot(0.0, Interval(start.reward, start.low, start.high), 0.0, 0.0)
         found = [origin, *(knot for knot in found if knot.kl > 0)]
-    by_kl: dict[float, list[Interval]] = {}
+    by_kl: dict[float, list[Knot]] = {}
     for knot in found:
-        by_kl.setdefault(knot.kl, []).append(knot.reward)
-    return [Knot(kl, _mean(by_kl[kl])) for kl in sorted(by_kl)]
+        by_kl.setdefault(knot.kl, []).append(knot)
+    return [_mean(by_kl[kl]) for kl in sorted(by_kl)]
 
 
-def _mean(rewards: Sequence[Interval]) -> Interval:
-    n = len(rewards)
-    return Interval(
-        math.fsum(r.value for r in rewards) / n,
-        math.fsum(r.low for r in rewards) / n,
-        math.fsum(r.high for r in rewards) / n,
+def _mean(found: Sequence[Knot]) -> Knot:
+    n = len(found)
+    reward = Interval(
+        math.fsum(k.reward.value for k in found) / n,
+        math.fsum(k.reward.low for k in found) / n,
+        math.fsum(k.reward.high for k in found) / n,
     )
+    low, high = (
+        math.fsum(b) / n for b in zip(*((k.kl_low, k.kl_high) for k in found), strict=True)
+    )
+    return Knot(found[0].kl, reward, low, high)
+
+
+def _with_kl(frontier: Sequence[Knot]) -> list[Knot]:
+    """The frontier with intervals of its rewards that have those of its KLs in them.
+
+    An evaluation whose KL is further than was estimated, by so many units of its root, earned at
+    the estimate less than was measured, by so many times the frontier's slope (the delta method).
+    The two errors are taken for independent: answers that went further than others mostly earned
+    more than others too, and then they cancel in part.
+    """
+    slope = _slope(frontier)
+    return [replace(knot, reward=_shifted(knot, slope)) for knot in frontier]
+
+
+def _shifted(knot: Knot, slope: float) -> Interval:
+    here, value = distance(knot.kl), knot.reward.value
+    nearer = slope * (here - distance(knot.kl_low))
+    further = slope * (distance(knot.kl_high) - here)
+    down, up = (further, nearer) if slope > 0 else (nearer, further)
+    low, high = value - knot.reward.low, knot.reward.high - value
+    return Interval(value, value - math.hypot(low, down), value + math.hypot(high, up))
+
+
+def _slope(frontier: Sequence[Knot]) -> float:
+    """Reward for a unit of the root of KL, over the whole frontier by least squares: from one
+    evaluation to the next it would be mostly noise. 0 where there is only one."""
+    roots = [distance(knot.kl) for knot in frontier]
+    mean = math.fsum(roots) / len(roots)
+    spread = math.fsum((root - mean) ** 2 for root in roots)
+    if not spread > 0:
+        return 0.0
+    pairs = zip(roots, frontier, strict=True)
+    return math.fsum((root - mean) * knot.reward.value for root, knot in pairs) / spread
 
 
 def distance(kl: float) -> float:

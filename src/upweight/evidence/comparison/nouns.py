@@ -13,7 +13,7 @@ class Point:
     """A policy as it was evaluated after `step`: its true reward and its sampled KL, in nats per
     answer, with their 95 % intervals (nan where not known), and its answers' mean tokens.
 
-    The answers of best-of-n have `step` n.
+    The answers of best-of-n have `step` n, and their KL is no estimate but a bound from above.
     """
 
     step: int
@@ -54,10 +54,19 @@ class Taught:
 
 
 @dataclass(frozen=True, slots=True)
+class Noticed:
+    """What was reported while a method trained: a diagnosis code, at which step, what was seen."""
+
+    code: str
+    step: int
+    said: str
+
+
+@dataclass(frozen=True, slots=True)
 class Method:
     """One method and its evaluations in step order. `seconds` and `tokens` are those of training,
     rollouts included; `failed` says why it did not get to its end. `taught` is None where that is
-    not known, as of one that failed."""
+    not known, as of one that failed before its first step."""
 
     name: str
     objective: str
@@ -67,6 +76,7 @@ class Method:
     points: tuple[Point, ...]
     failed: str | None = None
     taught: Taught | None = None
+    noticed: tuple[Noticed, ...] = ()
 
     @property
     def is_path(self) -> bool:
@@ -86,13 +96,22 @@ class Start:
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A run of DPO and one of PPO, by their names. `said` ends a sentence that begins "DPO's
-    frontier is", or says why the two are not `compared`."""
+    frontier is", or says why the two are not `compared`. `in_part`: DPO's is above at some KL, and
+    elsewhere nothing is shown."""
 
     dpo: str
     ppo: str
     compared: bool
     holds: bool | None
     said: str
+    in_part: bool = False
+
+    @property
+    def way(self) -> str:
+        """What is shown, in a few words."""
+        if self.holds is None:
+            return "above at some KL" if self.in_part else "not shown to differ"
+        return "not below" if self.holds else "below"
 
 
 def widening(places: int) -> float:
@@ -125,11 +144,14 @@ class Claim:
         if not self.places:
             return ""
         if self.places == 1:
-            return "The frontiers were compared at one place, with an interval of 95 %."
+            return (
+                "The frontiers were compared at one place, with an interval of 95 % that has the "
+                "sampling of rewards and of KL in it."
+            )
         return (
-            f"The frontiers were compared at {self.places} places; the intervals are "
-            f"{widening(self.places):.2f} times as wide as one place alone would need, so that "
-            "all of them hold together with 95 % confidence."
+            f"The frontiers were compared at {self.places} places; the intervals, which have the "
+            f"sampling of rewards and of KL in them, are {widening(self.places):.2f} times as wide "
+            "as one place alone would need, so that all of them hold together with 95 % confidence."
         )
 
     @property
@@ -152,3 +174,13 @@ class Study:
     machine: str
     seconds: float
     claim: Claim
+
+    @property
+    def noticed(self) -> tuple[str, ...]:
+        """One line for each method of which something was reported, by its codes: a reward that
+        rises while an answer's length or the KL runs away is not all that was asked for."""
+        return tuple(
+            f"{method.name} was reported while it trained: {', '.join(codes)}."
+            for method in self.methods
+            if (codes := dict.fromkeys(f"{n.code} at step {n.step}" for n in method.noticed))
+        )

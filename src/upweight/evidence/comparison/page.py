@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from upweight.evidence.comparison.claim import knots
+from upweight.evidence.comparison.claim import MARGIN, knots
 from upweight.evidence.comparison.given import given
 from upweight.evidence.comparison.nouns import Claim, Method, Point, Study
 from upweight.evidence.comparison.read import read_study
@@ -25,6 +25,7 @@ from upweight.evidence.report.markup import (
     duration,
     esc,
     number,
+    percent,
     plural,
     reading,
     table,
@@ -44,7 +45,7 @@ _ABOUT = {
     "spread.",
     "reward": "a model of the preferences, which others are trained against.",
     "best": "no training: of n answers of the start the one that a reward ranks first; its KL is "
-    "known, log n - (n - 1) / n at most.",
+    "log n - (n - 1) / n at most, and far less where many answers earn the same.",
 }
 
 
@@ -64,6 +65,7 @@ def render(study: Study) -> str:
         ("DPO against PPO", _pairs(study)),
         ("Reward against KL", _frontier(study)),
         ("Methods", _methods(study) + given(study)),
+        ("Reported while training", _noticed(study)),
         ("What each method is", _about(study)),
         ("How it was measured", _measured(study)),
         ("Every evaluation", _evaluations(study)),
@@ -79,21 +81,15 @@ _CHIPS = {
 
 
 def _chip(claim: Claim) -> tuple[str, str, str]:
-    if claim.holds is None and any(pair.holds for pair in claim.pairs):
+    if claim.holds is None and any(pair.holds or pair.in_part for pair in claim.pairs):
         return ("unclear", "◆", "Shown in part")
     return _CHIPS[claim.holds]
 
 
 def _masthead(study: Study) -> str:
     tone, sign, label = _chip(study.claim)
-    failed = [m for m in study.methods if m.failed is not None]
-    items = "".join(f"<li><bdi>{esc(m.name)}</bdi>: {esc(m.failed or '')}</li>" for m in failed)
-    besides = (
-        f'<aside class="cautions"><h2>{plural(len(failed), "method")} failed</h2>'
-        f"<ul>{items}</ul></aside>"
-        if failed
-        else ""
-    )
+    besides = "".join(filter(None, (_failures(study), _reports(study))))
+    besides = f'<aside class="cautions">{besides}</aside>' if besides else ""
     facts = " · ".join(filter(None, (study.machine, f"{duration(study.seconds)} of training")))
     return (
         f'<header class="masthead"><div><p class="run"><b dir="auto">{esc(study.title)}</b> '
@@ -101,6 +97,49 @@ def _masthead(study: Study) -> str:
         f'<p class="chip {tone}"><span aria-hidden="true">{sign}</span> {label}</p>'
         f'<h1 class="verdict" dir="auto">{esc(study.claim.said)}</h1>'
         f'<p class="facts">{esc(_facts(study))}</p></div>{besides}</header>'
+    )
+
+
+def _failures(study: Study) -> str:
+    failed = [m for m in study.methods if m.failed is not None]
+    items = [f"<bdi>{esc(m.name)}</bdi>: {esc(m.failed or '')}" for m in failed]
+    return _caution(f"{plural(len(failed), 'method')} failed", items)
+
+
+def _reports(study: Study) -> str:
+    """Which methods something was reported of: what a reward does not see may have been lost."""
+    reported = [m for m in study.methods if m.noticed]
+    items = [
+        f"<bdi>{esc(m.name)}</bdi>: {esc(', '.join(dict.fromkeys(n.code for n in m.noticed)))}"
+        for m in reported
+    ]
+    return _caution(f"Reported of {plural(len(reported), 'method')} while training", items)
+
+
+def _caution(title: str, items: Sequence[str]) -> str:
+    if not items:
+        return ""
+    return f"<h2>{title}</h2><ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
+
+
+def _noticed(study: Study) -> str:
+    """Everything that was reported; '' where nothing was."""
+    lines = [
+        (
+            f"<bdi>{esc(method.name)}</bdi>",
+            count(noticed.step),
+            f"<code>{esc(noticed.code)}</code>",
+            f'<span dir="auto">{esc(noticed.said)}</span>',
+        )
+        for method in study.methods
+        for noticed in method.noticed
+    ]
+    if not lines:
+        return ""
+    return table(("Method", "Step", "Code", "What was seen"), lines, "warnings") + reading(
+        "A reward that rises says nothing of what it does not score: length, repetition, lost stop "
+        "tokens and distance from the start are watched apart from it. upweight explain CODE says "
+        "what to do."
     )
 
 
@@ -127,18 +166,20 @@ def _pairs(study: Study) -> str:
             esc(said[:1].upper() + said[1:]),
         )
         for pair in study.claim.pairs
-        for tone, sign, label in [_PAIR[pair.holds] if pair.compared else _NOT_COMPARED]
+        for tone, sign in [_PAIR[pair.way] if pair.compared else _NOT_COMPARED]
+        for label in [pair.way if pair.compared else "not compared"]
         for _, _, said in [pair.said.partition(": ")]
     ]
     return table(("Runs", "DPO's frontier is", "What was seen"), lines, "pairs")
 
 
 _PAIR = {
-    True: ("good", "▲", "not below"),
-    False: ("bad", "▼", "below"),
-    None: ("unclear", "◆", "not shown to differ"),
+    "not below": ("good", "▲"),
+    "below": ("bad", "▼"),
+    "above at some KL": ("unclear", "△"),
+    "not shown to differ": ("unclear", "◆"),
 }
-_NOT_COMPARED = ("unknown", "○", "not compared")
+_NOT_COMPARED = ("unknown", "○")
 
 
 def _frontier(study: Study) -> str:
@@ -153,8 +194,8 @@ def _frontier(study: Study) -> str:
         f"mean {study.reward}",
         f"{READING} A line goes from the start through the evaluations of one policy by their KL, "
         "as frontiers are compared; one whose KL is estimated at 0 or below is on no line. The "
-        "last evaluation has a larger mark and is named; answers chosen best of n are points. "
-        "Point at one to read it.",
+        "last evaluation has a larger mark and is named. Answers chosen best of n are points, at "
+        "the most that their KL can be: the bar goes from 0 to there. Point at one to read it.",
         (study.start.reward, ""),
     )
 
@@ -170,8 +211,8 @@ def _origin(study: Study) -> Spot:
 
 def _trail(method: Method, study: Study, index: int) -> Trail:
     points = [p for p in method.points if p.step > 0 or not method.is_path]
-    spots = [Spot(p.kl_interval, p.reward_interval, _when(method, p)) for p in points]
     path = method.is_path
+    spots = [Spot(_kl(method, p), p.reward_interval, _when(method, p), not path) for p in points]
     texts = ["" for _ in points[:-1]] + [method.name] if path else [f"{p.step}" for p in points]
     return Trail(
         method.name,
@@ -183,6 +224,19 @@ def _trail(method: Method, study: Study, index: int) -> Trail:
         dashed=index % (2 * len(TONES)) >= len(TONES),
         line=[Spot(_exact(k.kl), k.reward, "") for k in knots(method, study.start)],
     )
+
+
+def _kl(method: Method, point: Point) -> Interval:
+    """With its interval; that of answers chosen best of n is a bound, above anything from 0."""
+    return point.kl_interval if method.is_path else Interval(point.kl, 0.0, point.kl)
+
+
+def _shown_kl(method: Method, point: Point) -> str:
+    return shown(point.kl_interval) if method.is_path else _at(method, point)
+
+
+def _at(method: Method, point: Point) -> str:
+    return f"{'' if method.is_path else '≤ '}{number(point.kl)}"
 
 
 def _exact(value: float) -> Interval:
@@ -224,10 +278,10 @@ def _line(method: Method, level: float | None) -> Sequence[str]:
     last = points[-1]
     below = [p for p in points if level is not None and p.kl <= level]
     best = max(below, key=lambda p: p.reward, default=None)
-    cells = [esc(shown(last.reward_interval)), esc(shown(last.kl_interval))]
+    cells = [esc(shown(last.reward_interval)), esc(_shown_kl(method, last))]
     if level is not None:
         said = "–" if best is None else f"{esc(shown(best.reward_interval))}"
-        at = "" if best is None else f"<small>{_when(method, best)}, KL {number(best.kl)}</small>"
+        at = "" if best is None else f"<small>{_when(method, best)}, KL {_at(method, best)}</small>"
         cells.append(said + at)
     return (name, *cells, esc(number(last.length)))
 
@@ -281,10 +335,16 @@ def _measured(study: Study) -> str:
         "same prompts, and what is hard for one is often hard for the other, but differences are "
         "not taken prompt by prompt, which would tell more: these intervals are likely wider than "
         "they need to be.",
+        "What is uncertain of a KL is in the interval of a difference too: the slope of its "
+        "frontier, over all its evaluations by the root of KL, turns it into reward.",
+        "That DPO is not below PPO is said where the whole interval of the difference lies, at "
+        f"every place, above minus {percent(MARGIN)} of the rewards that both frontiers cover "
+        "where they are compared: rewards have no unit in common, and who has nine tenths of the "
+        "gain at the same KL has not chosen wrongly. That it is below is said where the whole "
+        "interval lies below 0, at one place or more.",
         "Every place that was looked at is a chance to be wrong, so the intervals of differences "
         "are widened (Bonferroni, by the normal distribution) until all of them hold together with "
-        "95 % confidence. Intervals in the plot and the tables are of 95 % each for itself, and "
-        "the uncertainty of KL is in none.",
+        "95 % confidence. Intervals in the plot and the tables are of 95 % each for itself.",
         *_below_zero(study),
         f"Budget: {study.budget}. Machine: {study.machine}. Training, in all: "
         f"{duration(study.seconds)}.",
@@ -313,7 +373,7 @@ def _evaluations(study: Study) -> str:
         (
             f"<bdi>{esc(method.name)}</bdi>",
             esc(_when(method, p)),
-            esc(shown(p.kl_interval)),
+            esc(_shown_kl(method, p)),
             esc(shown(p.reward_interval)),
             esc(number(p.length)),
         )

@@ -9,6 +9,7 @@ from upweight.errors import DataError
 from upweight.evidence.comparison.nouns import (
     Claim,
     Method,
+    Noticed,
     Pair,
     Point,
     Start,
@@ -53,6 +54,7 @@ def _pair(entry: JsonObject) -> Pair:
         compared=_compared(entry),
         holds=_holds(entry),
         said=entry.text("said"),
+        in_part=entry.fields.get("in_part") is True,
     )
 
 
@@ -80,7 +82,13 @@ def _method(entry: JsonObject) -> Method:
         points=tuple(map(_point, entry.objects("points"))),
         failed=None if entry.fields.get("failed") is None else entry.text("failed"),
         taught=None if entry.fields.get("taught") is None else _taught(entry.object("taught")),
+        # A record from before reports were kept has none.
+        noticed=tuple(map(_noticed, entry.objects("noticed"))) if "noticed" in entry.fields else (),
     )
+
+
+def _noticed(entry: JsonObject) -> Noticed:
+    return Noticed(entry.text("code"), entry.whole("step"), entry.text("said"))
 
 
 def _taught(entry: JsonObject) -> Taught:

@@ -35,11 +35,13 @@ _SIDES = {"ne": (0.0, 0.6), "nw": (-1.0, 0.6), "se": (0.0, -0.6), "sw": (-1.0, -
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """One evaluation. A bound that is not known is nan; `said` names the spot, as in a tooltip."""
+    """One evaluation. A bound that is not known is nan; `said` names the spot, as in a tooltip. Its
+    KL is an estimate, or, `at_most`, a bound of it."""
 
     kl: Interval
     reward: Interval
     said: str
+    at_most: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,8 @@ def _marks(trail: Trail, x: Scale, y: Scale) -> str:
 
 
 def _said(spot: Spot) -> str:
-    return f"{spot.said}: reward {shown(spot.reward)} at KL {shown(spot.kl)}"
+    kl = f"≤ {number(spot.kl.value)}" if spot.at_most else shown(spot.kl)
+    return f"{spot.said}: reward {shown(spot.reward)} at KL {kl}"
 
 
 def shown(found: Interval) -> str:

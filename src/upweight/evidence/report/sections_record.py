@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from typing import cast
 
 from upweight.evidence.records import Records, SetAccount, Setting
 from upweight.evidence.report.charts import anchor
@@ -246,6 +247,9 @@ def _shown(value: object) -> str:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        entries = cast("Mapping[str, object]", value)
+        return ", ".join(f"{name} {digest}" for name, digest in entries.items()) or "none"
     return str(value)
 
 
