@@ -102,6 +102,12 @@ def test_settings_are_ordered_by_who_chose_them():
     assert '<span class="none">none</span>' in html
 
 
+def test_the_environment_names_each_of_several_digests():
+    digests = {"data_digests": {"train": "ab12", "prompts": "cd34"}, "reward_digests": {}}
+    html = environment(Records("run", environment=digests))
+    assert "train ab12, prompts cd34" in html and ">none</code>" in html
+
+
 def test_the_environment_says_how_long_the_run_took():
     times = {"started": "2026-01-02T03:04:05+00:00", "finished": "2026-01-02T03:08:17+00:00"}
     html = environment(Records("run", environment={**times, "gpu": None, "sharing": True}))
