@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import upweight.data.stream as stream
 import upweight.recipes.start as run_start
 import upweight.recipes.train as run_train
 import upweight.training.objectives as objectives
 from runs import furnish, plain_rows, rows_of, sentence, train, write_rows
-from tiny import VOCAB_SIZE
+from tiny import FAMILIES, VOCAB_SIZE
 from upweight.cli import main
 from upweight.data.pack import bins_of_step
 from upweight.models.load import LanguageModel
@@ -84,6 +84,79 @@ def test_a_step_without_a_gradient_is_refused(
     assert train("run") == 2
     said = capsys.readouterr().err
     assert "error[UW103]" in said and "every gradient is 0" in said
+
+
+def of_four_layers() -> None:
+    """model/ with twice as many layers as usual."""
+    config = AutoConfig.for_model("llama", **FAMILIES["llama"] | {"num_hidden_layers": 4})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained("model")
+
+
+def detached(monkeypatch: pytest.MonkeyPatch, *cut: int) -> None:
+    """What the layers with these numbers add to their input has no gradient."""
+    trained = run_start.trained
+
+    def cut_off(_layer: Any, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+        return given[0] + (out - given[0]).detach()
+
+    def planted(*args: Any) -> LanguageModel:
+        lm = trained(*args)
+        for number in cut:
+            lm.model.get_submodule(f"{lora_prefix(lm)}model.layers.{number}").register_forward_hook(
+                cut_off
+            )
+        return lm
+
+    monkeypatch.setattr(run_start, "trained", planted)
+
+
+def lora_prefix(lm: LanguageModel) -> str:
+    return "base_model.model." if lm.has_adapter else ""
+
+
+@pytest.mark.parametrize(
+    ("cut", "more"),
+    [
+        ((2,), ()),
+        ((0, 1, 3), ()),
+        ((0, 1, 2, 3), ()),
+        ((2,), ("--lora",)),
+        ((0, 1, 3), ("--lora",)),
+    ],
+)
+def test_layers_that_no_gradient_reaches_are_refused(
+    cut: tuple[int, ...],
+    more: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    of_four_layers()
+    detached(monkeypatch, *cut)
+    assert train("run", *more, "--samples", "0") == 2
+    said = capsys.readouterr().err
+    assert "error[UW103]: step 1: nothing in" in said
+    assert f"in {', '.join(f'layers.{number}' for number in cut)} has moved" in said
+
+
+@pytest.mark.parametrize("more", [(), ("--lora",)])
+def test_layers_that_all_learn_are_not(more: tuple[str, ...]):
+    of_four_layers()
+    assert train("run", *more, "--samples", "0", "--steps", "2", "--flat", "0") == 0
+    assert warned() == {}
+
+
+def test_layers_are_looked_at_again_once_updates_are_large_enough(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    of_four_layers()
+    detached(monkeypatch, 1, 2, 3)
+    # A warmup whose first update is smaller than what most weights can hold.
+    slow = ("--learning-rate", "4e-8", "--warmup", "0.9", "--epochs", "40", "--samples", "0")
+    assert train("run", *slow) == 2
+    said = capsys.readouterr().err
+    assert "nothing in layers.1, layers.2, layers.3 has moved" in said
+    assert "step 1:" not in said
 
 
 def test_half_precision_weights_that_swallow_their_updates_are_refused(

@@ -340,7 +340,7 @@ def test_a_wide_spread_is_blamed_on_what_is_unusual(beta: float, cause: str):
 def test_margins_that_stay_at_zero_are_reported_at_the_end_of_a_run():
     def ending(num: int, size: float) -> list[str]:
         watch = Watch(loaded(), Limits(), Told(0.1, num))
-        watch.seen.moved = 1.0
+        watch.seen.moved, watch.seen.judged = 1.0, True
         rows = [record(step, **{"rewards/spread": size}) for step in range(1, num + 1)]
         assert codes(watch, rows[:-1]) == []
         return codes(watch, rows[-1:])
@@ -357,7 +357,7 @@ def test_margins_that_stay_at_zero_are_reported_at_the_end_of_a_run():
 )
 def test_a_flat_run_is_blamed_on_beta_or_on_distance(beta: float, size: float, cause: str):
     watch = Watch(loaded(), Limits(), Told(beta, 30))
-    watch.seen.moved = 1.0
+    watch.seen.moved, watch.seen.judged = 1.0, True
     rows = [record(step, **{"rewards/spread": size}) for step in range(1, 31)]
     found = [finding for row in rows for finding in watch.after(row)]
     assert [f.code for f in found] == ["UW307"] and cause in found[0].said

@@ -23,8 +23,8 @@ def nothing_learns(seen: Seen, record: Record) -> Finding | None:
         # A first round whose answers all scored the same has no gradient, and the next may.
         seen.look_again()
         return None
-    seen.judged = True
-    if record["grad_norm"] != 0 and seen.moved > 0:
+    if seen.learns or (record["grad_norm"] != 0 and seen.moved > 0):
+        seen.learns = True
         return _some_do_not(seen, record)
     if record["grad_norm"] == 0:
         cause = "every gradient is 0: no scored token depends on a weight that is trained"
@@ -40,8 +40,12 @@ def nothing_learns(seen: Seen, record: Record) -> Finding | None:
 def _some_do_not(seen: Seen, record: Record) -> Finding | None:
     """Layers that stand still between others that move."""
     assert seen.moved is not None
-    # Updates too small for most weights leave some layers where they are by chance.
-    if not seen.still or seen.moved < 0.5:
+    # Updates too small for most weights leave some layers where they are by chance: they are
+    # looked at after the next steps too, which may be larger.
+    if seen.still and seen.moved < MOVED:
+        return None
+    seen.judged = True
+    if not seen.still:
         return None
     shown = ", ".join(seen.still[:8]) + (", ..." if len(seen.still) > 8 else "")
     return Finding(
