@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import shutil
 from collections.abc import Callable
@@ -18,8 +17,8 @@ import upweight.data.stream as stream
 import upweight.recipes.start as run_start
 import upweight.recipes.train as run_train
 import upweight.training.objectives as objectives
-from runs import furnish, plain_rows, rows_of, sentence, train, write_rows
-from tiny import FAMILIES, VOCAB_SIZE
+from runs import even_odds_to_stop, furnish, plain_rows, rows_of, sentence, train, write_rows
+from tiny import FAMILIES
 from upweight.cli import main
 from upweight.data.pack import bins_of_step
 from upweight.models.load import LanguageModel
@@ -427,19 +426,6 @@ def test_a_small_beta_is_named_where_the_policy_runs_away():
     loose = ("--learning-rate", "0.03", "--beta", "1e-3", "--epochs", "2", "--kl", "25")
     assert train("run", *loose, "--max_new_tokens", "48", "--samples", "8") == 0
     assert "at which that distance costs" in warned()["UW308"]["said"]
-
-
-def even_odds_to_stop() -> None:
-    """model/ says its stop token with about even odds, wherever it is."""
-    model = AutoModelForCausalLM.from_pretrained("model")
-    width, stop = model.config.hidden_size, model.config.eos_token_id
-    with torch.no_grad():
-        # A first channel that is large everywhere is about sqrt(width) after the last norm, and
-        # the logits of the others are about as many as exp(sqrt(width)).
-        model.get_input_embeddings().weight[:, 0] = 50.0
-        model.get_output_embeddings().weight[:, 0] = 0.0
-        model.get_output_embeddings().weight[stop, 0] = math.log(VOCAB_SIZE) / width**0.5
-    model.save_pretrained("model")
 
 
 def test_responses_without_their_stop_token_teach_not_to_stop():

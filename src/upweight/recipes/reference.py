@@ -40,6 +40,8 @@ FEWEST_ROWS = 16
 show."""
 PROBE_ROWS = 32
 PROBE_TOKENS = 2048
+PROBE_ANSWERS = 6
+PROBE_LONGEST = 64
 """What `check` asks the reference about in each set: minutes of training are seconds here."""
 
 
@@ -58,6 +60,16 @@ class Against:
     own: Interval | None
     model_fingerprint: str
     bit_sums: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What `check` hears of the reference: answers by set, and where the rows are held against it,
+    its log-probs of a few of them and `own` as in Against."""
+
+    answers: Mapping[str, Sequence[Sample]]
+    logps: Reference | None = None
+    own: Interval | None = None
 
 
 def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Screen) -> Against:
@@ -89,11 +101,17 @@ def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Scree
     return Against(logps, plan, answers, own, start, sums)
 
 
-def probe_reference(run: Run, lm: LanguageModel, prepared: Prepared) -> tuple[Reference, Interval]:
-    """What the reference says of a few rows of each set, kept nowhere, and the mean log-prob per
-    token of its own answers."""
+def probe_reference(run: Run, lm: LanguageModel, prepared: Prepared) -> Probed:
+    """What the reference says of a few rows of each set, and answers to a few of the prompts that
+    it will be asked. Kept nowhere."""
     stop_ids = prepared.renderer.stop_ids
     with _at_start(run, lm) as model, evaluation_mode(model):
+        answers = {
+            name: draw(run, model, sampled_prompts(run, trees)[:PROBE_ANSWERS], stop_ids)
+            for name, trees in _briefly_answered(run, prepared).items()
+        }
+        if not KINDS[run.objective].by_reference:
+            return Probed(answers)
         logps = Reference("", Path())
         for name, trees in prepared.trees.items():
             if name == PROMPTS:
@@ -102,7 +120,21 @@ def probe_reference(run: Run, lm: LanguageModel, prepared: Prepared) -> tuple[Re
                 forest = collate(group)
                 with torch.no_grad():
                     logps.take(forest, token_logps(model, forest))
-        return logps, own_nats(model, prepared.trees["train"], stop_ids, run.seed)
+        own = own_nats(model, prepared.trees["train"], stop_ids, run.seed)
+        return Probed(answers, logps, own)
+
+
+def has_a_say(run: Run, prepared: Prepared) -> bool:
+    """Whether `probe_reference` has anything to ask."""
+    return KINDS[run.objective].by_reference or bool(_briefly_answered(run, prepared))
+
+
+def _briefly_answered(run: Run, prepared: Prepared) -> dict[str, list[Tree]]:
+    """None where answers may be long: whoever has raised evaluation.max_new_tokens waits for them
+    in a run."""
+    if run.evaluation.max_new_tokens > PROBE_LONGEST:
+        return {}
+    return answered_sets(run, prepared)
 
 
 def _probes(trees: Sequence[Tree]) -> list[Tree]:

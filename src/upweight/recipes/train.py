@@ -40,7 +40,7 @@ from upweight.recipes.resume import (
 )
 from upweight.recipes.rewarding import Scorer, ask_rewards, make_scorer, require_rewards
 from upweight.recipes.screen import Screen, Silent
-from upweight.recipes.start import Start, found_beside, start, with_reference
+from upweight.recipes.start import Start, found_beside, start, with_answers, with_reference
 from upweight.recipes.state import (
     State,
     Values,
@@ -120,6 +120,7 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
             require_same_models(saved.position, begun.run, against)
         if against.own is not None:
             begun = with_reference(begun, against.logps, against.own, screen, fresh=saved is None)
+        begun = with_answers(begun, against.answers, screen)
         # Before the first file of the run, so that a login that is wrong leaves none.
         target = Target(rundir.path, leaf_values(begun.run), saved.position.step if saved else None)
         trackers = stack.enter_context(tracking(to_open, target, screen.note))

@@ -106,10 +106,9 @@ PAGES: tuple[Page, ...] = (
             "trained tensor are compared with what they were before. If none has moved the run is "
             "refused; the message says whether no gradient arrived (`grad_norm` is 0) or the "
             "updates were too small for the weights to hold. Refused as well: weights that move by "
-            "their decay alone, and layers in which nothing has moved while most of what else can move "
-            "has, which is looked at until it is so: the first factor of an adapter stands still "
-            "for as long as the second is 0. "
-            "A run that learns from its own "
+            "their decay alone, and layers in which nothing has moved while most of what else can "
+            "move has, which is looked at until it is so: the first factor of an adapter stands "
+            "still for as long as the second is 0. A run that learns from its own "
             "answers is refused after 64 steps, or at its last one, in which no answer had an "
             "advantage over another."
         ),

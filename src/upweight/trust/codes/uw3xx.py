@@ -163,7 +163,9 @@ PAGES: tuple[Page, ...] = (
         ),
         guarded_by=(
             "It is the headline of the report for as long as the last evaluation, or the last "
-            "round where nothing is evaluated, is still beyond the limit. The report has the "
+            "round where nothing is evaluated, is still beyond the limit. Before step 1 `train` "
+            "and `check` say where none of this can be seen: nothing is held out, too few prompts "
+            "are answered, or the reference's own answers are cut. The report has the "
             "answers side by side, and says so when the policy's are on average more than 1.25 "
             "times as long as the reference's, or the reference's more than 1.25 times as long as "
             "the policy's."

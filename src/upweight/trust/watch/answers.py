@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from upweight.config import Watch as Limits
+from upweight.stats import wilson_interval
 from upweight.trust.finding import Finding
 from upweight.trust.watch.seen import Record, Seen
 
@@ -68,6 +70,12 @@ def does_not_stop(seen: Seen, record: Record) -> Finding | None:
         f"{_cause(seen, record, 2.0)}.",
         metric="stopped",
     )
+
+
+def sees_lost_ends(limits: Limits, before: float, num: int) -> bool:
+    """Whether any number of `num` answers that no longer end would be reported, where the share
+    `before` of the reference's does."""
+    return wilson_interval(0.0, num).high < limits.stopped * before
 
 
 def _cause(seen: Seen, record: Record, ratio: float = 1.0) -> str:
