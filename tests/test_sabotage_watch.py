@@ -305,7 +305,7 @@ def test_near_identical_pairs_at_a_large_rate_displace_what_is_chosen():
         for i, text in enumerate(same)
     ]
     write_rows("pairs.jsonl", rows)
-    assert train("run", "--learning-rate", "3e-2", "--epochs", "3", "--displaced", "0.5") == 0
+    assert train("run", "--learning-rate", "3e-2", "--epochs", "3") == 0
     found = warned()["UW304"]
     assert "share 9" in found["said"] and "data.min_score_gap" in found["said"]
     assert found["metric"] == "logratios/chosen"

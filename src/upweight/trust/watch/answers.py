@@ -12,11 +12,6 @@ from upweight.trust.watch.seen import Record, Seen
 CUT = 0.1
 """The share of chosen responses without their end that is a likely cause."""
 
-NEGATIVE = 0.1
-"""Nats an answer below 0 that are let pass. A policy that is still its reference has a KL of
-rounding, in bf16 some 0.0005 nats a token; and where all gaps are that small, one interval in forty
-lies below 0 by chance, in a run of a hundred rounds two or three."""
-
 LONGER = 1.2
 """How many times the rejected responses' length makes the chosen ones' a likely cause."""
 
@@ -101,7 +96,10 @@ def _cause(seen: Seen, record: Record, ratio: float = 1.0) -> str:
 
 def kl_below_zero(seen: Seen, record: Record) -> Finding | None:
     """The sampled KL is negative beyond what chance explains, and a KL is not."""
-    if not record.get("kl_high", math.nan) < -NEGATIVE:
+    # A policy that is still its reference has a KL of rounding, in bf16 some 0.0005 nats a token;
+    # and where all gaps are that small, one interval in forty lies below 0 by chance, in a run of a
+    # hundred rounds two or three.
+    if not record.get("kl_high", math.nan) < -seen.limits.below:
         return None
     return Finding(
         "UW308",
