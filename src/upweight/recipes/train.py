@@ -77,7 +77,7 @@ WORTH_A_TRY = 50
 VALUE_RATE = 10.0
 """A value model starts from nothing, and learns at so many times the policy's rate."""
 
-OF_THE_NEXT_STEP = ("UW302", "UW303")
+OF_THE_NEXT_STEP = ("UW105", "UW302", "UW303")
 """Refusals of a step that is not taken then. What is not the last step's is not on record as such:
 a run that resumes from there must lose the line."""
 

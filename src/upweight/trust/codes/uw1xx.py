@@ -184,8 +184,8 @@ PAGES: tuple[Page, ...] = (
             "A margin is a difference of such sums, so it would be mostly rounding."
         ),
         found_by=(
-            "The dtype of the token log-probs is asserted to be float32 or float64 wherever they "
-            "are summed. An assertion is for our own bugs: it ends the run with a traceback."
+            "Wherever token log-probs are summed, their dtype must be float32 or float64; the "
+            "message names the one that was found, and the rows."
         ),
         causes=(
             "Code of your own passes half-precision log-probs to `response_logps` or `pair_logps`.",
@@ -193,7 +193,7 @@ PAGES: tuple[Page, ...] = (
         ),
         do=(
             "Cast logits to float32 before the log-softmax, and sum what comes out.",
-            "If the traceback has no code of your own in it, report it.",
+            "If there is no code of your own between the two, report it.",
         ),
         detectors=("upweight.models.logprobs:response_logps",),
     ),
