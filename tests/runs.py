@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from tiny import save_tiny
+from tiny import VOCAB_SIZE, save_tiny
 from upweight.cli import main
 
 PAIRS = [
@@ -40,6 +43,19 @@ def furnish(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     save_tiny("model")
     write_rows("pairs.jsonl", PAIRS)
+
+
+def even_odds_to_stop() -> None:
+    """model/ says its stop token with about even odds, wherever it is."""
+    model = AutoModelForCausalLM.from_pretrained("model")
+    width, stop = model.config.hidden_size, model.config.eos_token_id
+    with torch.no_grad():
+        # A first channel that is large everywhere is about sqrt(width) after the last norm, and
+        # the logits of the others are about as many as exp(sqrt(width)).
+        model.get_input_embeddings().weight[:, 0] = 50.0
+        model.get_output_embeddings().weight[:, 0] = 0.0
+        model.get_output_embeddings().weight[stop, 0] = math.log(VOCAB_SIZE) / width**0.5
+    model.save_pretrained("model")
 
 
 def write_rows(name: str, rows: list[dict[str, Any]]) -> None:

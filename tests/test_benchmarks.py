@@ -14,6 +14,7 @@ import torch
 import gpu
 import results
 import upweight_worker
+import watch
 from on_gpu.cells import Case, Steps, blank
 from on_gpu.models import TOY_SIZES, as_saved_in_bf16, build, random_trees
 from on_gpu.speed import adapted, measure
@@ -32,6 +33,14 @@ PROGRAMS = {p.stem for p in Path(upweight_worker.__file__).parent.glob("*.py")} 
 @pytest.mark.parametrize("program", sorted(PROGRAMS))
 def test_a_program_finds_all_that_it_imports(program):
     importlib.import_module(program)
+
+
+def test_what_the_cost_of_the_watch_is_read_from_exists():
+    for owner, name in watch.WATCHED:
+        assert callable(getattr(owner, name))
+    with pytest.MonkeyPatch.context() as patched:
+        spent = watch.timing(patched.setattr)
+    assert list(spent) == [name for _, name in watch.WATCHED] and not any(spent.values())
 
 
 def run(task, folder, monkeypatch, *, steps=2, **options):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from upweight import cli
-from upweight.config import load_run
+from upweight.config import Watch, load_run
 from upweight.config.keys import keys
 from upweight.data import account
 from upweight.errors import UpweightError
@@ -22,6 +22,7 @@ from upweight.evidence.records.ledger import SCHEMA
 from upweight.evidence.report import verdict
 from upweight.models import probes, proof, reference
 from upweight.recipes.best import KL, SAMPLED
+from upweight.stats import FEWEST
 from upweight.training import agreement
 from upweight.training.rundir import RECORDS
 from upweight.trust.codes import (
@@ -211,8 +212,10 @@ def test_numbers_on_the_pages_are_those_of_the_code() -> None:
     assert f"{proof.TOLERANCE_NATS[torch.bfloat16]} nats" in CODES["UW401"].found_by
     assert verdict._NOTEWORTHY_FALL_NATS == 0.5 and "half a nat" in CODES["UW304"].guarded_by
     assert curves.ALIKE == 0.8 and "four fifths" in CODES["UW304"].found_by
+    assert FEWEST == 6 and "over six held-out" in CODES["UW304"].found_by
+    assert Watch().displaced == 0.5 and "-0.5 = 0.61" in CODES["UW304"].found_by
     assert RECENT == 8 and "last eight" in CODES["UW304"].found_by + CODES["UW306"].found_by
-    assert curves.KNOWN == 0.9 and "0.9 or more" in CODES["UW306"].found_by
+    assert Watch().known == 0.9 and "0.9 or more" in CODES["UW306"].found_by
     assert f"run of {curves.FEWEST_STEPS} steps or more" in CODES["UW307"].found_by
     assert orders.FEWEST_ROWS == 10 and "fewer than ten rows" in CODES["UW309"].found_by
     assert f"{verdict._NOTEWORTHY_LENGTH} times" in CODES["UW305"].guarded_by

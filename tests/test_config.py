@@ -139,16 +139,21 @@ OTHER: dict[str, Any] = {
     "preflight.improbable": 5.0,
     "preflight.reach": 1e-5,
     "preflight.shortcut": 0.9,
+    "watch.moved": 0.4,
+    "watch.patience": 32,
     "watch.displaced": 2.0,
     "watch.length": 2.0,
     "watch.repetition": 0.3,
     "watch.stopped": 0.4,
     "watch.solved": 0.9,
+    "watch.learned": 3.0,
+    "watch.known": 0.8,
     "watch.easy": 0.9,
     "watch.spread": 5.0,
     "watch.flat": 0.02,
     "watch.suspect": 0.9,
     "watch.kl": 20.0,
+    "watch.below": 0.2,
 }
 EVALUATED = {"evaluation.fraction": 0.2}
 CONTEXT: dict[str, dict[str, Any]] = {
@@ -161,8 +166,10 @@ CONTEXT: dict[str, dict[str, Any]] = {
     "watch.length": EVALUATED,
     "watch.repetition": EVALUATED,
     "watch.stopped": EVALUATED,
+    "watch.known": EVALUATED,
     "watch.easy": EVALUATED,
     "watch.kl": EVALUATED,
+    "watch.below": EVALUATED,
     "export.merge": {"lora": True},
     "policy.value_coefficient": {"policy.value": "shared"},
 }
@@ -515,6 +522,7 @@ def test_the_table_of_objectives_has_each_of_them_and_names_keys_or_sections() -
     assert unread("dpo") == [
         *("data.learn", "data.turns", "loss.margin", "loss.centering"),
         *(key.full for key in keys().values() if key.section in ("rollout", "policy")),
+        "watch.patience",
     ]
 
 

@@ -24,6 +24,7 @@ from upweight.errors import UpweightError
 from upweight.models.sample import Sample
 from upweight.recipes import train_model
 from upweight.training import checkpoint
+from upweight.trust.watch import seen
 from upweight.trust.watch.seen import Seen
 
 BASE: Mapping[str, Any] = {
@@ -164,15 +165,20 @@ CASES: dict[str, Case] = {
     "preflight.shortcut": Case(0.99, "findings", {"data.path": "pairs.jsonl"}),
     "preflight.improbable": Case(0.0, "findings", {"data.path": "odd.jsonl"}),
     "preflight.reach": Case(1.0, "findings"),
+    "watch.moved": Case(0.3, "findings", refused="nothing in layers.0 has moved"),
+    "watch.patience": Case(1, "findings", PPO, refused="no answer so far had an advantage"),
     "watch.displaced": Case(9.0, "findings", {"steps": 9}),
     "watch.length": Case(9.0, "findings", MANY),
     "watch.repetition": Case(0.999, "findings", MANY),
     "watch.stopped": Case(0.0, "findings", MANY),
     "watch.solved": Case(0.5, "findings", {"steps": 9}),
+    "watch.learned": Case(20.0, "findings", {"steps": 9, "watch.solved": 0.5}),
+    "watch.known": Case(0.99, "findings", {**EVALUATED, "steps": 9}),
     "watch.easy": Case(0.0, "findings", {**EVALUATED, "data.path": "pairs.jsonl", "steps": 9}),
     "watch.spread": Case(1e-6, "findings", {"steps": 9}),
     "watch.flat": Case(1e6, "findings", {"steps": 32, "optimizer.learning_rate": 1e-5}),
     "watch.kl": Case(0.0, "findings", WILD),
+    "watch.below": Case(0.9, "findings", MANY),
     "watch.suspect": Case(0.5, "suspects", {**EVALUATED, "steps": 6}),
 }
 
@@ -248,7 +254,7 @@ def _scored() -> list[dict[str, Any]]:
 def _learned_by_heart(patched: pytest.MonkeyPatch) -> None:
     """Training that has told nearly all pairs apart, by making all responses improbable."""
     means = {"rewards/accuracies": 0.98, "loss": 0.001, "logratios/chosen": -30.0}
-    patched.setattr(Seen, "mean", lambda seen, key: means.get(key, 10.0))
+    patched.setattr(Seen, "mean", lambda self, key: means.get(key, 10.0))
 
 
 def _short_answers(patched: pytest.MonkeyPatch) -> None:
@@ -281,7 +287,32 @@ def _endless_answers(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(run_reference, "draw", ended)
 
 
+def _hardly_moved(patched: pytest.MonkeyPatch) -> None:
+    """Updates that most weights have not held, and a layer none of them."""
+    patched.setattr(seen, "_share_moved", lambda before, after: (0.4, ["layers.0"]))
+
+
+def _taught_late(patched: pytest.MonkeyPatch) -> None:
+    """Answers of which none is better than another, at the first step."""
+
+    def remember(told: Seen, record: Mapping[str, float]) -> None:
+        told.taught = record["step"] > 1
+
+    patched.setattr(Seen, "remember", remember)
+
+
+def _below_zero(patched: pytest.MonkeyPatch) -> None:
+    """A sampled KL that no KL can be."""
+    record = {"kl": -1.0, "kl_low": -1.5, "kl_high": -0.5}
+    patched.setattr(run_evaluation.evaluate, "kl_record", lambda *given: record)
+
+
 PLANTED: Mapping[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "watch.moved": _hardly_moved,
+    "watch.patience": _taught_late,
+    "watch.learned": _learned_by_heart,
+    "watch.known": _learned_by_heart,
+    "watch.below": _below_zero,
     "watch.displaced": _learned_by_heart,
     "watch.length": _short_answers,
     "watch.repetition": _stuck_answers,

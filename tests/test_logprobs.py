@@ -20,7 +20,7 @@ from oracles import (
 from test_attention import plain_kernel
 from tiny import FALLBACK_FAMILIES, FAMILIES, save_tiny
 from upweight.data.pack import collate, unshared
-from upweight.errors import ModelError
+from upweight.errors import ModelError, Refusal
 from upweight.models import attention
 from upweight.models.attention import layout_of, native_attention
 from upweight.models.head import head_logps
@@ -344,7 +344,7 @@ def test_sums_are_taken_per_response_and_paired_by_preference():
 
 def test_half_precision_log_probs_are_never_summed():
     forest = collate(random_trees([(3, 2, 3)]))
-    with pytest.raises(AssertionError, match="UW105"):
+    with pytest.raises(Refusal, match=r"of 5 tokens are in bfloat16.*UW105"):
         response_logps(torch.zeros(5, dtype=torch.bfloat16), forest)
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 import upweight.recipes.reference as recipe
 import upweight.training.objectives as objectives
-from runs import PAIRS, furnish, train, write_rows
+from runs import PAIRS, furnish, rows_of, train, write_rows
 from tiny import CHATML, byte_tokenizer, save_tiny, tiny_model
 from upweight.cli import main
 from upweight.config import load_run
@@ -36,11 +36,17 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     furnish(tmp_path, monkeypatch)
 
 
-def test_log_probs_summed_in_half_precision_end_the_run(monkeypatch: pytest.MonkeyPatch):
+def test_log_probs_summed_in_half_precision_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     real = objectives.token_logps
     monkeypatch.setattr(objectives, "token_logps", lambda lm, forest: real(lm, forest).bfloat16())
-    with pytest.raises(AssertionError, match="UW105"):
-        train("run")
+    assert train("run") == 2
+    said = capsys.readouterr().err
+    assert "error[UW105]" in said and "are in bfloat16" in said and "Rows: pairs.jsonl:" in said
+    (last,) = [row for row in rows_of("run/metrics.jsonl") if row["kind"] == "warning"]
+    assert (last["code"], last["step"], last["refused"]) == ("UW105", 1, True)
+    assert "UW105" in Path("run/report.html").read_text()
 
 
 def shift(values: list[list[float]]) -> list[list[float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import shutil
 from collections.abc import Callable
@@ -12,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import upweight.data.stream as stream
 import upweight.recipes.start as run_start
 import upweight.recipes.train as run_train
 import upweight.training.objectives as objectives
-from runs import furnish, plain_rows, rows_of, sentence, train, write_rows
-from tiny import VOCAB_SIZE
+from runs import even_odds_to_stop, furnish, plain_rows, rows_of, sentence, train, write_rows
+from tiny import FAMILIES
 from upweight.cli import main
 from upweight.data.pack import bins_of_step
 from upweight.models.load import LanguageModel
@@ -84,6 +83,79 @@ def test_a_step_without_a_gradient_is_refused(
     assert train("run") == 2
     said = capsys.readouterr().err
     assert "error[UW103]" in said and "every gradient is 0" in said
+
+
+def of_four_layers() -> None:
+    """model/ with twice as many layers as usual."""
+    config = AutoConfig.for_model("llama", **FAMILIES["llama"] | {"num_hidden_layers": 4})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained("model")
+
+
+def detached(monkeypatch: pytest.MonkeyPatch, *cut: int) -> None:
+    """What the layers with these numbers add to their input has no gradient."""
+    trained = run_start.trained
+
+    def cut_off(_layer: Any, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+        return given[0] + (out - given[0]).detach()
+
+    def planted(*args: Any) -> LanguageModel:
+        lm = trained(*args)
+        for number in cut:
+            lm.model.get_submodule(f"{lora_prefix(lm)}model.layers.{number}").register_forward_hook(
+                cut_off
+            )
+        return lm
+
+    monkeypatch.setattr(run_start, "trained", planted)
+
+
+def lora_prefix(lm: LanguageModel) -> str:
+    return "base_model.model." if lm.has_adapter else ""
+
+
+@pytest.mark.parametrize(
+    ("cut", "more"),
+    [
+        ((2,), ()),
+        ((0, 1, 3), ()),
+        ((0, 1, 2, 3), ()),
+        ((2,), ("--lora",)),
+        ((0, 1, 3), ("--lora",)),
+    ],
+)
+def test_layers_that_no_gradient_reaches_are_refused(
+    cut: tuple[int, ...],
+    more: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    of_four_layers()
+    detached(monkeypatch, *cut)
+    assert train("run", *more, "--samples", "0") == 2
+    said = capsys.readouterr().err
+    assert "error[UW103]: step 1: nothing in" in said
+    assert f"in {', '.join(f'layers.{number}' for number in cut)} has moved" in said
+
+
+@pytest.mark.parametrize("more", [(), ("--lora",)])
+def test_layers_that_all_learn_are_not(more: tuple[str, ...]):
+    of_four_layers()
+    assert train("run", *more, "--samples", "0", "--steps", "2", "--flat", "0") == 0
+    assert warned() == {}
+
+
+def test_layers_are_looked_at_again_once_updates_are_large_enough(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    of_four_layers()
+    detached(monkeypatch, 1, 2, 3)
+    # A warmup whose first update is smaller than what most weights can hold.
+    slow = ("--learning-rate", "4e-8", "--warmup", "0.9", "--epochs", "40", "--samples", "0")
+    assert train("run", *slow) == 2
+    said = capsys.readouterr().err
+    assert "nothing in layers.1, layers.2, layers.3 has moved" in said
+    assert "step 1:" not in said
 
 
 def test_half_precision_weights_that_swallow_their_updates_are_refused(
@@ -233,7 +305,7 @@ def test_near_identical_pairs_at_a_large_rate_displace_what_is_chosen():
         for i, text in enumerate(same)
     ]
     write_rows("pairs.jsonl", rows)
-    assert train("run", "--learning-rate", "3e-2", "--epochs", "3", "--displaced", "0.5") == 0
+    assert train("run", "--learning-rate", "3e-2", "--epochs", "3") == 0
     found = warned()["UW304"]
     assert "share 9" in found["said"] and "data.min_score_gap" in found["said"]
     assert found["metric"] == "logratios/chosen"
@@ -354,19 +426,6 @@ def test_a_small_beta_is_named_where_the_policy_runs_away():
     loose = ("--learning-rate", "0.03", "--beta", "1e-3", "--epochs", "2", "--kl", "25")
     assert train("run", *loose, "--max_new_tokens", "48", "--samples", "8") == 0
     assert "at which that distance costs" in warned()["UW308"]["said"]
-
-
-def even_odds_to_stop() -> None:
-    """model/ says its stop token with about even odds, wherever it is."""
-    model = AutoModelForCausalLM.from_pretrained("model")
-    width, stop = model.config.hidden_size, model.config.eos_token_id
-    with torch.no_grad():
-        # A first channel that is large everywhere is about sqrt(width) after the last norm, and
-        # the logits of the others are about as many as exp(sqrt(width)).
-        model.get_input_embeddings().weight[:, 0] = 50.0
-        model.get_output_embeddings().weight[:, 0] = 0.0
-        model.get_output_embeddings().weight[stop, 0] = math.log(VOCAB_SIZE) / width**0.5
-    model.save_pretrained("model")
 
 
 def test_responses_without_their_stop_token_teach_not_to_stop():

@@ -112,6 +112,7 @@ def test_chosen_responses_that_lose_probability_are_reported_once():
     falling = [record(step, **{"logratios/chosen": -11.0}) for step in range(1, 3 * RECENT)]
     assert codes(moving(), falling) == ["UW304"]
     assert codes(moving(displaced=1.2), falling) == []
+    assert codes(moving(), [row | {"logratios/rejected": 4.0} for row in falling]) == ["UW304"]
     # One step's pairs are few: a mean over several decides.
     single = [record(step) for step in range(1, RECENT + 1)]
     single[-1] |= {"logratios/chosen": -11.0}
@@ -129,6 +130,24 @@ def evaluation(step: int, **values: float) -> dict[str, object]:
     base = {"rewards/accuracies": 0.7, "rewards/accuracies_low": 0.6, HIGH: 0.8}
     base |= {"length": 30.0, "reference_length": 30.0, "kl": 3.0, "kl_low": 2.0}
     return {"kind": "eval", "set": "heldout", "step": step, **base, **values}
+
+
+def test_held_out_chosen_responses_that_lose_probability_are_reported():
+    lost = {"logratios/chosen": -160.0, "tokens/chosen": 300.0}
+    lost |= {"logratios/rejected": -190.0, "tokens/rejected": 300.0, "num_pairs": 20}
+    (found,) = moving().after(evaluation(4, **lost))
+    assert found.code == "UW304" and "held-out chosen responses have lost 0.53" in found.said
+    assert "rejected ones have lost 0.63" in found.said
+    assert codes(moving(displaced=0.6), [evaluation(4, **lost)]) == []
+    assert codes(moving(), [evaluation(4, **lost | {"num_pairs": 5})]) == []
+
+
+def test_a_run_that_moves_as_far_as_a_healthy_one_displaces_nothing():
+    # The demo at its end: a rate of 5e-4 with LoRA, some 6 nats from its reference.
+    little = {"logratios/chosen": -6.0, "tokens/chosen": 24.0, "num_pairs": 60}
+    little |= {"logratios/rejected": -14.0, "tokens/rejected": 24.0}
+    rows = [record(step, **little) for step in range(1, 3 * RECENT)]
+    assert codes(moving(), [*rows, evaluation(40, **little)]) == []
 
 
 def test_memory_of_the_training_rows_is_told_from_learning():
@@ -340,7 +359,7 @@ def test_a_wide_spread_is_blamed_on_what_is_unusual(beta: float, cause: str):
 def test_margins_that_stay_at_zero_are_reported_at_the_end_of_a_run():
     def ending(num: int, size: float) -> list[str]:
         watch = Watch(loaded(), Limits(), Told(0.1, num))
-        watch.seen.moved = 1.0
+        watch.seen.moved, watch.seen.judged = 1.0, True
         rows = [record(step, **{"rewards/spread": size}) for step in range(1, num + 1)]
         assert codes(watch, rows[:-1]) == []
         return codes(watch, rows[-1:])
@@ -357,7 +376,7 @@ def test_margins_that_stay_at_zero_are_reported_at_the_end_of_a_run():
 )
 def test_a_flat_run_is_blamed_on_beta_or_on_distance(beta: float, size: float, cause: str):
     watch = Watch(loaded(), Limits(), Told(beta, 30))
-    watch.seen.moved = 1.0
+    watch.seen.moved, watch.seen.judged = 1.0, True
     rows = [record(step, **{"rewards/spread": size}) for step in range(1, 31)]
     found = [finding for row in rows for finding in watch.after(row)]
     assert [f.code for f in found] == ["UW307"] and cause in found[0].said

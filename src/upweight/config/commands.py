@@ -124,16 +124,21 @@ _ALONE = "has no effect: score reads it only with a reference"
 _TRAINING = ("train", "check")
 _SAMPLED = of_section("evaluation", "max_new_tokens", "temperature", "true_reward")
 _CLIPS = of_section("policy", "clip_low", "clip_high", "value_clip", "kl_stop")
-_WATCHED = of_section("watch", "length", "repetition", "stopped", "kl")
+_WATCHED = of_section("watch", "length", "repetition", "stopped", "kl", "below")
 
 NEEDS: tuple[Need, ...] = (
-    Need(_TRAINING, ("evaluation.every", "watch.easy", *_SAMPLED), _is_evaluated, _WITHOUT),
+    Need(
+        _TRAINING,
+        ("evaluation.every", "watch.known", "watch.easy", *_SAMPLED),
+        _is_evaluated,
+        _WITHOUT,
+    ),
     Need(_TRAINING, ("evaluation.samples",), _asks_for_no_samples_or_is_evaluated, _WITHOUT),
     Need(_TRAINING, (*_SAMPLED, "evaluation.prompt_files"), _is_sampled, _UNSAMPLED),
     Need(_TRAINING, ("reference",), _asks_its_reference, _UNASKED),
     Need(_TRAINING, _WATCHED, _is_watched, _WITHOUT),
     Need(_TRAINING, _WATCHED, _has_answers_to_watch, _UNSAMPLED),
-    Need(_TRAINING, ("watch.kl",), _draws_or_samples_are_the_policys, _UNLIKE),
+    Need(_TRAINING, ("watch.kl", "watch.below"), _draws_or_samples_are_the_policys, _UNLIKE),
     Need(_TRAINING, ("export.merge",), _has_adapter, _WHOLE),
     Need(_TRAINING, ("policy.value_coefficient",), _has_a_trunk_in_common, _APART),
     Need(_TRAINING, ("policy.kl_stop",), _logs_every_step, _UNLOGGED),

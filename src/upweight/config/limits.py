@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from upweight.config.base import NotNegative, Positive, Section, Share
+from upweight.config.base import Count, NotNegative, Positive, Section, Share
 
 
 class Preflight(Section):
@@ -76,8 +76,19 @@ class Preflight(Section):
 class Watch(Section):
     """from when on what happens during training is reported"""
 
+    moved: Share = Field(
+        default=0.5,
+        description="Weights that the first step must move, as a share, of those in half precision "
+        "(UW104); and of the others, before layers that stand still are refused (UW103).",
+    )
+    patience: Count = Field(
+        default=64,
+        description="Steps in which no answer has an advantage over another, after which a run is "
+        "refused (UW103).",
+    )
     displaced: NotNegative = Field(
-        default=1.0, description="Nats a token that chosen responses may lose (UW304)."
+        default=0.5,
+        description="Nats a token that chosen responses may lose, of training or held out (UW304).",
     )
     length: Annotated[float, Field(ge=1)] = Field(
         default=3.0,
@@ -98,6 +109,16 @@ class Watch(Section):
         default=0.995,
         description="Training pairs told apart, as a share, at a loss of next to nothing (UW306).",
     )
+    learned: NotNegative = Field(
+        default=4.6,
+        description="Beta times the margin from which a pair has nothing left to teach, and so its "
+        "loss: at 4.6, 0.01 (UW306).",
+    )
+    known: Share = Field(
+        default=0.9,
+        description="Training pairs told apart, as a share, that count as known: held-out ones "
+        "must then be better than chance (UW306).",
+    )
     easy: Share = Field(
         default=0.97, description="Held-out pairs surely told apart, as a share (UW306)."
     )
@@ -111,6 +132,10 @@ class Watch(Section):
     )
     kl: NotNegative = Field(
         default=50.0, description="Nats an answer from the reference, sampled (UW308)."
+    )
+    below: NotNegative = Field(
+        default=0.1,
+        description="Nats an answer below 0 that a sampled KL may lie (UW308).",
     )
     suspect: Annotated[float, Field(ge=0.5, lt=1)] = Field(
         default=0.8,

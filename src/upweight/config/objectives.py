@@ -22,14 +22,14 @@ _ANSWERS = (
     *of_section(
         "evaluation", "prompt_files", "samples", "max_new_tokens", "temperature", "true_reward"
     ),
-    *of_section("watch", "length", "repetition", "stopped", "kl"),
+    *of_section("watch", "length", "repetition", "stopped", "kl", "below"),
 )
-_MARGINS = of_section("watch", "displaced", "solved", "spread", "flat")
+_MARGINS = of_section("watch", "displaced", "solved", "learned", "spread", "flat")
 # A prompt has no responses that could nearly be another's.
 _ROUNDS = (
     *_ANSWERS,
     *of_section("preflight", "cut", "repeated", "spans", "markers"),
-    *("rollout", "loss.beta"),
+    *("rollout", "loss.beta", "watch.patience"),
 )
 _SURROGATE = of_section("policy", "clip_low", "clip_high", "kl_estimator", "kl_target", "kl_stop")
 _GROUP = of_section("policy", "advantages", "aggregation")
@@ -46,14 +46,14 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
         *_MARGINS,
         *of_section("loss", "beta", "label_smoothing"),
         *of_section("preflight", "swapped", "improbable"),
-        *of_section("watch", "easy", "suspect"),
+        *of_section("watch", "known", "easy", "suspect"),
     ),
     "sft": (*_ANSWERS, *_ROWS_LEARNED, "data.turns", "data.learn"),
     "reward": (
         *_PAIRS,
         *of_section("loss", "label_smoothing", "margin", "centering"),
         "preflight.swapped",
-        *of_section("watch", "solved", "easy"),
+        *of_section("watch", "solved", "learned", "known", "easy"),
     ),
     "ppo": (*_ROUNDS, *_SURROGATE, *_VALUES),
     "grpo": (*_ROUNDS, *_SURROGATE, *_GROUP),

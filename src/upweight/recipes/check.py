@@ -17,7 +17,6 @@ from upweight.models.probes import FILE, read_probes
 from upweight.models.scalar import is_reward_model
 from upweight.models.weights import WHERE_REWARDS_GO
 from upweight.recipes.exported import probes_beside, require_as_exported
-from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import (
     Prepared,
     account_lines,
@@ -26,10 +25,10 @@ from upweight.recipes.prepare import (
     figure_lines,
     load_policy,
 )
-from upweight.recipes.reference import probe_reference, pulled_elsewhere
+from upweight.recipes.reference import has_a_say, probe_reference
 from upweight.recipes.rewarding import ask_rewards, require_rewards
 from upweight.recipes.screen import Screen, Silent
-from upweight.recipes.start import start, with_reference
+from upweight.recipes.start import start, with_answers, with_reference
 from upweight.training import checkpoint
 from upweight.training.loop import Plan
 from upweight.training.memory import MemoryPlan
@@ -69,6 +68,7 @@ class Checked:
 
     def __repr__(self) -> str:
         lines = account_lines(self.prepared) + figure_lines(self.figures)
+        lines += [f"not watched: {line}" for line in self.prepared.unwatched]
         lines += [*map(str, self.findings), *map(str, self.shown), *map(repr, self.later)]
         return "\n".join(lines)
 
@@ -106,10 +106,13 @@ def check(
     begun = start(resolved, screen, saved)
     if ask and saved is None:
         ask_rewards(begun.run, begun.prepared, screen)
-    if ask and (KINDS[begun.run.objective].by_reference or pulled_elsewhere(begun.run)):
+    if ask and has_a_say(begun.run, begun.prepared):
         screen.stage("reference")
-        reference, own, probes = probe_reference(begun.run, begun.lm, begun.prepared)
-        begun = with_reference(begun, reference, own, screen, fresh=True, probes=probes)
+        probed = probe_reference(begun.run, begun.lm, begun.prepared)
+        begun = with_reference(
+            begun, probed.logps, probed.own, screen, fresh=True, probes=probed.probes
+        )
+        begun = with_answers(begun, probed.answers, screen)
     for line in figure_lines(begun.prepared.figures):
         screen.note(line)
     screen.note(plan_line(begun.plan))

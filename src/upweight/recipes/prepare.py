@@ -46,7 +46,7 @@ RENDERED_AGAIN = 8
 @dataclass(frozen=True)
 class Prepared:
     """Trees by set ("train" first), the account of each, which rows repeat an earlier one, and what
-    was measured before step 1 and is suspicious.
+    was measured before step 1, is suspicious, and will not be watched.
 
     `examples` are the trees' rows as text, for who compares the two, and `rows` a few of those
     trained on: what an export is asked to render.
@@ -63,6 +63,7 @@ class Prepared:
     rows: tuple[Example, ...] = ()
     examples: dict[str, list[Example]] = field(default_factory=dict[str, list[Example]])
     figures: Mapping[str, Figures] = field(default_factory=dict[str, Figures])
+    unwatched: tuple[str, ...] = ()
 
     def noticed(self, figures: Mapping[str, Figures], findings: Sequence[Finding]) -> Prepared:
         """With more figures of its sets, and more findings."""
@@ -259,6 +260,7 @@ def account_record(prepared: Prepared) -> dict[str, object]:
             name: {figure: finite(asdict(value)) for figure, value in figures.items()}
             for name, figures in prepared.figures.items()
         },
+        "unwatched": list(prepared.unwatched),
     }
 
 

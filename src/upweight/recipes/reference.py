@@ -42,6 +42,8 @@ FEWEST_ROWS = 16
 show."""
 PROBE_ROWS = 32
 PROBE_TOKENS = 2048
+PROBE_ANSWERS = 6
+PROBE_LONGEST = 64
 """What `check` asks the reference about in each set: minutes of training are seconds here."""
 
 
@@ -66,6 +68,17 @@ class Against:
     model_fingerprint: str
     bit_sums: Mapping[str, int] | None = None
     probes: Sequence[Tree] = ()
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What `check` hears of the reference: answers by set, its log-probs of a few rows where the
+    rows are held against it, else of `probes`, and `own` and `probes` as in Against."""
+
+    answers: Mapping[str, Sequence[Sample]]
+    logps: Reference
+    own: Interval | None
+    probes: Sequence[Tree]
 
 
 def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Screen) -> Against:
@@ -99,21 +112,24 @@ def ask_reference(run: Run, lm: LanguageModel, prepared: Prepared, screen: Scree
     return Against(logps, plan, answers, own, start, sums, probes)
 
 
-def probe_reference(
-    run: Run, lm: LanguageModel, prepared: Prepared
-) -> tuple[Reference, Interval | None, Sequence[Tree]]:
-    """What the reference says of a few rows of each set, kept nowhere, and the mean log-prob per
-    token of its own answers; where it is not asked about rows, what it says of `drawn_probes`."""
+def probe_reference(run: Run, lm: LanguageModel, prepared: Prepared) -> Probed:
+    """What the reference says of a few rows of each set, or where it is not asked about rows, of
+    `drawn_probes`; and answers to a few of the prompts that it will be asked. Kept nowhere."""
     stop_ids = prepared.renderer.stop_ids
     logps, probes = Reference("", Path()), drawn_probes(run, lm, prepared)
     with _at_start(run, lm) as model, evaluation_mode(model):
+        answers = {
+            name: draw(run, model, sampled_prompts(run, trees)[:PROBE_ANSWERS], stop_ids)
+            for name, trees in _briefly_answered(run, prepared).items()
+        }
         if not KINDS[run.objective].by_reference:
             _take(logps, model, probes)
-            return logps, None, probes
+            return Probed(answers, logps, None, probes)
         for name, trees in prepared.trees.items():
             if name != PROMPTS:
                 _take(logps, model, _probes(trees))
-        return logps, own_nats(model, prepared.trees["train"], stop_ids, run.seed), probes
+        own = own_nats(model, prepared.trees["train"], stop_ids, run.seed)
+        return Probed(answers, logps, own, probes)
 
 
 def _take(logps: Reference, model: LanguageModel, trees: Sequence[Tree]) -> None:
@@ -144,6 +160,20 @@ def drawn_probes(run: Run, lm: LanguageModel, prepared: Prepared) -> list[Tree]:
             stop_token_ids=prepared.renderer.stop_ids,
         )
     return [as_tree(tree, answers) for tree, answers in zip(asked, drawn, strict=True)]
+
+
+def has_a_say(run: Run, prepared: Prepared) -> bool:
+    """Whether `probe_reference` has anything to ask."""
+    asked = KINDS[run.objective].by_reference or pulled_elsewhere(run)
+    return asked or bool(_briefly_answered(run, prepared))
+
+
+def _briefly_answered(run: Run, prepared: Prepared) -> dict[str, list[Tree]]:
+    """None where answers may be long: whoever has raised evaluation.max_new_tokens waits for them
+    in a run."""
+    if run.evaluation.max_new_tokens > PROBE_LONGEST:
+        return {}
+    return answered_sets(run, prepared)
 
 
 def _probes(trees: Sequence[Tree]) -> list[Tree]:

@@ -24,6 +24,7 @@ from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.logprobs import token_logps
 from upweight.models.nf4 import require_quantizer
 from upweight.models.reference import Reference
+from upweight.models.sample import Sample
 from upweight.models.scalar import response_scores, with_scalar_head
 from upweight.models.weights import load_tokenizer
 from upweight.recipes.beside import has_own_critic, held_beside, require_room
@@ -50,6 +51,7 @@ from upweight.recipes.prepare import (
 from upweight.recipes.reference import require_same_tokens
 from upweight.recipes.resume import as_begun, require_same_settings
 from upweight.recipes.screen import Screen
+from upweight.recipes.unwatched import before_step_1, by_reference_answers, told
 from upweight.stats import Interval
 from upweight.training.loop import Plan
 from upweight.training.memory import MemoryPlan, plan_memory
@@ -167,6 +169,7 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     if run.batch.tokens_per_bin is None:
         resolved = resolved.with_value("batch.tokens_per_bin", memory.tokens_per_bin, RESOLVED)
     prepared = _noticed(prepared, {"train": ({}, stays_put(run, plan, lm))}, screen)
+    prepared = told(prepared, before_step_1(run, prepared), screen)
     resolved = _with_plan(resolved, plan)
     if resolved.run.out is not None:
         require_room(resolved.run, lm, Path(resolved.run.out))
@@ -307,6 +310,12 @@ def with_reference(
         if elsewhere.finding is not None:
             found["train"][1].append(elsewhere.finding)
     return replace(begun, prepared=_noticed(prepared, found, screen))
+
+
+def with_answers(begun: Start, answers: Mapping[str, Sequence[Sample]], screen: Screen) -> Start:
+    """With what the reference's answers to held-out prompts, or some of them, leave unseen."""
+    said = by_reference_answers(begun.run, begun.prepared, answers)
+    return replace(begun, prepared=told(begun.prepared, said, screen))
 
 
 def _noticed(

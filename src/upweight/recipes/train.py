@@ -40,7 +40,7 @@ from upweight.recipes.resume import (
 )
 from upweight.recipes.rewarding import Scorer, ask_rewards, make_scorer, require_rewards
 from upweight.recipes.screen import Screen, Silent
-from upweight.recipes.start import Start, found_beside, start, with_reference
+from upweight.recipes.start import Start, found_beside, start, with_answers, with_reference
 from upweight.recipes.state import (
     State,
     Values,
@@ -77,7 +77,7 @@ WORTH_A_TRY = 50
 VALUE_RATE = 10.0
 """A value model starts from nothing, and learns at so many times the policy's rate."""
 
-OF_THE_NEXT_STEP = ("UW302", "UW303")
+OF_THE_NEXT_STEP = ("UW105", "UW302", "UW303")
 """Refusals of a step that is not taken then. What is not the last step's is not on record as such:
 a run that resumes from there must lose the line."""
 
@@ -121,6 +121,7 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
         begun = with_reference(
             begun, against.logps, against.own, screen, fresh=saved is None, probes=against.probes
         )
+        begun = with_answers(begun, against.answers, screen)
         # Before the first file of the run, so that a login that is wrong leaves none.
         target = Target(rundir.path, leaf_values(begun.run), saved.position.step if saved else None)
         trackers = stack.enter_context(tracking(to_open, target, screen.note))

@@ -26,6 +26,7 @@ FIELDS: dict[str, str] = {
     "first rows of each; what was cut, by side; stop tokens appended; percentiles of lengths",
     "findings": "what is suspicious: code, said (a sentence) and rows",
     "figures": "what was measured of each set: value, low and high, its 95 % interval",
+    "unwatched": "sentences: what the watch will not see in this run, why, and what to set",
     "model": "its name, and a description: parameters, dtype, device, how prompts are shared",
     "plan": "total_steps, steps_per_epoch, learning_rate, and when is evaluated and saved",
     "memory": "bytes of weights, gradients and moments, tokens of a bin, what is needed and free",

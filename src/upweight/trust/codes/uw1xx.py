@@ -96,21 +96,21 @@ PAGES: tuple[Page, ...] = (
             "gradient reached the trained weights, or the updates were too small to matter."
         ),
         found_by=(
-            "Before step 1, and by `upweight check`: AdamW moves a "
-            "weight by about its learning rate at most in a step, whatever the gradient's size, "
-            "and by less where `optimizer.epsilon` is large beside `optimizer.max_grad_norm`. "
-            "Where the rates of all steps come to less than `preflight.reach`, which is some "
-            "ten-thousandth of a weight's usual size, it is reported, and the run goes on. Of an "
-            "adapter, whose second factor starts at 0, the rates are taken times its first. "
-            "That margins are no larger at the end than at the start is UW307. "
-            "After the first step: some 256 elements of every "
+            "Before step 1, and by `upweight check`: AdamW moves a weight by about its learning "
+            "rate at most in a step, whatever the gradient's size, and by less where "
+            "`optimizer.epsilon` is large beside `optimizer.max_grad_norm`. Where the rates of all "
+            "steps come to less than `preflight.reach`, which is some ten-thousandth of a weight's "
+            "usual size, it is reported, and the run goes on. Of an adapter, whose second factor "
+            "starts at 0, the rates are taken times its first. That margins are no larger at the "
+            "end than at the start is UW307. After the first step: some 256 elements of every "
             "trained tensor are compared with what they were before. If none has moved the run is "
             "refused; the message says whether no gradient arrived (`grad_norm` is 0) or the "
             "updates were too small for the weights to hold. Refused as well: weights that move by "
-            "their decay alone, and layers in which nothing has moved while most of the rest has. "
-            "A run that learns from its own "
-            "answers is refused after 64 steps, or at its last one, in which no answer had an "
-            "advantage over another."
+            "their decay alone, and layers in which nothing has moved while `watch.moved` of what "
+            "else can move has, which is looked at until it is so: the first factor of an adapter "
+            "stands still for as long as the second is 0. A run that learns from its own answers "
+            "is refused after `watch.patience` steps, or at its last one, in which no answer had "
+            "an advantage over another."
         ),
         guarded_by=(
             "A model without a trainable parameter is an error, and so are `lora.targets` that "
@@ -153,9 +153,9 @@ PAGES: tuple[Page, ...] = (
         ),
         found_by=(
             "After the first step, where trained weights are in half precision: fewer than "
-            "half of the elements that are looked at have moved, and not none (UW103). Weights "
-            "that upweight loads are in float32: this is about models that code of your own casts. "
-            "To see it in a model that is already trained, compare two checkpoints."
+            "`watch.moved` of the elements that are looked at have moved, and not none (UW103). "
+            "Weights that upweight loads are in float32: this is about models that code of your "
+            "own casts. To see it in a model that is already trained, compare two checkpoints."
         ),
         guarded_by=(
             "Weights are loaded and updated in float32, whatever `compute.dtype` is; bfloat16 is "
@@ -185,8 +185,8 @@ PAGES: tuple[Page, ...] = (
             "A margin is a difference of such sums, so it would be mostly rounding."
         ),
         found_by=(
-            "The dtype of the token log-probs is asserted to be float32 or float64 wherever they "
-            "are summed. An assertion is for our own bugs: it ends the run with a traceback."
+            "Wherever token log-probs are summed, their dtype must be float32 or float64; the "
+            "message names the one that was found, and the rows."
         ),
         causes=(
             "Code of your own passes half-precision log-probs to `response_logps` or `pair_logps`.",
@@ -194,7 +194,7 @@ PAGES: tuple[Page, ...] = (
         ),
         do=(
             "Cast logits to float32 before the log-softmax, and sum what comes out.",
-            "If the traceback has no code of your own in it, report it.",
+            "If there is no code of your own between the two, report it.",
         ),
         detectors=("upweight.models.logprobs:response_logps",),
     ),

@@ -115,10 +115,12 @@ PAGES: tuple[Page, ...] = (
             "goes to responses that nobody preferred."
         ),
         found_by=(
-            "Over the last eight training records: `logratios/chosen` divided by `tokens/chosen` "
-            "is below minus `watch.displaced`, in nats per token. Near-identical pairs are named "
-            "as the cause where chosen and rejected share four fifths of their tokens, the "
-            "learning rate otherwise. Smaller losses show in `metrics.jsonl` and in the report."
+            "`logratios/chosen` divided by `tokens/chosen` is below minus `watch.displaced`, in "
+            "nats per token: over the last eight training records, or over six held-out pairs or "
+            "more at an evaluation. At the default the chosen responses are, token by token, "
+            "less than e to the -0.5 = 0.61 times as likely as at the start. Near-identical pairs "
+            "are named as the cause where chosen and rejected share four fifths of their tokens, "
+            "the learning rate otherwise. Smaller losses show in `metrics.jsonl` and in the report."
         ),
         guarded_by=(
             "The report says so when the chosen responses of the evaluation lost half a nat or "
@@ -163,10 +165,12 @@ PAGES: tuple[Page, ...] = (
         ),
         guarded_by=(
             "It is the headline of the report for as long as the last evaluation, or the last "
-            "round where nothing is evaluated, is still beyond the limit. The report has the "
-            "answers side by side, and says so when the policy's are on average more than 1.25 "
-            "times as long as the reference's, or the reference's more than 1.25 times as long as "
-            "the policy's."
+            "round where nothing is evaluated, is still beyond the limit. Before step 1 a run "
+            "and `upweight check` say where none of this can be seen: nothing is held out, "
+            "too few prompts are answered, or the reference's own answers are cut. The "
+            "report has the answers side by side, and says so when the policy's are on average "
+            "more than 1.25 times as long as the reference's, or the reference's more than 1.25 "
+            "times as long as the policy's."
         ),
         causes=(
             "The policy went too far from the reference (UW308).",
@@ -199,8 +203,9 @@ PAGES: tuple[Page, ...] = (
         ),
         found_by=(
             "Three ways. Over the last eight training records `rewards/accuracies` is at least "
-            "`watch.solved` with a mean `loss` of 0.01 or less: nothing is left to learn. Or, at "
-            "an evaluation, training accuracy is 0.9 or more, and the 95 % interval of the "
+            "`watch.solved` with a mean margin of `watch.learned` or more, or the `loss` of one "
+            "(at the default 0.01): nothing is left to learn. Or, at an evaluation, training "
+            "accuracy is `watch.known` (by default 0.9 or more), and the 95 % interval of the "
             "held-out accuracy reaches down to 0.5 and lies below it: the rows are known by "
             "heart. Or the whole interval lies above `watch.easy`: no improvement can show."
         ),
@@ -277,13 +282,13 @@ PAGES: tuple[Page, ...] = (
             "the held-out loss and accuracy may still improve."
         ),
         found_by=(
-            "At each evaluation: `kl_low`, the lower end of the 95 % interval of the sampled KL "
-            "in nats per answer, is above `watch.kl`. Beta is named as the cause where beta times "
+            "At each evaluation: `kl_low`, the lower end of the 95 % interval of the sampled KL in "
+            "nats per answer, is above `watch.kl`. Beta is named as the cause where beta times "
             "that distance is below 1, the learning rate otherwise. Answers longer than "
             "`evaluation.max_new_tokens` count up to there. In a run that learns from its own "
             "answers, at each round too. A sampled KL whose whole interval is below 0, by more "
-            "than 0.1 nats, is reported as well: no KL is negative, so that this estimate of it "
-            "says nothing of the distance."
+            "than `watch.below`, is reported as well: no KL is negative, so that this estimate of "
+            "it says nothing of the distance."
         ),
         guarded_by=(
             "The report shows the last value with its interval, and its headline is no success "

@@ -59,6 +59,7 @@ TRAINING: Sequence[Observer] = (
 """What looks at training records."""
 
 EVALUATION: Sequence[Observer] = (
+    displaced,
     not_better_than_chance,
     held_out_is_solved,
     saturated,

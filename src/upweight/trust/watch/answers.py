@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 
+from upweight.config import Watch as Limits
+from upweight.stats import wilson_interval
 from upweight.trust.finding import Finding
 from upweight.trust.watch.seen import Record, Seen
 
 CUT = 0.1
 """The share of chosen responses without their end that is a likely cause."""
-
-NEGATIVE = 0.1
-"""Nats an answer below 0 that are let pass. A policy that is still its reference has a KL of
-rounding, in bf16 some 0.0005 nats a token; and where all gaps are that small, one interval in forty
-lies below 0 by chance, in a run of a hundred rounds two or three."""
 
 LONGER = 1.2
 """How many times the rejected responses' length makes the chosen ones' a likely cause."""
@@ -70,6 +67,12 @@ def does_not_stop(seen: Seen, record: Record) -> Finding | None:
     )
 
 
+def sees_lost_ends(limits: Limits, before: float, num: int) -> bool:
+    """Whether any number of `num` answers that no longer end would be reported, where the share
+    `before` of the reference's does."""
+    return wilson_interval(0.0, num).high < limits.stopped * before
+
+
 def _cause(seen: Seen, record: Record, ratio: float = 1.0) -> str:
     """The likeliest of the causes that the page names, and what to do about it."""
     chosen, rejected = seen.told.lengths
@@ -93,7 +96,10 @@ def _cause(seen: Seen, record: Record, ratio: float = 1.0) -> str:
 
 def kl_below_zero(seen: Seen, record: Record) -> Finding | None:
     """The sampled KL is negative beyond what chance explains, and a KL is not."""
-    if not record.get("kl_high", math.nan) < -NEGATIVE:
+    # A policy that is still its reference has a KL of rounding, in bf16 some 0.0005 nats a token;
+    # and where all gaps are that small, one interval in forty lies below 0 by chance, in a run of a
+    # hundred rounds two or three.
+    if not record.get("kl_high", math.nan) < -seen.limits.below:
         return None
     return Finding(
         "UW308",

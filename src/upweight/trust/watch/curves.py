@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
+from upweight.stats import FEWEST
 from upweight.trust.finding import Finding
 from upweight.trust.watch.seen import Record, Seen
 
-SURE = 4.6
-"""A margin from which a pair's loss is 0.01 or less; the loss itself stays higher where labels are
-smoothed."""
+SIDES = ("chosen", "rejected")
 
 ALIKE = 0.8
 """Shared tokens, as a share, from which chosen and rejected count as nearly the same text."""
@@ -20,16 +19,16 @@ FEWEST_STEPS = 30
 USUAL_BETA = 0.1
 """Margins that are flat at the run's beta and not at this one are flat because of beta."""
 
-KNOWN = 0.9
-"""Accuracy on the training pairs from which they count as known."""
-
 
 def displaced(seen: Seen, record: Record) -> Finding | None:
-    """The chosen responses lose probability, and the rejected ones more."""
-    per_token = seen.mean("logratios/chosen") / seen.mean("tokens/chosen")
-    if not per_token < -seen.limits.displaced:
+    """The chosen responses lose probability, of training or held out, whatever the rejected ones
+    do: mostly they lose more, which is all that the loss asks."""
+    held_out = "rewards/accuracies_low" in record
+    if held_out and record.get("num_pairs", 0) < FEWEST:
         return None
-    rejected = seen.mean("logratios/rejected") / seen.mean("tokens/rejected")
+    chosen, rejected = (_lost(seen, record if held_out else None, side) for side in SIDES)
+    if not chosen > seen.limits.displaced:
+        return None
     alike = seen.told.alike
     if alike >= ALIKE:
         cause = (
@@ -38,23 +37,35 @@ def displaced(seen: Seen, record: Record) -> Finding | None:
         )
     else:
         cause = (
-            f"a learning rate of {record['learning_rate']:.3g} likely goes too far: lower "
-            "optimizer.learning_rate, raise loss.beta, or stop earlier"
+            "the learning rate likely goes too far: lower optimizer.learning_rate, raise "
+            "loss.beta, or stop earlier"
         )
     return Finding(
         "UW304",
-        f"step {record['step']:.0f}: chosen responses have lost {-per_token:.2f} nats a token "
-        f"since the start (watch.displaced is {seen.limits.displaced:g}), rejected ones "
-        f"{-rejected:.2f}: probability goes to what is neither; {cause}.",
+        f"step {record['step']:.0f}: {'held-out ' if held_out else ''}chosen responses have lost "
+        f"{chosen:.2f} nats a token against the reference (watch.displaced is "
+        f"{seen.limits.displaced:g}), rejected ones have {'lost' if rejected > 0 else 'gained'} "
+        f"{abs(rejected):.2f}: probability goes to what is neither; {cause}.",
         metric="logratios/chosen",
     )
+
+
+def _lost(seen: Seen, held_out: Record | None, side: str) -> float:
+    """Nats a token that the responses of a side have lost on average."""
+    ratio, tokens = (
+        seen.mean(key) if held_out is None else held_out.get(key, math.nan)
+        for key in (f"logratios/{side}", f"tokens/{side}")
+    )
+    return -ratio / tokens
 
 
 def too_easy(seen: Seen, record: Record) -> Finding | None:
     """Training pairs are all right with next to no loss: nothing is left to learn from them."""
     accuracy, loss = seen.mean("rewards/accuracies"), seen.mean("loss")
-    margin = seen.mean("rewards/margins")
-    if not (accuracy >= seen.limits.solved and (loss <= 0.01 or margin >= SURE)):
+    margin, enough = seen.mean("rewards/margins"), seen.limits.learned
+    # The loss of such a margin; where labels are smoothed it stays higher, whatever the margin.
+    least = math.log1p(math.exp(-enough))
+    if not (accuracy >= seen.limits.solved and (loss <= least or margin >= enough)):
         return None
     again = record.get("epoch", 0.0) > 1
     cause = (
@@ -78,7 +89,7 @@ def not_better_than_chance(seen: Seen, record: Record) -> Finding | None:
     low, high = (record.get(f"rewards/accuracies_{end}", math.nan) for end in ("low", "high"))
     # Two intervals of few pairs say nothing: what is known of the training pairs must be excluded
     # for the others.
-    if record["step"] == 0 or not (trained >= KNOWN and low <= 0.5 and high < trained):
+    if record["step"] == 0 or not (trained >= seen.limits.known and low <= 0.5 and high < trained):
         return None
     return Finding(
         "UW306",

@@ -33,6 +33,9 @@ RECENT = 8
 LAYER = re.compile(r"\w+\.\d+(?=\.)")
 """The first part of a parameter's name that counts: layers.3, h.11, block.0."""
 
+FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+"""What peft calls the two factors of an adapter."""
+
 MOST_COMPARED = 1000
 """Preferences of which chosen and rejected are compared, once, when a cause is looked for."""
 
@@ -79,8 +82,9 @@ class Told:
 
 @dataclass
 class Seen:
-    """`moved` is the share of the weights that the first step has moved, None before it, `still`
-    the layers in which it has moved none, and `judged` says that both were looked at. `start`
+    """`moved` is the share of the weights that have moved since `start`, None before the first
+    step; neither those of `still` count, the layers in which none has, nor those that cannot have
+    moved. `learns` says that some have, and `judged` that the layers were looked at too. `start`
     are some of the weights as they were. `taught`: an answer has had an advantage, or the run has
     none to give. `first` is the first training record. `own` are the policy's log-probs of a row
     when they were asked for first."""
@@ -93,6 +97,7 @@ class Seen:
     orders: Orders = field(default_factory=Orders)
     moved: float | None = None
     still: list[str] = field(default_factory=list[str])
+    learns: bool = False
     judged: bool = False
     taught: bool = False
     first: Record | None = None
@@ -106,10 +111,9 @@ class Seen:
     def train(self, record: Record) -> None:
         self.remember(record)
         self.recent.append(record)
-        if self.moved is None:
+        if self.moved is None or not self.judged:
             now = some_weights(self.lm)
-            self.moved, self.still = _share_moved(self.start, now), _still(self.start, now)
-            self.start = {}
+            self.moved, self.still = _share_moved(self.start, now)
 
     def look_again(self) -> None:
         """Whether the weights move is asked anew, of the next step."""
@@ -146,17 +150,34 @@ def some_weights(lm: LanguageModel) -> dict[str, Tensor]:
     }
 
 
-def _still(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
-    """Layers of which no element has moved, in their order. What is outside of layers is not
-    looked at: of an embedding, only rows whose tokens were met have gradients."""
-    moved: dict[str, bool] = {}
-    for name, values in before.items():
-        if found := LAYER.search(name):
-            layer = found.group()
-            moved[layer] = moved.get(layer, False) or bool((after[name] != values).any())
-    return [layer for layer, has in moved.items() if not has]
+def _share_moved(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> tuple[float, list[str]]:
+    """The share of elements that have moved, and the layers of which none has, in their order.
+
+    These do not count in the share: the more of them, the surer it is to be of the others. What is
+    outside of layers is in no list: of an embedding, only rows whose tokens were met have
+    gradients.
+    """
+    changed = {name: int((after[name] != values).sum()) for name, values in before.items()}
+    by_layer: dict[str, int] = {}
+    layers = {name: found.group() for name in before if (found := LAYER.search(name))}
+    for name, layer in layers.items():
+        by_layer[layer] = by_layer.get(layer, 0) + changed[name]
+    still = [layer for layer, num in by_layer.items() if not num]
+    counted = [
+        name
+        for name in before
+        if layers.get(name) not in still and (changed[name] or not _is_held(name, before))
+    ]
+    num = sum(before[name].numel() for name in counted)
+    return sum(changed[name] for name in counted) / max(1, num), still
 
 
-def _share_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
-    changed = sum(int((after[name] != values).sum()) for name, values in before.items())
-    return changed / max(1, sum(values.numel() for values in before.values()))
+def _is_held(name: str, weights: Mapping[str, Tensor]) -> bool:
+    """Whether it is the first factor of an adapter whose second is 0, as all are at first: the
+    gradient of the one is the other's size."""
+    for first, second in FACTORS:
+        if first in name:
+            return not weights[name.replace(first, second)].any()
+    return False

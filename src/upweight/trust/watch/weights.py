@@ -5,14 +5,6 @@ from __future__ import annotations
 from upweight.trust.finding import Finding
 from upweight.trust.watch.seen import Record, Seen
 
-MOVED = 0.5
-"""Of weights in half precision, the share that the first step must move. AdamW's first step moves
-every element that has a gradient."""
-
-PATIENCE = 64
-"""Steps in which no answer was better than another, after which a run is refused. A task may be so
-hard that the first rounds earn nothing."""
-
 
 def nothing_learns(seen: Seen, record: Record) -> Finding | None:
     """No weight, or none of some layers, has moved after the first step, whose learning rate is
@@ -23,8 +15,8 @@ def nothing_learns(seen: Seen, record: Record) -> Finding | None:
         # A first round whose answers all scored the same has no gradient, and the next may.
         seen.look_again()
         return None
-    seen.judged = True
-    if record["grad_norm"] != 0 and seen.moved > 0:
+    if seen.learns or (record["grad_norm"] != 0 and seen.moved > 0):
+        seen.learns = True
         return _some_do_not(seen, record)
     if record["grad_norm"] == 0:
         cause = "every gradient is 0: no scored token depends on a weight that is trained"
@@ -40,8 +32,12 @@ def nothing_learns(seen: Seen, record: Record) -> Finding | None:
 def _some_do_not(seen: Seen, record: Record) -> Finding | None:
     """Layers that stand still between others that move."""
     assert seen.moved is not None
-    # Updates too small for most weights leave some layers where they are by chance.
-    if not seen.still or seen.moved < 0.5:
+    # Updates too small for most weights leave some layers where they are by chance: they are
+    # looked at after the next steps too, which may be larger.
+    if seen.still and seen.moved < seen.limits.moved:
+        return None
+    seen.judged = True
+    if not seen.still:
         return None
     shown = ", ".join(seen.still[:8]) + (", ..." if len(seen.still) > 8 else "")
     return Finding(
@@ -52,8 +48,11 @@ def _some_do_not(seen: Seen, record: Record) -> Finding | None:
 
 
 def nothing_is_taught(seen: Seen, record: Record) -> Finding | None:
-    """No answer of the run was ever better than another."""
-    if seen.taught or (record["step"] < PATIENCE and record["step"] != seen.told.total_steps):
+    """No answer of the run was ever better than another. Of a hard task the first rounds may earn
+    nothing."""
+    if seen.taught or (
+        record["step"] < seen.limits.patience and record["step"] != seen.told.total_steps
+    ):
         return None
     return Finding(
         "UW103",
@@ -67,12 +66,13 @@ def nothing_is_taught(seen: Seen, record: Record) -> Finding | None:
 def swallowed(seen: Seen, record: Record) -> Finding | None:
     """Weights in half precision of which few have moved."""
     half = [p.dtype for p in seen.lm.model.parameters() if p.requires_grad and p.itemsize < 4]
-    if not half or seen.moved is None or not 0 < seen.moved < MOVED:
+    # AdamW's first step moves every element that has a gradient.
+    if not half or seen.moved is None or not 0 < seen.moved < seen.limits.moved:
         return None
     return Finding(
         "UW104",
-        f"step {record['step']:.0f}: {seen.moved:.0%} of the weights have moved: they are "
-        f"kept in {str(half[0]).removeprefix('torch.')}, which "
+        f"step {record['step']:.0f}: {seen.moved:.0%} of the weights have moved (watch.moved is "
+        f"{seen.limits.moved:.0%}): they are kept in {str(half[0]).removeprefix('torch.')}, which "
         "rounds small updates away. Keep them in float32.",
     )
 

@@ -1,0 +1,117 @@
+"""What the watch cannot see in a run is said before step 1, with what to set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import upweight as uw
+from runs import even_odds_to_stop, furnish, plain_rows, train, write_rows
+from upweight.cli import main
+from upweight.config import Watch
+from upweight.trust.watch.answers import sees_lost_ends
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    furnish(tmp_path, monkeypatch)
+    write_rows("pairs.jsonl", plain_rows())
+
+
+HELD_OUT = {"evaluation.fraction": 0.3}
+
+
+def unwatched(**options: Any) -> tuple[str, ...]:
+    return uw.check(model="model", data="pairs.jsonl", **options).prepared.unwatched
+
+
+def codes(sentence: str) -> list[str]:
+    return [code for code in ("UW305", "UW306", "UW308") if code in sentence]
+
+
+@pytest.mark.parametrize(
+    ("objective", "unseen"),
+    [
+        ("dpo", ["UW305", "UW306", "UW308"]),
+        ("sft", ["UW305", "UW308"]),
+        ("reward", ["UW306"]),
+    ],
+)
+def test_a_run_that_holds_nothing_out_says_what_nobody_looks_at(objective: str, unseen: list[str]):
+    (said,) = unwatched(objective=objective)
+    assert said.startswith("nothing is held out") and codes(said) == unseen
+    assert "Set evaluation.fraction" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "unseen"),
+    [
+        ({"evaluation.samples": 0}, "Set evaluation.samples, to 6 or more", ["UW305", "UW308"]),
+        ({"evaluation.samples": 3}, "Set evaluation.samples, to 6 or more", ["UW305", "UW308"]),
+        ({"evaluation.fraction": 0.05}, "Hold out more prompts", ["UW305", "UW308"]),
+        ({"evaluation.temperature": 0.5}, "Leave evaluation.temperature at 1", ["UW308"]),
+    ],
+)
+def test_settings_that_leave_the_watch_blind_are_named(
+    options: dict[str, Any], words: str, unseen: list[str]
+):
+    even_odds_to_stop()
+    (said,) = unwatched(**HELD_OUT | options)
+    assert words in said and codes(said) == unseen
+
+
+def test_nothing_is_said_where_everything_is_watched():
+    even_odds_to_stop()
+    assert unwatched(**HELD_OUT) == ()
+    write_rows("pairs.jsonl", [row | {"answer": "7"} for row in plain_rows()])
+    rounds = {"objective": "grpo", "rollout.reward": "number", "loss.beta": 0.05}
+    assert unwatched(**rounds) == ()
+    (said,) = unwatched(**rounds, **{"rollout.prompts_per_round": 2})
+    assert "rollout.prompts_per_round is 2" in said and codes(said) == ["UW305", "UW308"]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "sft"])
+def test_a_reference_whose_own_answers_are_cut_leaves_lost_ends_unseen(objective: str):
+    # A random model all but never stops.
+    (said,) = unwatched(objective=objective, **HELD_OUT)
+    assert "% of the reference's answers to heldout end by themselves within" in said
+    assert codes(said) == ["UW305", "UW308"] and "to 256 for a start" in said
+    # Who has raised it is told once the run has drawn them all.
+    assert unwatched(objective=objective, **HELD_OUT | {"evaluation.max_new_tokens": 65}) == ()
+    # What was switched off is not missed.
+    assert unwatched(objective=objective, **HELD_OUT, **{"watch.stopped": 0.0}) == ()
+
+
+def test_lost_ends_are_seen_where_no_answer_with_its_end_would_be_reported():
+    assert sees_lost_ends(Watch(), 1.0, 6) and sees_lost_ends(Watch(), 0.7, 8)
+    assert not sees_lost_ends(Watch(), 0.6, 8) and sees_lost_ends(Watch(), 0.6, 12)
+    assert not sees_lost_ends(Watch(stopped=0.3), 1.0, 6)
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_what_is_not_watched_is_in_the_terminal_and_in_the_records(
+    command: str, capsys: pytest.CaptureFixture[str]
+):
+    words = [command, "--model", "model", "--data", "pairs.jsonl", "--learning-rate", "1e-3"]
+    if command == "train":
+        assert main([*words, "--out", "run", "--steps", "2"]) == 0
+        said = capsys.readouterr().err
+        record = json.loads(Path("run/account.json").read_text())
+    else:
+        assert main(words) == 0
+        said = capsys.readouterr().out
+        assert main([*words, "--json"]) == 0
+        record = json.loads(capsys.readouterr().out)
+    (sentence,) = record["unwatched"]
+    assert said.count("not watched: nothing is held out") == 1
+    assert " ".join(said.split()).count(sentence) == 1
+
+
+def test_a_run_says_it_of_the_answers_that_its_reference_gave(capsys: pytest.CaptureFixture[str]):
+    assert train("run", "--samples", "6", "--max_new_tokens", "70", "--steps", "1") == 0
+    assert "% of the reference's answers to heldout" in capsys.readouterr().err
+    (sentence,) = json.loads(Path("run/account.json").read_text())["unwatched"]
+    assert "to 280 for a start" in sentence
