@@ -20,6 +20,7 @@ REASONS: dict[str, str] = {
     "other_turns_in_response": "a response that holds turns which are not the assistant's",
     "identical_responses": "responses that are the same, as text or as tokens after cutting",
     "no_preference": "no two responses of which one is preferred",
+    "unlabelled": "neither preferences nor two scores",
     "template": "the chat template refuses the conversation",
     "stop_in_response": "a response whose text holds a special token",
     "boundary": "prompt and response do not come apart under this template or tokenizer",
@@ -53,7 +54,9 @@ class Account:
     adds any (rendered twice, perhaps), `duplicates` rows that say the same as an earlier one and
     are used, `earlier_turns` rows that were made of a conversation's earlier turns,
     `unused_columns` rows by the columns (and the keys of responses) that no layout reads, or that
-    `pairing` passes over. `rated` counts pairs beside which stand scores or a margin, and `against`
+    `pairing` passes over. `shared_prompts` are the rows whose prompt is what the texts of chosen
+    and rejected begin with alike, `unprompted` those of texts that have none where other rows of
+    their file have one. `rated` counts pairs beside which stand scores or a margin, and `against`
     are the rows of those that say the rejected response is the better one.
     `lengths` are in tokens: each prompt, and the two sides of each preference.
     """
@@ -75,6 +78,8 @@ class Account:
     special_in_prompt: int = 0
     duplicates: int = 0
     earlier_turns: int = 0
+    shared_prompts: list[str] = field(default_factory=list[str])
+    unprompted: list[str] = field(default_factory=list[str])
     rated: int = 0
     against: list[str] = field(default_factory=list[str])
     preferences: int = 0
@@ -142,6 +147,8 @@ class Account:
             "special_in_prompt": self.special_in_prompt,
             "duplicates": self.duplicates,
             "earlier_turns": self.earlier_turns,
+            "shared_prompts": len(self.shared_prompts),
+            "unprompted": len(self.unprompted),
             "rated": self.rated,
             "against": len(self.against),
             "preferences": self.preferences,

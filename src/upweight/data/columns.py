@@ -50,7 +50,13 @@ SCORES = (
 )
 """What pairs may have beside them. No layout reads them; whether they agree with it is asked."""
 
-LOOKED_AT = READ.union(name for pair in SCORES for name in pair)
+CALLED_PROMPT = (
+    "question", "instruction", "instructions", "query", "input", "problem", "context", "history",
+    "conversation", "conversations", "dialogue", "dialog", "messages", "post",
+)  # fmt: skip
+"""What other data call the prompt."""
+
+LOOKED_AT = READ.union(CALLED_PROMPT, (name for pair in SCORES for name in pair))
 """The columns whose values are wanted of every row."""
 
 BESIDE_TEXT = ("score", "weight", "stopped")
@@ -140,20 +146,16 @@ def require_unlabelled(row: Row, row_id: RowId) -> None:
         )
 
 
-CALLED_PROMPT = ("question", "instruction", "instructions", "query", "input", "problem", "context")
-"""What other data call the prompt."""
-
-
 def require_no_other_prompt(row: Row, row_id: RowId) -> None:
-    """Raises DataError for a row of texts without a prompt that has one by another name: what the
-    two texts happen to share would be taken for it."""
-    if "prompt" in row:
-        return
-    named = [name for name in CALLED_PROMPT if isinstance(row.get(name), str)]
-    near = [name for name in row if nearest(name, ["prompt"])]
+    """Raises DataError for a row without a prompt that has one by another name: what chosen and
+    rejected happen to share would be taken for it."""
+    named = [name for name in CALLED_PROMPT if _says(row.get(name)) and row[name]]
+    near = [name for name in row if "prompt" not in row and nearest(name, ["prompt"])]
+    near = [name for name in near if row[name] is None or _says(row[name])]
     if found := named or near:
+        lacks = 'an empty "prompt"' if "prompt" in row else 'no "prompt"'
         raise DataError(
-            f'{row_id} has no "prompt" (it has: {listed(row)}). Is {found[0]} meant to be prompt? '
+            f"{row_id} has {lacks} (it has: {listed(row)}). Is {found[0]} meant to be prompt? "
             "Rename the column. If the texts of chosen and rejected begin with the prompt, remove "
             f"{found[0]}."
         )
