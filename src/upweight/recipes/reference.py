@@ -16,6 +16,7 @@ from upweight.data.stream import plan_epoch
 from upweight.errors import DataError, Refusal
 from upweight.evidence import evaluate
 from upweight.models.adapter import adapter_off
+from upweight.models.finite import finite
 from upweight.models.load import (
     ForwardPlan,
     LanguageModel,
@@ -101,7 +102,7 @@ def probe_reference(run: Run, lm: LanguageModel, prepared: Prepared) -> tuple[Re
             for group in bins(_probes(trees), PROBE_TOKENS):
                 forest = collate(group)
                 with torch.no_grad():
-                    logps.take(forest, token_logps(model, forest))
+                    logps.take(forest, finite(token_logps, model)(forest))
         return logps, own_nats(model, prepared.trees["train"], stop_ids, run.seed)
 
 
