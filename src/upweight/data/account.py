@@ -9,7 +9,7 @@ from typing import Any
 
 from upweight.data.trees import TreeNotes
 from upweight.errors import DataError, Refusal
-from upweight.types import Dropped, Tree
+from upweight.types import Dropped, RowId, Tree
 
 REASONS: dict[str, str] = {
     "bad_unicode": "text that is not Unicode: half of a surrogate pair",
@@ -95,6 +95,11 @@ class Account:
         shown = self.examples.setdefault(dropped.reason, [])
         if len(shown) < _NUM_EXAMPLES:
             shown.append((str(dropped.row), dropped.detail))
+
+    def rate(self, agreed: Sequence[bool], row: RowId) -> None:
+        """Counts preferences of the row of which scores say whether they are right."""
+        self.rated += len(agreed)
+        self.against += [str(row)] * (len(agreed) - sum(agreed))
 
     def unread(self, column: str) -> None:
         self.unused_columns[column] = self.unused_columns.get(column, 0) + 1

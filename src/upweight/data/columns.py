@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 from upweight.errors import DataError, nearest
 from upweight.types import Message, RowId, Text
@@ -80,16 +80,21 @@ def agrees(row: Row) -> bool | None:
     """Whether the row's scores of its two responses, or its margin, say that chosen is the better
     one; None where they say nothing."""
     for pair in SCORES:
-        scores = [row.get(name) for name in pair]
-        chosen, rejected = (s if _is_number(s) else math.nan for s in scores)
-        if chosen != rejected and not math.isnan(chosen - rejected):
+        values = [row.get(name) for name in pair]
+        chosen, rejected = (None if isinstance(v, bool) else finite_number(v) for v in values)
+        if chosen is not None and rejected is not None and chosen != rejected:
             return chosen > rejected
-    margin = row.get("margin")
-    return margin > 0 if _is_number(margin) and margin else None
+    margin = finite_number(row.get("margin"))
+    return margin > 0 if margin else None
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def finite_number(value: Any) -> float | None:
+    """A finite number, or text that is one, as every cell of a CSV file is; else None."""
+    try:
+        found = float(value) if isinstance(value, int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def detect(row: Row, row_id: RowId) -> str:
@@ -238,11 +243,8 @@ def mapping(value: Any, where: str, row_id: RowId, allowed: str) -> Mapping[str,
 
 def number(value: Any, where: str, row_id: RowId) -> float:
     """A finite number, or text that is one."""
-    try:
-        found = float(value) if isinstance(value, int | float | str) else math.nan
-    except (ValueError, OverflowError):
-        found = math.nan
-    if not math.isfinite(found):
+    found = finite_number(value)
+    if found is None:
         raise DataError(f"{row_id}: {where} is {shown(value)}; allowed: a finite number.")
     return found
 

@@ -86,6 +86,13 @@ def with_preferences(example: Example, pairing: Pairing, min_gap: float | int) -
     return replace(example, preferences=tuple(weighted))
 
 
+def by_scores(example: Example) -> list[bool]:
+    """Whether the scores say so too, of each preference whose two responses have unequal ones."""
+    scores = [answer.score for answer in example.responses]
+    pairs = [(scores[p.chosen], scores[p.rejected]) for p in example.preferences]
+    return [a > b for a, b in pairs if a is not None and b is not None and a != b]
+
+
 def weights_inside(example: Example) -> list[str]:
     """The columns whose entries have weights of their own, other than 1."""
     weights = [answer.weight for answer in example.responses]

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from upweight.data.account import Account
 from upweight.data.columns import Row, agrees, detect, printable, unread
 from upweight.data.formats import FORMATS, example_of, prompt_of
-from upweight.data.preferences import Pairing, unusable, weights_inside
+from upweight.data.preferences import Pairing, by_scores, unusable, weights_inside
 from upweight.data.read import read_rows
 from upweight.data.render import Renderer
 from upweight.data.trees import trees
@@ -60,8 +60,7 @@ def load_examples(
         for name in map(printable, unread(row, found) | passed_over.intersection(row)):
             account.unread(name)
         if found == "pair" and (agreed := agrees(row)) is not None:
-            account.rated += 1
-            account.against += [] if agreed else [str(row_id)]
+            account.rate([agreed], row_id)
         row = {name: value for name, value in row.items() if name not in passed_over}
         example = example_of(row, row_id, found, pairing=pairing, min_gap=min_gap)
         if isinstance(example, Example):
@@ -70,6 +69,8 @@ def load_examples(
             scored = any(answer.score is not None for answer in example.responses)
             if pairing != "auto" and scored and row.get("preferences") is not None:
                 account.unread("preferences")
+            if found == "responses" and pairing == "auto" and row.get("preferences") is not None:
+                account.rate(by_scores(example), row_id)
             example = unusable(example, require_preferences=require_preferences) or example
         if isinstance(example, Dropped):
             account.drop(example)
