@@ -134,6 +134,7 @@ OTHER: dict[str, Any] = {
     "preflight.markers": 0.1,
     "preflight.empty": 0.1,
     "preflight.identical": 0.2,
+    "preflight.dropped": 0.3,
     "preflight.similar": 0.2,
     "preflight.edits": 0.1,
     "preflight.improbable": 5.0,

@@ -210,7 +210,7 @@ def test_messages_take_the_last_assistant_message_as_the_response():
     assert example.prompt == tuple(turns[:3])
     assert contents(example) == [(assistant("d"),)]
     assert unusable(example, require_preferences=False) is None
-    assert dropped({"messages": turns}) == "no_preference"
+    assert dropped({"messages": turns}) == "unlabelled"
     assert dropped({"messages": turns[:3]}) == "not_assistant"
     assert dropped({"messages": []}) == "not_assistant"
 
@@ -243,8 +243,9 @@ def test_what_is_stated_of_a_copy_is_said_of_the_first_of_its_kind():
     ("texts", "scores", "reason"),
     [
         (["a", "b"], [1, 1], "no_preference"),
-        (["a", "b"], None, "no_preference"),
-        (["a"], [1], "no_preference"),
+        (["a", "b"], None, "unlabelled"),
+        (["a", "b"], [1, None], "unlabelled"),
+        (["a"], [1], "unlabelled"),
         (["a", ""], [1, 2], "empty_response"),
         (["a", None], [1, 2], "empty_response"),
         (["a", "a"], [1, 2], "identical_responses"),
@@ -318,7 +319,7 @@ def test_a_prompt_with_a_completion_is_one_response_without_a_preference():
     assert detect({"prompt": "p", "completion": "c", "chosen": "a", "rejected": "b"}, ROW) == "pair"
     row = {"prompt": "p", "completion": "c"}
     found = unusable(read(row), require_preferences=True)
-    assert found is not None and found.reason == "no_preference"
+    assert found is not None and found.reason == "unlabelled"
     assert found.detail.endswith("objective sft learns from such rows")
 
 
@@ -586,11 +587,25 @@ def test_a_value_that_cannot_be_shown_is_named_all_the_same():
         pair({"prompt": 10**5000, "chosen": "a", "rejected": "b"}, ROW)
 
 
-@pytest.mark.parametrize("name", ["question", "instruction", "promt"])
+@pytest.mark.parametrize("name", ["question", "instruction", "promt", "history", "dialogue"])
 def test_texts_do_not_make_a_prompt_where_another_column_holds_it(name: str):
     row = {name: "Which is it?", "chosen": "Yes. The first.", "rejected": "Yes. None."}
     with pytest.raises(DataError, match=f'has no "prompt".*Is {name} meant to be prompt'):
         example_of(row, ROW, "pair")
+
+
+def test_a_prompt_that_is_null_is_not_made_of_texts_where_another_column_holds_it():
+    row = {"prompt": None, "chosen": "Yes. The first.", "rejected": "Yes. None."}
+    turns = [{"role": "user", "content": "Which is it?"}]
+    with pytest.raises(DataError, match='has an empty "prompt".*Is history meant to be prompt'):
+        example_of({**row, "history": turns}, ROW, "pair")
+    answers = {
+        name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")
+    }
+    with pytest.raises(DataError, match="Is question meant to be prompt"):
+        example_of({**answers, "question": "Which is it?"}, ROW, "pair")
+    for beside in ({"history": ""}, {"question": None}, {"prompt_id": 7}):
+        assert isinstance(example_of({**row, **beside}, ROW, "pair"), Example)
 
 
 def test_texts_that_begin_with_their_prompt_need_no_other():

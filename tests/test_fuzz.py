@@ -22,7 +22,7 @@ from tiny import byte_tokenizer
 from upweight.cli import main
 from upweight.config import Preflight
 from upweight.data.account import REASONS, Account
-from upweight.data.columns import COLUMNS, detect
+from upweight.data.columns import COLUMNS, SCORES, detect
 from upweight.data.formats import example_of, prompt_of
 from upweight.data.preferences import unusable
 from upweight.data.render import Renderer, make_renderer
@@ -77,8 +77,11 @@ answers = contents | st.fixed_dictionaries(
     {"text": texts}, optional={"score": numbers, "weight": numbers}
 )
 common = {"tools": values, "template_options": values, "weight": numbers, "more": values}
+beside = numbers | texts | numbers.map(str) | values
+scored = {name: beside for pair in SCORES for name in pair} | {"margin": beside}
 pairs = st.fixed_dictionaries(
-    {"chosen": contents, "rejected": contents}, optional=common | {"prompt": contents}
+    {"chosen": contents, "rejected": contents},
+    optional=common | scored | {"prompt": contents, "probability": beside},
 )
 groups = st.fixed_dictionaries(
     {"prompt": contents, "responses": st.lists(answers, max_size=4)},
@@ -263,7 +266,9 @@ _FILL: list[Any] = [
     [1.0, 2.0], [{"role": "assistant", "content": "x"}], {"role": "user", "content": ["y"]}, None,
 ]  # fmt: skip
 columns = st.dictionaries(
-    st.sampled_from(["prompt", "chosen", "rejected", "responses", "scores", "messages", "x"]),
+    st.sampled_from(
+        ["prompt", "chosen", "rejected", "responses", "scores", "messages", "x", *SCORES[0]]
+    ),
     st.tuples(ARROW, st.lists(st.sampled_from(_FILL), min_size=2, max_size=2)),
     min_size=1,
 )  # fmt: skip
@@ -358,7 +363,8 @@ def test_odd_rows_are_used_or_dropped_and_can_be_printed(
 ):
     furnish(tmp_path, monkeypatch)
     Path("odd.jsonl").write_text("".join(ODD))
-    assert main(["check", "--model", "model", "--data", "odd.jsonl", *how]) == 0
+    half = "preflight.dropped=0.5"
+    assert main(["check", "--model", "model", "--data", "odd.jsonl", half, *how]) == 0
     printed = capsys.readouterr()
     (printed.out + printed.err).encode()
     if how:

@@ -156,6 +156,7 @@ CASES: dict[str, Case] = {
     "preflight.swapped": Case(0.99, "findings"),
     "preflight.identical": Case(0.9, "findings", {"data.path": "same.jsonl"}),
     "preflight.empty": Case(0.9, "findings", {"data.path": "empty.jsonl"}),
+    "preflight.dropped": Case(0.9, "findings", {"data.path": "broken.jsonl"}),
     "preflight.contradictory": Case(0.9, "findings", {"data.path": "twice.jsonl"}),
     "preflight.repeated": Case(0.9, "findings", {"data.path": "twice.jsonl"}),
     "preflight.spans": Case(0.9, "findings", {"data.path": "stops.jsonl"}),
@@ -206,6 +207,7 @@ def _furnished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         write_rows("stops.jsonl", [*rows, *(r | {"chosen": "a <|im_end|>"} for r in rows[:15])])
         write_rows("marked.jsonl", [r | {"prompt": f"[INST] {r['prompt']}"} for r in rows])
         write_rows("empty.jsonl", [*rows, *(r | {"chosen": " "} for r in rows[:5])])
+        write_rows("broken.jsonl", [*rows, *(r | {"chosen": "a \ud800"} for r in rows[:9])])
         long = "river stone cloud lamp paper seven green north salt wheel " * 2
         near = [r | {"chosen": f"{long}{i}", "rejected": f"{long}x"} for i, r in enumerate(rows)]
         write_rows("alike.jsonl", near)

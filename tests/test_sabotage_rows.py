@@ -177,7 +177,7 @@ def test_many_rows_without_a_word_in_a_response_are_reported():
         {"margin": -3.0},
     ],
 )
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
 def test_scores_beside_pairs_that_contradict_them_are_reported(
     ending: str, beside: dict[str, float]
 ):
@@ -185,15 +185,43 @@ def test_scores_beside_pairs_that_contradict_them_are_reported(
         write_rows("pairs.jsonl", rows)
         if ending == "parquet":
             pq.write_table(pa.Table.from_pylist(rows), "pairs.parquet")
+        if ending == "csv":
+            lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+            Path("pairs.csv").write_text("\n".join(lines))
         return check(data=f"pairs.{ending}")
 
     said = found([row | beside for row in plain_rows()])["UW207"]
     assert "in 60 of 60 pairs with scores of both responses or a margin beside them" in said
-    assert f"Rows: pairs.{ending}:1" in said
+    assert f"Rows: pairs.{ending}:{1 + (ending == 'csv')}" in said
     right = {name: -value for name, value in beside.items()}
     assert found([row | right for row in plain_rows()]) == {}
     same = dict.fromkeys(beside, 0.0)
     assert found([row | same for row in plain_rows()]) == {}
+
+
+def test_scores_that_contradict_the_preferences_stated_beside_them_are_reported():
+    def rows(preferences: object, scores: list[object]) -> list[dict[str, object]]:
+        return [
+            {"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"], "wheel"],
+             "scores": scores, "preferences": preferences}
+            for row in plain_rows()
+        ]  # fmt: skip
+
+    stated = [[0, 1], [2, 1]]
+    write_rows("pairs.jsonl", rows(stated, [1, 9, 10]))
+    said = check()["UW207"]
+    assert "in 60 of 120 pairs" in said and "Rows: pairs.jsonl:1, pairs.jsonl:2" in said
+    assert "UW207" not in check(**{"data.pairing": "all"})
+    for agreeing in ([9, 1, 2], [1, 1, 2], [None, 1, None]):
+        write_rows("pairs.jsonl", rows(stated, agreeing))
+        assert "UW207" not in check()
+
+
+@pytest.mark.parametrize("value", [10**310, "1" * 400, "nan", True, "high", [1], None])
+def test_a_score_that_is_no_finite_number_says_nothing(value: object):
+    for other in ({"score_rejected": 0.5}, {}):
+        write_rows("pairs.jsonl", [row | {"score_chosen": value} | other for row in plain_rows()])
+        assert check() == {}
 
 
 def test_labels_that_are_as_likely_the_other_way_round_are_reported():

@@ -116,6 +116,50 @@ def test_a_template_that_takes_thoughts_out_of_answers_is_found():
     assert findings(some(50, without_thoughts), **everything)["UW201"]
 
 
+THINKING = CHATML.replace(
+    "{{ m['content'] }}",
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m['content'] }}",
+)
+
+
+def thoughtful(row: dict[str, Any], key: str = "reasoning_content") -> dict[str, Any]:
+    answer = {"role": "assistant", "content": row["chosen"], key: "First the river, then the salt."}
+    return row | {"chosen": [answer]}
+
+
+def test_thoughts_in_a_field_that_the_template_does_not_write_are_found():
+    said = refused("UW201", some(40, thoughtful))
+    assert "in 40 of 60 rows the chat template leaves out part of a response" in said
+    assert "such as 'First the river, then the salt.'" in said
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        rows = some(3, lambda row, key=key: thoughtful(row, key))
+        assert "in 3 of 60 rows the chat template" in findings(rows)["UW201"]
+    byte_tokenizer(THINKING).save_pretrained("model")
+    assert "UW201" not in findings(some(40, thoughtful))
+    listed = some(3, thoughtful)
+    for row in listed[:3]:
+        row["chosen"][0]["reasoning"] = [{"type": "text", "text": "So it is."}]
+    assert "such as the message's reasoning" in findings(listed)["UW201"]
+
+
+def test_thoughts_of_earlier_answers_are_left_to_the_template():
+    late = THINKING.replace("{% if m.reasoning", "{% if loop.last and m.reasoning")
+    byte_tokenizer(late).save_pretrained("model")
+
+    def twice(row: dict[str, Any]) -> dict[str, Any]:
+        answer = thoughtful(row)["chosen"][0]
+        return row | {"chosen": [answer, answer]}
+
+    assert "UW201" not in findings(some(60, twice))
+
+
+def test_one_thought_that_is_not_written_is_found_among_many_rows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(spans, "NUM_AGAIN", 2)
+    rows = [thoughtful(row) if i == 31 else row for i, row in enumerate(ROWS)]
+    assert "in 1 of 60 rows" in findings(rows)["UW201"]
+
+
 def test_a_tokenizer_without_tokens_for_the_text_is_found(capsys: pytest.CaptureFixture[str]):
     small_tokenizer(without="z").save_pretrained("model")
     said = refused("UW201", some(30, lambda row: row | {"chosen": "zebra " + row["chosen"]}))
@@ -330,6 +374,104 @@ def test_a_row_that_is_lost_on_its_way_to_tokens_stops_the_run(monkeypatch: pyte
     monkeypatch.setattr(stream, "trees", losing)
     said = refused("UW208", ROWS)
     assert "60 rows were read, 59 became tokens and 0 were dropped" in said
+
+
+BRIEF = {"role": "system", "content": "Be brief."}
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}" + CHATML
+)
+
+
+def with_system(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"prompt": [BRIEF, {"role": "user", "content": row["prompt"]}]}
+
+
+def test_rows_that_the_template_refuses_end_the_run_where_they_are_many(
+    capsys: pytest.CaptureFixture[str],
+):
+    byte_tokenizer(NO_SYSTEM).save_pretrained("model")
+    said = refused("UW208", some(54, with_system))
+    assert "train: 54 of 60 rows are not used (preflight.dropped is 20%): 54 x template" in said
+    assert "rows.jsonl:1: the chat template says: 'System role not supported'" in said
+    assert main(["check", "--model", "model", "--data", "rows.jsonl"]) == 2
+    assert "UW208" not in findings(some(54, with_system), **{"preflight.dropped": 0.95})
+    assert findings(some(12, with_system)) == {}
+
+
+def test_reasons_of_which_no_single_one_is_much_are_counted_together():
+    def broken(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"chosen": "half \ud800"}
+
+    def unasked(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"prompt": " "}
+
+    rows = [unasked(row) if i % 8 == 1 else broken(row) if i % 8 == 2 else row
+            for i, row in enumerate(ROWS)]  # fmt: skip
+    said = refused("UW208", rows)
+    assert "16 of 60 rows are not used" in said and "8 x bad_unicode" in said
+    assert "8 x empty_prompt" in said
+    # What is reported under another code, or accepted by another key, is not counted again.
+    stops = some(12, lambda row: row | {"chosen": "a <|im_end|>"})
+    stops[20:26] = map(broken, stops[20:26])
+    assert "18 of 60 rows" in refused("UW208", stops)
+    assert "UW208" not in refused("UW203", stops, **{"preflight.spans": 0.1})
+    assert findings(stops, **{"preflight.spans": 0.5}) == {}
+
+
+def test_rows_that_prefer_none_of_their_responses_are_reported_where_they_are_most():
+    def scored(row: dict[str, Any], scores: list[float | None]) -> dict[str, Any]:
+        texts = [row["chosen"], row["rejected"]]
+        return {"prompt": row["prompt"], "responses": texts, "scores": scores}
+
+    def share(num: int, scores: list[float | None]) -> list[dict[str, Any]]:
+        return [scored(row, scores if i < num else [2, 1]) for i, row in enumerate(ROWS)]
+
+    assert findings(share(28, [1, 1])) == {}
+    said = findings(share(40, [1, 1]))["UW208"]
+    assert "40 of 60 rows are not used" in said and "40 x no_preference" in said
+    # A score that is missing is no score that is equal.
+    assert "15 x unlabelled" in refused("UW208", share(15, [1, None]))
+
+
+def untold(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: f"The capital is {row[key]}" for key in ("chosen", "rejected")}
+
+
+def test_prompts_made_of_what_both_texts_begin_with_are_counted_and_reported():
+    said = findings([untold(row) for row in ROWS])["UW201"]
+    assert "60 rows state no prompt: what chosen and rejected begin with alike" in said
+    checked = uw.check(model="model", data="rows.jsonl", learning_rate=1e-3)
+    assert checked.accounts["train"].to_json()["shared_prompts"] == 60
+    assert "60 prompts taken from what both texts begin with" in repr(checked)
+    # Text that goes on as text is what such rows are for.
+    alone = {"data.template": "none"}
+    assert "UW201" not in findings([untold(row) for row in ROWS], **alone)
+    held = uw.check(model="model", data="rows.jsonl", **alone, **{"evaluation.fraction": 0.5})
+    assert "UW201" not in {f.code for f in held.findings}
+
+
+@pytest.mark.parametrize("template", ["chat", "none"])
+def test_rows_without_the_prompt_that_others_of_their_file_have_are_reported(template: str):
+    values = {"data.template": template}
+    rows = some(3, lambda row: {"prompt": None, **untold(row)})
+    said = findings(rows, **values)["UW201"]
+    assert "3 rows have no prompt, where other rows of their file have one" in said
+    assert "rows.jsonl:1, rows.jsonl:2, rows.jsonl:3" in said
+    prompts = [{"prompt": row["prompt"]} for row in ROWS]
+    write_rows("asked.jsonl", [*prompts, untold(ROWS[0]) | {"prompt": None}])
+    account = stream.load_prompts(["asked.jsonl"])[1]
+    assert account.unprompted == ["asked.jsonl:61"] == account.shared_prompts
+
+
+def test_conversations_say_where_they_split_and_need_no_prompt():
+    def whole(row: dict[str, Any]) -> dict[str, Any]:
+        asked = {"role": "user", "content": row["prompt"]}
+        answers = ({"role": "assistant", "content": row[k]} for k in ("chosen", "rejected"))
+        chosen, rejected = ([asked, answer] for answer in answers)
+        return {"prompt": None, "chosen": chosen, "rejected": rejected}
+
+    assert findings(some(30, whole)) == {}
 
 
 def test_many_rows_are_sampled(monkeypatch: pytest.MonkeyPatch):

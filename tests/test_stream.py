@@ -295,10 +295,18 @@ def test_prompts_are_loaded_from_rows_that_have_no_more(tmp_path):
     assert (account.read, account.used, account.dropped) == (3, 2, {"bad_unicode": 1})
 
 
+def test_a_prompt_by_another_name_is_seen_in_parquet_too(tmp_path):
+    path = tmp_path / "a.parquet"
+    row = {"question": "Which?", "chosen": "Yes. One.", "rejected": "Yes. None."}
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    with pytest.raises(DataError, match="Is question meant to be prompt"):
+        load_examples([str(path)])
+
+
 def test_preferences_are_required_only_where_asked_for(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = write_rows(tmp_path / "a.jsonl", [{"messages": turns}])
-    assert load_examples([path])[1].dropped == {"no_preference": 1}
+    assert load_examples([path])[1].dropped == {"unlabelled": 1}
     assert len(load_examples([path], require_preferences=False)[0]) == 1
 
 
@@ -378,6 +386,8 @@ def test_growing_trees_moves_rows_from_used_to_dropped(tmp_path):
         "special_in_prompt": 0,
         "duplicates": 0,
         "earlier_turns": 0,
+        "shared_prompts": 0,
+        "unprompted": 0,
         "rated": 0,
         "against": 0,
         "preferences": 2,

@@ -31,6 +31,11 @@ class Preflight(Section):
         description="Rows, or responses, that are not used because a response has no word, as a "
         "share (UW210).",
     )
+    dropped: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.2,
+        description="Rows dropped, for all reasons together, as a share: more is refused; of rows "
+        "that prefer no response, more than half is reported (UW208).",
+    )
     contradictory: Share = Field(
         default=0.01,
         description="Preferences that contradict each other (UW210), or the scores beside them "

@@ -9,7 +9,7 @@ from typing import Any
 
 from upweight.data.trees import TreeNotes
 from upweight.errors import DataError, Refusal
-from upweight.types import Dropped, Tree
+from upweight.types import Dropped, RowId, Tree
 
 REASONS: dict[str, str] = {
     "bad_unicode": "text that is not Unicode: half of a surrogate pair",
@@ -20,6 +20,7 @@ REASONS: dict[str, str] = {
     "other_turns_in_response": "a response that holds turns which are not the assistant's",
     "identical_responses": "responses that are the same, as text or as tokens after cutting",
     "no_preference": "no two responses of which one is preferred",
+    "unlabelled": "neither preferences nor two scores",
     "template": "the chat template refuses the conversation",
     "stop_in_response": "a response whose text holds a special token",
     "boundary": "prompt and response do not come apart under this template or tokenizer",
@@ -53,7 +54,9 @@ class Account:
     adds any (rendered twice, perhaps), `duplicates` rows that say the same as an earlier one and
     are used, `earlier_turns` rows that were made of a conversation's earlier turns,
     `unused_columns` rows by the columns (and the keys of responses) that no layout reads, or that
-    `pairing` passes over. `rated` counts pairs beside which stand scores or a margin, and `against`
+    `pairing` passes over. `shared_prompts` are the rows whose prompt is what the texts of chosen
+    and rejected begin with alike, `unprompted` those of texts that have none where other rows of
+    their file have one. `rated` counts pairs beside which stand scores or a margin, and `against`
     are the rows of those that say the rejected response is the better one.
     `lengths` are in tokens: each prompt, and the two sides of each preference.
     """
@@ -75,6 +78,8 @@ class Account:
     special_in_prompt: int = 0
     duplicates: int = 0
     earlier_turns: int = 0
+    shared_prompts: list[str] = field(default_factory=list[str])
+    unprompted: list[str] = field(default_factory=list[str])
     rated: int = 0
     against: list[str] = field(default_factory=list[str])
     preferences: int = 0
@@ -90,6 +95,11 @@ class Account:
         shown = self.examples.setdefault(dropped.reason, [])
         if len(shown) < _NUM_EXAMPLES:
             shown.append((str(dropped.row), dropped.detail))
+
+    def rate(self, agreed: Sequence[bool], row: RowId) -> None:
+        """Counts preferences of the row of which scores say whether they are right."""
+        self.rated += len(agreed)
+        self.against += [str(row)] * (len(agreed) - sum(agreed))
 
     def unread(self, column: str) -> None:
         self.unused_columns[column] = self.unused_columns.get(column, 0) + 1
@@ -142,6 +152,8 @@ class Account:
             "special_in_prompt": self.special_in_prompt,
             "duplicates": self.duplicates,
             "earlier_turns": self.earlier_turns,
+            "shared_prompts": len(self.shared_prompts),
+            "unprompted": len(self.unprompted),
             "rated": self.rated,
             "against": len(self.against),
             "preferences": self.preferences,

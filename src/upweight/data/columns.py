@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 from upweight.errors import DataError, nearest
 from upweight.types import Message, RowId, Text
@@ -50,7 +50,13 @@ SCORES = (
 )
 """What pairs may have beside them. No layout reads them; whether they agree with it is asked."""
 
-LOOKED_AT = READ.union(name for pair in SCORES for name in pair)
+CALLED_PROMPT = (
+    "question", "instruction", "instructions", "query", "input", "problem", "context", "history",
+    "conversation", "conversations", "dialogue", "dialog", "messages", "post",
+)  # fmt: skip
+"""What other data call the prompt."""
+
+LOOKED_AT = READ.union(CALLED_PROMPT, (name for pair in SCORES for name in pair))
 """The columns whose values are wanted of every row."""
 
 BESIDE_TEXT = ("score", "weight", "stopped")
@@ -74,16 +80,21 @@ def agrees(row: Row) -> bool | None:
     """Whether the row's scores of its two responses, or its margin, say that chosen is the better
     one; None where they say nothing."""
     for pair in SCORES:
-        scores = [row.get(name) for name in pair]
-        chosen, rejected = (s if _is_number(s) else math.nan for s in scores)
-        if chosen != rejected and not math.isnan(chosen - rejected):
+        values = [row.get(name) for name in pair]
+        chosen, rejected = (None if isinstance(v, bool) else finite_number(v) for v in values)
+        if chosen is not None and rejected is not None and chosen != rejected:
             return chosen > rejected
-    margin = row.get("margin")
-    return margin > 0 if _is_number(margin) and margin else None
+    margin = finite_number(row.get("margin"))
+    return margin > 0 if margin else None
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def finite_number(value: Any) -> float | None:
+    """A finite number, or text that is one, as every cell of a CSV file is; else None."""
+    try:
+        found = float(value) if isinstance(value, int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def detect(row: Row, row_id: RowId) -> str:
@@ -140,20 +151,16 @@ def require_unlabelled(row: Row, row_id: RowId) -> None:
         )
 
 
-CALLED_PROMPT = ("question", "instruction", "instructions", "query", "input", "problem", "context")
-"""What other data call the prompt."""
-
-
 def require_no_other_prompt(row: Row, row_id: RowId) -> None:
-    """Raises DataError for a row of texts without a prompt that has one by another name: what the
-    two texts happen to share would be taken for it."""
-    if "prompt" in row:
-        return
-    named = [name for name in CALLED_PROMPT if isinstance(row.get(name), str)]
-    near = [name for name in row if nearest(name, ["prompt"])]
+    """Raises DataError for a row without a prompt that has one by another name: what chosen and
+    rejected happen to share would be taken for it."""
+    named = [name for name in CALLED_PROMPT if _says(row.get(name)) and row[name]]
+    near = [name for name in row if "prompt" not in row and nearest(name, ["prompt"])]
+    near = [name for name in near if row[name] is None or _says(row[name])]
     if found := named or near:
+        lacks = 'an empty "prompt"' if "prompt" in row else 'no "prompt"'
         raise DataError(
-            f'{row_id} has no "prompt" (it has: {listed(row)}). Is {found[0]} meant to be prompt? '
+            f"{row_id} has {lacks} (it has: {listed(row)}). Is {found[0]} meant to be prompt? "
             "Rename the column. If the texts of chosen and rejected begin with the prompt, remove "
             f"{found[0]}."
         )
@@ -236,11 +243,8 @@ def mapping(value: Any, where: str, row_id: RowId, allowed: str) -> Mapping[str,
 
 def number(value: Any, where: str, row_id: RowId) -> float:
     """A finite number, or text that is one."""
-    try:
-        found = float(value) if isinstance(value, int | float | str) else math.nan
-    except (ValueError, OverflowError):
-        found = math.nan
-    if not math.isfinite(found):
+    found = finite_number(value)
+    if found is None:
         raise DataError(f"{row_id}: {where} is {shown(value)}; allowed: a finite number.")
     return found
 

@@ -57,9 +57,9 @@ def pair(row: Row, row_id: RowId) -> Example | Dropped:
     chosen = text_or_messages(row["chosen"], "chosen", row_id)
     rejected = text_or_messages(row["rejected"], "rejected", row_id)
     if row.get("prompt") is None:
-        if isinstance(chosen, str):
-            require_no_other_prompt(row, row_id)
         split = implicit(chosen, rejected, row_id)
+        if isinstance(chosen, str) or (not isinstance(split, Dropped) and not split[0]):
+            require_no_other_prompt(row, row_id)
     else:
         prompt = text_or_messages(row["prompt"], "prompt", row_id)
         split = explicit(prompt, (chosen, rejected), ("chosen", "rejected"), row_id)

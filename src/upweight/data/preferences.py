@@ -86,6 +86,13 @@ def with_preferences(example: Example, pairing: Pairing, min_gap: float | int) -
     return replace(example, preferences=tuple(weighted))
 
 
+def by_scores(example: Example) -> list[bool]:
+    """Whether the scores say so too, of each preference whose two responses have unequal ones."""
+    scores = [answer.score for answer in example.responses]
+    pairs = [(scores[p.chosen], scores[p.rejected]) for p in example.preferences]
+    return [a > b for a, b in pairs if a is not None and b is not None and a != b]
+
+
 def weights_inside(example: Example) -> list[str]:
     """The columns whose entries have weights of their own, other than 1."""
     weights = [answer.weight for answer in example.responses]
@@ -107,13 +114,14 @@ def unusable(example: Example, *, require_preferences: bool) -> Dropped | None:
         shown = " | ".join(clipped(a.content) for a in example.responses[:3])
         return Dropped(example.row, reason, shown)
     scores = [a.score for a in example.responses]
-    if all(s is None for s in scores):
-        detail = f"responses: {len(scores)}, none with a score, and no preferences"
-        if len(scores) == 1:
-            detail = "one response and nothing to prefer it to; objective sft learns from such rows"
-    else:
+    num_scored = sum(s is not None for s in scores)
+    if num_scored > 1:
         detail = f"no two scores differ by more than the gap: {clipped(scores)}"
-    return Dropped(example.row, "no_preference", detail)
+        return Dropped(example.row, "no_preference", detail)
+    detail = f"responses: {len(scores)}, {num_scored or 'none'} with a score, and no preferences"
+    if len(scores) == 1:
+        detail = "one response and nothing to prefer it to; objective sft learns from such rows"
+    return Dropped(example.row, "unlabelled", detail)
 
 
 _WORST = ("other_turns_in_response", "empty_response", "identical_responses")
@@ -138,8 +146,12 @@ def is_empty(content: Text) -> bool:
     """No word, no tool call, no thought in any message: nothing, or white space."""
     if isinstance(content, str):
         return not content.strip()
-    said = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
-    return all(_is_blank(turn.get(key)) for turn in content for key in said)
+    said = ("content", "tool_calls", *THOUGHTS)
+    return all(is_blank(turn.get(key)) for turn in content for key in said)
+
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""The keys of a message under which templates look for what the assistant thought."""
 
 
 def clipped(content: Any, length: int = 60) -> str:
@@ -155,5 +167,5 @@ def _first_equal(example: Example) -> list[int]:
     return [first.setdefault(key, i) for i, key in enumerate(keys)]
 
 
-def _is_blank(value: Any) -> bool:
+def is_blank(value: Any) -> bool:
     return not value or (isinstance(value, str) and not value.strip())

@@ -11,14 +11,14 @@ import json
 import math
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any, Literal
 
 from upweight.data.account import Account
-from upweight.data.columns import agrees, detect, printable, unread
+from upweight.data.columns import Row, agrees, detect, printable, unread
 from upweight.data.formats import FORMATS, example_of, prompt_of
-from upweight.data.preferences import Pairing, unusable, weights_inside
+from upweight.data.preferences import Pairing, by_scores, unusable, weights_inside
 from upweight.data.read import read_rows
 from upweight.data.render import Renderer
 from upweight.data.trees import trees
@@ -50,6 +50,7 @@ def load_examples(
         )
     account, examples, passed_over = Account(), list[Example](), set(passing_over)
     layouts: dict[str, str] = {}
+    origins = _Origins()
     seen: set[bytes] = set()
     for row_id, row in islice(read_rows(paths), limit):
         account.read += 1
@@ -59,8 +60,7 @@ def load_examples(
         for name in map(printable, unread(row, found) | passed_over.intersection(row)):
             account.unread(name)
         if found == "pair" and (agreed := agrees(row)) is not None:
-            account.rated += 1
-            account.against += [] if agreed else [str(row_id)]
+            account.rate([agreed], row_id)
         row = {name: value for name, value in row.items() if name not in passed_over}
         example = example_of(row, row_id, found, pairing=pairing, min_gap=min_gap)
         if isinstance(example, Example):
@@ -69,6 +69,8 @@ def load_examples(
             scored = any(answer.score is not None for answer in example.responses)
             if pairing != "auto" and scored and row.get("preferences") is not None:
                 account.unread("preferences")
+            if found == "responses" and pairing == "auto" and row.get("preferences") is not None:
+                account.rate(by_scores(example), row_id)
             example = unusable(example, require_preferences=require_preferences) or example
         if isinstance(example, Dropped):
             account.drop(example)
@@ -79,7 +81,31 @@ def load_examples(
         seen.add(key)
         account.used += 1
         examples.append(example)
+        origins.note(row, example)
+    origins.settle(account)
     return examples, account.check()
+
+
+@dataclass
+class _Origins:
+    """Where the rows' prompts come from: the files in which some row states one, the rows of texts
+    that state none, and those of them whose texts begin alike."""
+
+    stated: set[str] = field(default_factory=set[str])
+    missing: list[RowId] = field(default_factory=list[RowId])
+    shared: list[RowId] = field(default_factory=list[RowId])
+
+    def note(self, row: Row, example: Example) -> None:
+        if row.get("prompt") not in (None, ""):
+            self.stated.add(example.row.source)
+        elif isinstance(example.prompt, str):
+            self.missing.append(example.row)
+            if example.prompt.strip():
+                self.shared.append(example.row)
+
+    def settle(self, account: Account) -> None:
+        account.shared_prompts = [str(row) for row in self.shared]
+        account.unprompted = [str(row) for row in self.missing if row.source in self.stated]
 
 
 def load_prompts(paths: Sequence[str], limit: int | None = None) -> tuple[list[Example], Account]:
@@ -87,7 +113,7 @@ def load_prompts(paths: Sequence[str], limit: int | None = None) -> tuple[list[E
 
     Raises DataError for files and rows that cannot be read.
     """
-    account, examples = Account(), list[Example]()
+    account, examples, origins = Account(), list[Example](), _Origins()
     for row_id, row in islice(read_rows(paths), limit):
         account.read += 1
         example = prompt_of(row, row_id)
@@ -96,6 +122,8 @@ def load_prompts(paths: Sequence[str], limit: int | None = None) -> tuple[list[E
         else:
             account.used += 1
             examples.append(example)
+            origins.note(row, example)
+    origins.settle(account)
     return examples, account.check()
 
 

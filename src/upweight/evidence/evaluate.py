@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from upweight.data.trees import text_after
 from upweight.evidence.records.ledger import SCHEMA
+from upweight.models.finite import finite
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import response_logps, token_logps
 from upweight.models.reading import read_trees
@@ -71,7 +71,7 @@ def score_trees(
         assert reference is not None
         return _score(read_trees(reference.logps, trees, tokens_per_bin), trees, reference, beta)
     with evaluation_mode(lm), torch.no_grad():
-        asked = functools.partial(token_logps, lm)
+        asked = finite(token_logps, lm)
         found = read_trees(asked, trees, tokens_per_bin, on_smaller)
         return _score(found, trees, reference, beta)
 

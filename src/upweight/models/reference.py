@@ -9,7 +9,6 @@ On disk: one folder per reference, header.json and Parquet parts of (key, fp32 l
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from upweight.data.pack import bins_of_step, collate, merge_same_prompts, num_tokens
 from upweight.errors import OutputError, Refusal
+from upweight.models.finite import finite
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
 from upweight.models.named import cache_dir
@@ -104,7 +104,8 @@ class Reference:
 def open_reference(fingerprint: str, lm: LanguageModel, root: Path | None = None) -> Reference:
     """What is known already of the reference with this fingerprint; an empty one if nothing is.
 
-    A part that cannot be read (a disk that filled up in an old version, say) is computed anew.
+    A part that cannot be read (a disk that filled up in an old version, say) is computed anew, and
+    so are log-probs that are no finite numbers.
     Raises OutputError when the cache cannot be written.
     """
     folder = (root or cache_dir() / "reference") / fingerprint[:32]
@@ -136,7 +137,9 @@ def open_reference(fingerprint: str, lm: LanguageModel, root: Path | None = None
         flat = values.flatten().to_numpy(zero_copy_only=False)
         offsets = values.offsets.to_numpy() - values.offsets[0].as_py()
         for i, key in enumerate(columns["key"].to_pylist()):
-            reference.table[key] = flat[offsets[i] : offsets[i + 1]]
+            logps = flat[offsets[i] : offsets[i + 1]]
+            if np.isfinite(logps).all():
+                reference.table[key] = logps
     return reference
 
 
@@ -170,7 +173,7 @@ def fill(
     done, computed, last = 0, 0, time.monotonic()
     fresh: list[bytes] = []
     with torch.no_grad():
-        asked = functools.partial(token_logps, lm)
+        asked = finite(token_logps, lm)
         for forest, logps in read_trees(asked, todo, tokens_per_bin, on_smaller, together):
             keys = reference.take(forest, logps)
             fresh += keys
@@ -230,14 +233,14 @@ def largest_difference(
     reference: Reference, lm: LanguageModel, trees: Sequence[Tree], num: int = 8
 ) -> Difference:
     """Between what is kept and what `lm` says, over `num` trees, evenly spaced: that of the
-    response which is furthest beyond rounding. nan where a log-prob is."""
+    response which is furthest beyond rounding. Raises Refusal UW303 for what is no number."""
     step = max(1, len(trees) // num)
     tolerance = TOLERANCE_NATS[lm.compute_dtype]
     largest = Difference(0.0, tolerance, "")
     for tree in trees[::step][:num]:
         forest = collate([tree])
         with torch.no_grad():
-            got = token_logps(lm, forest).cpu()
+            got = finite(token_logps, lm)(forest).cpu()
         apart = (got - reference.logps(forest)).abs().split(forest.tokens_per_response.tolist())
         for response, delta in zip(tree.ids, apart, strict=True):
             allowed = explained(tolerance, len(delta))

@@ -18,6 +18,7 @@ from upweight.errors import ConfigError, ModelError
 from upweight.models.adapter import Converted
 from upweight.models.attention import native_attention
 from upweight.models.compiled import as_written
+from upweight.models.finite import finite
 from upweight.models.head import at_least_fp32, logits, read
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import response_logps, token_logps
@@ -353,7 +354,7 @@ def tree_logps(
     where = {id(tree): i for i, tree in enumerate(trees)}
     result: list[list[float]] = [[] for _ in trees]
     with torch.no_grad(), evaluation_mode(lm):
-        asked = functools.partial(token_logps, lm)
+        asked = finite(token_logps, lm)
         for forest, logps in read_trees(asked, trees, tokens_per_bin):
             sums = response_logps(logps, forest).tolist()
             for tree in forest.trees:

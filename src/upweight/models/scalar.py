@@ -7,7 +7,6 @@ saved is read by plain transformers (and by everything that reads its reward mod
 from __future__ import annotations
 
 import copy
-import functools
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from transformers import (
 )
 
 from upweight.errors import ModelError
+from upweight.models.finite import finite
 from upweight.models.load import LanguageModel, evaluation_mode, load
 from upweight.models.logprobs import scored_hidden
 from upweight.models.named import resolve
@@ -166,7 +166,7 @@ def tree_scores(
     that had to be halved."""
     where = {id(tree): i for i, tree in enumerate(trees)}
     result: list[list[float]] = [[] for _ in trees]
-    asked = functools.partial(response_scores, lm)
+    asked = finite(response_scores, lm, "scores")
     with torch.no_grad(), evaluation_mode(lm):
         for forest, found in read_trees(asked, trees, tokens_per_bin, on_smaller):
             scores = found.tolist()

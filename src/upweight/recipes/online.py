@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from upweight.config import Run
 from upweight.errors import DataError, OutputError, Refusal
+from upweight.models.finite import finite
 from upweight.models.frozen import Frozen
 from upweight.models.head import head_logps
 from upweight.models.load import LanguageModel, evaluation_mode
@@ -218,12 +219,13 @@ def _draw(
     }
     smaller = functools.partial(smaller_bins, state, f"round {number}")
     with evaluation_mode(lm):
-        found = by_response(functools.partial(_both, state), trees, state.tokens_per_bin, smaller)
+        read = finite(lambda _, forest: _both(state, forest), lm, "log-probs or values")
+        found = by_response(read, trees, state.tokens_per_bin, smaller)
     logps = {i: both[:, 0] for i, both in found.items()}
     values = None if state.values is None else {i: both[:, 1] for i, both in found.items()}
     _require_same_policy(held_against(logps, said, TOLERANCE_NATS[lm.compute_dtype]))
     with start.in_round(lm, number) as reference:
-        read = functools.partial(token_logps, reference)
+        read = finite(token_logps, reference)
         known = by_response(read, trees, state.tokens_per_bin, smaller)
     made = Round(
         number=number,

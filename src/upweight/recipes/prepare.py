@@ -306,6 +306,8 @@ def account_lines(prepared: Prepared) -> list[str]:
             ("rewritten by the template", account.rewritten),
             ("with special tokens in the prompt", account.special_in_prompt),
             ("duplicate rows", account.duplicates),
+            ("prompts taken from what both texts begin with", len(account.shared_prompts)),
+            ("without a prompt where others have one", len(account.unprompted)),
         ):
             if num:
                 parts.append(f"{num} {label}")

@@ -16,6 +16,7 @@ from upweight.data.stream import plan_epoch
 from upweight.errors import DataError, Refusal
 from upweight.evidence import evaluate
 from upweight.models.adapter import adapter_off
+from upweight.models.finite import finite
 from upweight.models.load import (
     ForwardPlan,
     LanguageModel,
@@ -136,7 +137,7 @@ def _take(logps: Reference, model: LanguageModel, trees: Sequence[Tree]) -> None
     for group in bins(trees, PROBE_TOKENS):
         forest = collate(group)
         with torch.no_grad():
-            logps.take(forest, token_logps(model, forest))
+            logps.take(forest, finite(token_logps, model)(forest))
 
 
 def pulled_elsewhere(run: Run) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from upweight.data.pack import collate
 from upweight.errors import Refusal
+from upweight.models.finite import weights_not_finite
 from upweight.models.load import LanguageModel
 from upweight.training.objectives import Objective
 from upweight.types import WAITING_DEVICES, Forest, Tree
@@ -115,13 +116,8 @@ class Guard:
         return found
 
     def cause(self, finite_loss: bool) -> str:
-        named = self.lm.model.named_parameters()
-        broken = [name for name, p in named if not bool(torch.isfinite(p).all())]
-        if broken:
-            return (
-                f"weights were not finite before this step already (tensors: {len(broken)}, first "
-                f"{broken[0]}): the model's files, or a learning rate that is too high"
-            )
+        if broken := weights_not_finite(self.lm.model):
+            return f"before this step already {broken}"
         if finite_loss:
             return "the backward pass overflowed: try compute.dtype=float32"
         return "the forward pass overflowed: score these rows, and try compute.dtype=float32"

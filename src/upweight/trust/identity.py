@@ -12,6 +12,7 @@ from torch import Tensor
 
 from upweight.data.pack import collate, unshared
 from upweight.errors import Refusal
+from upweight.models.finite import finite
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import token_logps
 from upweight.models.proof import TOLERANCE_NATS as ROUNDING_NATS
@@ -65,7 +66,7 @@ def require_alone(lm: LanguageModel, trees: Sequence[Tree]) -> float:
     forest = collate(trees)
     rows = unshared(forest).trees
     with torch.no_grad(), evaluation_mode(lm):
-        truth = [token_logps(alone, collate([row])).cpu() for row in rows]
+        truth = [finite(token_logps, alone)(collate([row])).cpu() for row in rows]
         packed = token_logps(exact, forest).cpu().split(forest.tokens_per_response.tolist())
         worst = _worst("packed with others", rows, packed, truth, exact.compute_dtype)
         depth = lm.plan.exact_depth
@@ -143,7 +144,7 @@ def require_quiet(
         tree = replace(tree, responses=(tree.prompt[:TOGETHER],), stopped=(False,))
     forest = collate([tree])
     with torch.no_grad():
-        first, second = forward(lm, forest), forward(lm, forest)
+        first, second = finite(forward, lm)(forest), forward(lm, forest)
     if not torch.equal(first, second):
         worst = (first - second).abs().max().item()
         what = "nats in a token" if forward is token_logps else "in a score"

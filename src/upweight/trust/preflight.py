@@ -141,7 +141,7 @@ def against_scores(examined: Examined) -> Seen:
         "responses or a margin beside them, these say that the rejected one is better "
         f"(preflight.contradictory is {limit:.0%}): chosen and rejected may be swapped."
     )
-    return Seen({}, Finding("UW207", said, tuple(account.against[:5])))
+    return Seen({}, Finding("UW207", said, tuple(dict.fromkeys(account.against))[:5]))
 
 
 def contradictory(examined: Examined) -> Seen:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard, cast
 
+from upweight.data.preferences import THOUGHTS, is_blank
 from upweight.data.render import TEMPLATE_ERRORS, Renderer
 from upweight.types import Example, Message, Response, RowId, Tree
 
@@ -18,6 +19,9 @@ of the chat template, or because of the tokenizer, or what the prompt says."""
 
 _THOUGHTS = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>|^.*</think>", re.DOTALL)
 """What templates take out of the assistant's earlier turns, as serving does."""
+
+
+_BESIDE_CONTENT = ("tool_calls", *THOUGHTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,9 @@ def plainly_says(span: str, response: Response, renderer: Renderer) -> bool:
     """Whether the span is the response's text and no more than header and stop beside it."""
     content = response.content
     if not isinstance(content, str):
-        content = str(content[0].get("content", "")) if len(content) == 1 else ""
+        if len(content) != 1 or any(not is_blank(content[0].get(k)) for k in _BESIDE_CONTENT):
+            return False
+        content = str(content[0].get("content", ""))
     body = renderer.stops.sub("", span).strip().removeprefix(renderer.header.strip())
     if body.strip() == content.strip():
         return content != ""
@@ -99,8 +105,14 @@ def _text_lost(example: Example, response: Response, ids: Ids, renderer: Rendere
     (span,) = map(_letters, decode([ids], renderer))
     if call := _unwritten_call(example, response, renderer):
         return Odd(example.row, "rewritten", call)
-    for turn in turns_of(response.content, "assistant"):
-        content = str(turn.get("content", ""))
+    turns = turns_of(response.content, "assistant")
+    if thought := _unwritten_thought(example, response, renderer):
+        return Odd(example.row, "rewritten", thought)
+    # Of earlier answers' thoughts templates write none, and serving shows none.
+    last = [turns[-1].get(key) for key in THOUGHTS]
+    for content in [*(str(turn.get("content", "")) for turn in turns), *last]:
+        if not isinstance(content, str):
+            continue
         letters = _letters(content)
         if letters in span:
             continue
@@ -165,6 +177,20 @@ def _unwritten_call(example: Example, response: Response | None, renderer: Rende
             other = written(example, replace(response, content=changed), renderer)
         if other == str(_apply(example, response, renderer, tokenize=False)):
             return f"the tool call {ascii(_first_name(turn['tool_calls']))}"
+    return None
+
+
+def _unwritten_thought(example: Example, response: Response, renderer: Renderer) -> str | None:
+    """A thought of the last turn's, given as something else than text, without which the template
+    writes the same."""
+    *earlier, last = turns_of(response.content, "assistant")
+    for key in THOUGHTS:
+        if is_blank(last.get(key)) or isinstance(last[key], str):
+            continue
+        bare = {name: value for name, value in last.items() if name != key}
+        other = written(example, replace(response, content=(*earlier, bare)), renderer)
+        if other == _written(example, response, renderer):
+            return f"the message's {key}"
     return None
 
 

@@ -27,6 +27,7 @@ from upweight.trust.markers import (
     specials_written,
 )
 from upweight.trust.reread import Kind, Odd, again, decode, plainly_says, served, turns_of, unsaid
+from upweight.trust.unused import accounted, dropped
 from upweight.types import Example, Message, Response, RowId, Tree
 
 NUM_AGAIN = 100
@@ -115,7 +116,27 @@ def scored(texts: Texts) -> list[_Wrong]:
         said = f"{said}, which is then scored (preflight.spans is {limit:.0%})."
         finding = Finding("UW201", texts.said(said), tuple(map(str, echoes[:_ROWS_NAMED])))
         found.append(_Wrong(finding, certain=False))
-    return found
+    return found + prompts_taken(texts)
+
+
+def prompts_taken(texts: Texts) -> list[_Wrong]:
+    """Prompts that no row states: what two texts begin with alike is a guess, and where it is wrong
+    the responses lack their first words."""
+    account = texts.account
+    if account.unprompted:
+        rows, said = account.unprompted, "have no prompt, where other rows of their file have one"
+        said += ": what chosen and rejected begin with alike stands for it, or nothing. Give each "
+        said += "its prompt, or remove it"
+    elif texts.renderer.template == "chat":
+        rows, said = account.shared_prompts, "state no prompt: what chosen and rejected begin with "
+        said += "alike is taken for it and rendered as the user's turn. If that is not what was "
+        said += "asked, give a column prompt"
+    else:
+        return []
+    if not rows:
+        return []
+    said = texts.said(f"{len(rows)} rows {said}.")
+    return [_Wrong(Finding("UW201", said, tuple(rows[:_ROWS_NAMED])), certain=False)]
 
 
 _OTHER_TURNS = "whose responses hold turns that are not the assistant's and would be learned"
@@ -255,14 +276,13 @@ def _marked(texts: Texts, held: Held, what: str, limit: str, certain: bool) -> _
     return _Wrong(Finding("UW204", texts.said(f"{said} ({limit})."), rows), certain)
 
 
-def accounted(texts: Texts) -> list[_Wrong]:
-    """Every row that was read is a tree, or dropped for a reason."""
-    account, num = texts.account, len(texts.trees)
-    if account.read == num + sum(account.dropped.values()):
-        return []
-    said = f"{account.read} rows were read, {num} became tokens and "
-    said = texts.said(f"{said}{sum(account.dropped.values())} were dropped for a reason.")
-    return [_Wrong(Finding("UW208", said))]
+def unused(texts: Texts) -> list[_Wrong]:
+    """The rows that did not become tokens."""
+    found = [
+        *accounted(texts.name, texts.account, len(texts.trees)),
+        *dropped(texts.name, texts.account, texts.limits),
+    ]
+    return [_Wrong(finding, certain=isinstance(finding, Refused)) for finding in found]
 
 
 EXAMINATIONS: tuple[Callable[[Texts], list[_Wrong]], ...] = (
@@ -272,7 +292,7 @@ EXAMINATIONS: tuple[Callable[[Texts], list[_Wrong]], ...] = (
     answered_before,
     scored,
     beginnings,
-    accounted,
+    unused,
 )
 
 

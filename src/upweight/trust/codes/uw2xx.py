@@ -22,8 +22,13 @@ PAGES: tuple[Page, ...] = (
             "are not used and are counted as `other_turns_in_response`; a share of rows or of "
             "responses above `preflight.spans` is refused. "
             "Rows of which the chat template or the tokenizer leaves out text are reported, and "
-            "refused above `preflight.spans`. So many rows whose responses all begin with the "
-            "whole prompt are reported only: the task may be to repeat it."
+            "refused above `preflight.spans`: a word of an answer, a tool call, or what the scored "
+            "message thought under `reasoning_content`, `reasoning` or `thinking`. "
+            "So many rows whose responses all begin with the whole prompt are reported only: the "
+            "task may be to repeat it. Reported, too, are "
+            "texts without a prompt where other rows of their file have one, and texts whose "
+            "prompt is what chosen and rejected begin with alike, where a chat template makes a "
+            "user's turn of it; `shared_prompts` and `unprompted` in `account.json` count them."
         ),
         guarded_by=(
             "Scored tokens are given by where each response lies, not by a mask value. Batches "
@@ -50,7 +55,11 @@ PAGES: tuple[Page, ...] = (
             "Compare `tokens_chosen` and `tokens_rejected` in the lines of `upweight score` with "
             "your own count.",
         ),
-        detectors=("upweight.data.account:require_used", "upweight.trust.spans:scored"),
+        detectors=(
+            "upweight.data.account:require_used",
+            "upweight.trust.spans:prompts_taken",
+            "upweight.trust.spans:scored",
+        ),
     ),
     Page(
         code="UW202",

@@ -23,8 +23,9 @@ PAGES: tuple[Page, ...] = (
             "also why one collects preferences. `upweight check` asks the reference about a few "
             "rows of each set, training about all. For a reward model the lengths alone are asked. "
             "Scores of both responses that stand beside a pair (score_chosen and score_rejected, "
-            "chosen_score, chosen-rating and the like) or a negative margin are reported where a "
-            "share above `preflight.contradictory` says that the rejected response is better. "
+            "chosen_score, chosen-rating and the like), scores of responses whose row states its "
+            "preferences too, or a negative margin are reported where a share above "
+            "`preflight.contradictory` says that the rejected response is better. "
             "Flips do not show where the reference itself does not agree with right labels, as a "
             "small model on answers that people checked: then swapped columns look as likely to "
             "it as right ones, and neither its share nor the lengths may be far below one half."
@@ -58,7 +59,13 @@ PAGES: tuple[Page, ...] = (
         ),
         found_by=(
             "Before step 1, in every set: the rows that were read must be those that became tokens "
-            "and those dropped for a reason, or the run is refused. Compare `read` in "
+            "and those dropped for a reason, or the run is refused. So is one that drops more "
+            "than `preflight.dropped` of them, all reasons together but for those that are "
+            "reported under another code (too long UW205, equal UW206, without a word UW210, "
+            "responses that hold a stop token or do not come apart UW201 to UW203) or of which "
+            "their own key permits more. Rows that prefer no response, such as those whose "
+            "scores are equal, count only for a warning, where more than half of the rows are "
+            "not used. Compare `read` in "
             "`account.json` with the number of rows in your files. `left_out` counts responses of "
             "used rows that are in no preference, and `unused_columns` columns that nothing reads."
         ),
@@ -67,16 +74,25 @@ PAGES: tuple[Page, ...] = (
             "five rows of each reason are kept with a sentence."
         ),
         causes=(
+            "The chat template refuses the conversations: a system turn that it does not know, or "
+            "turns that do not alternate.",
+            "A column has another name than in the other rows, or is empty in some.",
             "`data.limit` is set: rows beyond it are not read.",
             "A file is missing from `data.path`.",
             "Rows were lost before, when the file was written.",
             "A bug in upweight, if it is refused.",
         ),
         do=(
-            "Run `upweight check run.yaml` and read its account line.",
+            "Run `upweight check run.yaml` and read its account line: it has the number of each "
+            "reason, and `examples` in `account.json` rows.",
+            "Mend the rows, or remove them yourself and know what is left; only then raise "
+            "`preflight.dropped`.",
             "Remove `data.limit`.",
         ),
-        detectors=("upweight.trust.spans:accounted",),
+        detectors=(
+            "upweight.trust.unused:_many",
+            "upweight.trust.unused:accounted",
+        ),
     ),
     Page(
         code="UW209",

@@ -86,7 +86,10 @@ PAGES: tuple[Page, ...] = (
             "gradients must be finite. If not, the run is refused before the optimizer sees them, "
             "and the message names up to 8 rows, those whose loss is not finite where only some "
             "are, and what broke first: a weight, the forward pass or the backward pass. The "
-            "weights are as before the step, and `metrics.jsonl` and the report have the refusal."
+            "weights are as before the step, and `metrics.jsonl` and the report have the refusal. "
+            "Log-probs and scores outside of steps are looked at where they are made: the "
+            "reference's, those of evaluations and of sampled answers, a reward model's, and those "
+            "of `upweight score`; the rows are asked alone, and those that are to blame named."
         ),
         causes=(
             "The learning rate is too high, and the model came apart in the steps before.",
@@ -98,12 +101,15 @@ PAGES: tuple[Page, ...] = (
             "Look at `grad_norm` in the last lines of `metrics.jsonl`: if it grew for many "
             "steps, lower `optimizer.learning_rate`.",
             "Score the rows that the message names with `upweight score` and the model as it "
-            "began: if a log-prob is not finite there, the model or the row is at fault.",
+            "began: if they are refused there too, the model or the row is at fault.",
             "Try `compute.dtype=float32`.",
             "Start a new run with another `out`: a run is resumed with its own settings only, and "
             "would come to the same step.",
         ),
-        detectors=("upweight.training.guard:_refuse_nonfinite",),
+        detectors=(
+            "upweight.models.finite:finite",
+            "upweight.training.guard:_refuse_nonfinite",
+        ),
     ),
     Page(
         code="UW304",
