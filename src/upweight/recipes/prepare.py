@@ -11,6 +11,7 @@ import torch
 
 from upweight.config import Run, write
 from upweight.data.account import Account, percentiles, require_used
+from upweight.data.columns import printable
 from upweight.data.render import Renderer, make_renderer
 from upweight.data.stream import (
     grow,
@@ -129,6 +130,27 @@ def _require_template_reads(options: Mapping[str, Any], renderer: Renderer) -> N
         )
 
 
+def require_rows_read(examples: Sequence[Example], renderer: Renderer) -> None:
+    """Raises Refusal UW109 for a variable of the rows' own that the chat template never looks up,
+    with the rows that set it."""
+    chat = renderer.template == "chat"
+    read = template_variables(renderer.tokenizer) if chat else frozenset[str]()
+    if read is None:
+        return
+    by_name: dict[str, list[str]] = {}
+    for example in examples:
+        for name in (example.template_options or {}).keys() - read:
+            by_name.setdefault(name, []).append(str(example.row))
+    for name, rows in by_name.items():
+        who = "the model's chat template does" if chat else "text without a chat template can"
+        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+        raise Refusal(
+            "UW109",
+            f"template_options.{printable(name)} is set by rows of their own, and {who} not read "
+            f"it.{nearest(printable(name), read)} Leave it out. Rows: {', '.join(rows[:5])}{more}.",
+        )
+
+
 def prepare(run: Run, lm: LanguageModel) -> Prepared:
     """Reads, splits, renders and tokenizes every row; each is in an account.
 
@@ -182,6 +204,8 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     if not kind.draws:
         _require_scores(run, loaded)
         _require_turns(run, loaded)
+    for rows in (train, *(held for held, _ in sets.values())):
+        require_rows_read(rows, renderer)
     trees, accounts = {"train": grown(train, account)}, {"train": account}
     repeats = {"train": copies(train)}
     require_used(account, f"data {', '.join(run.data.path)}")
@@ -193,15 +217,15 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     asked: list[Example] = []
     if run.evaluation.prompt_files is not None:
         asked, account = load_prompts(run.evaluation.prompt_files)
+        require_rows_read(asked, renderer)
         require_apart(PROMPTS, train, asked)
         trees[PROMPTS], accounts[PROMPTS] = plant(asked, renderer, account), account
         require_used(account, f"evaluation.prompt_files {', '.join(run.evaluation.prompt_files)}")
     rows = tuple(train[:: max(1, len(train) // RENDERED_AGAIN)][:RENDERED_AGAIN])
     held = {name: rows for name, (rows, _) in sets.items()}
     near = tuple(nearly_apart(train, {**held, PROMPTS: asked}))
-    return Prepared(
-        trees, accounts, renderer, repeats, near, rows=rows, examples={"train": train, **held}
-    )
+    texts = {"train": train, **held, **({PROMPTS: asked} if asked else {})}
+    return Prepared(trees, accounts, renderer, repeats, near, rows=rows, examples=texts)
 
 
 def ended_answers(prepared: Prepared, lm: LanguageModel) -> Prepared:

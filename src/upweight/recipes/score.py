@@ -26,6 +26,7 @@ from upweight.recipes.prepare import (
     note_smaller,
     prepare,
     renderer_for,
+    require_rows_read,
     tokens_read_at_once,
 )
 from upweight.recipes.reference import reference_model, require_same_tokens
@@ -106,6 +107,7 @@ def sample_file(
     lm = load_policy(run)
     renderer = renderer_for(run, lm)
     examples, account = load_prompts(run.data.path, run.data.limit)
+    require_rows_read(examples, renderer)
     rows_of = {example.row: example for example in examples}
     trees = plant(examples, renderer, account)
     prompts = [tree.prompt for tree in trees]
