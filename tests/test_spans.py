@@ -474,6 +474,35 @@ def test_conversations_say_where_they_split_and_need_no_prompt():
     assert findings(some(30, whole)) == {}
 
 
+@pytest.mark.parametrize("name", ["template_options", "chat_template_kwargs"])
+def test_a_variable_of_the_rows_own_that_the_template_never_reads_is_refused(name: str):
+    def quiet(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {name: {"enable_thinking": False}}
+
+    said = refused("UW109", some(7, quiet))
+    assert "template_options.enable_thinking is set by rows of their own" in said
+    assert "Rows: rows.jsonl:1, rows.jsonl:2" in said and "rows.jsonl:5 and 2 more." in said
+    assert "text without a chat" in refused("UW109", some(7, quiet), **{"data.template": "none"})
+    write_rows("asked.jsonl", [quiet({"prompt": "which?"})])
+    asked = {"evaluation.prompt_files": ["asked.jsonl"]}
+    assert "Rows: asked.jsonl:1." in refused("UW109", ROWS, **asked)
+    with pytest.raises(Refusal, match="enable_thinking"):
+        uw.sample("model", "asked.jsonl")
+    byte_tokenizer("{% if enable_thinking %}t{% endif %}" + CHATML).save_pretrained("model")
+    assert findings(some(7, quiet)) == {}
+
+
+def test_prompts_of_an_evaluation_are_read_back_too():
+    rendered = "<|im_start|>user\nwhich?<|im_end|>\n<|im_start|>assistant\n"
+    write_rows("asked.jsonl", [{"prompt": f"{i} {rendered}"} for i in range(4)])
+    asked = {"evaluation.prompt_files": ["asked.jsonl"]}
+    assert "prompts: 4 of 4 rows hold <|im_start|>" in refused("UW204", ROWS, **asked)
+    write_rows("asked.jsonl", [{"prompt": f"which {i}?"} for i in range(4)])
+    assert findings(ROWS, **asked) == {}
+    write_rows("asked.jsonl", [{"prompt": f"[INST] which {i}?"} for i in range(4)])
+    assert "prompts: 4 of 4 rows hold what a chat" in findings(ROWS, **asked)["UW204"]
+
+
 def test_many_rows_are_sampled(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(spans, "NUM_AGAIN", 3)
     byte_tokenizer(WITHOUT_THOUGHTS).save_pretrained("model")

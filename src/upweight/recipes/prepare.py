@@ -28,7 +28,7 @@ from upweight.models.reference import Reference, fill, open_reference, verify
 from upweight.models.scalar import load_reward_model
 from upweight.recipes.apart import nearly_apart, require_apart
 from upweight.recipes.kinds import KINDS, PROMPTS
-from upweight.recipes.rendering import renderer_for
+from upweight.recipes.rendering import renderer_for, require_rows_read
 from upweight.recipes.screen import Screen, counted
 from upweight.stats import Interval
 from upweight.training.memory import enough_tokens
@@ -149,6 +149,8 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     if not kind.draws:
         _require_scores(run, loaded)
         _require_turns(run, loaded)
+    for rows in (train, *(held for held, _ in sets.values())):
+        require_rows_read(rows, renderer)
     trees, accounts = {"train": grown(train, account)}, {"train": account}
     repeats = {"train": copies(train)}
     require_used(account, f"data {', '.join(run.data.path)}")
@@ -159,14 +161,18 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
         require_used(its_account, f"the evaluation set {name}")
     asked: list[Example] = []
     if run.evaluation.prompt_files is not None:
+<<<<<<< HEAD
         trees[PROMPTS], asked, accounts[PROMPTS] = load_asked(run, renderer)
+=======
+        asked, account = load_prompts(run.evaluation.prompt_files)
+        require_rows_read(asked, renderer)
+>>>>>>> fix-A
         require_apart(PROMPTS, train, asked)
     rows = tuple(train[:: max(1, len(train) // RENDERED_AGAIN)][:RENDERED_AGAIN])
     held = {name: rows for name, (rows, _) in sets.items()}
     near = tuple(nearly_apart(train, {**held, PROMPTS: asked}))
-    return Prepared(
-        trees, accounts, renderer, repeats, near, rows=rows, examples={"train": train, **held}
-    )
+    texts = {"train": train, **held, **({PROMPTS: asked} if asked else {})}
+    return Prepared(trees, accounts, renderer, repeats, near, rows=rows, examples=texts)
 
 
 def load_asked(run: Run, renderer: Renderer) -> tuple[list[Tree], list[Example], Account]:

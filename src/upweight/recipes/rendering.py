@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upweight.config import Run, write
 from upweight.data.clock import reads_clock
+from upweight.data.columns import printable
 from upweight.data.render import Renderer, make_renderer
 from upweight.data.variables import template_variables
 from upweight.errors import ConfigError, Refusal, nearest
 from upweight.models.load import LanguageModel
 from upweight.recipes.exported import day_of_export
+from upweight.types import Example
 
 
 def renderer_for(run: Run, lm: LanguageModel) -> Renderer:
@@ -56,4 +58,25 @@ def _require_template_reads(options: Mapping[str, Any], renderer: Renderer) -> N
             "UW109",
             f"data.template_options.{name} is {write(options[name])}, and {who} not read it."
             f"{nearest(name, read or ())} Leave it out.",
+        )
+
+
+def require_rows_read(examples: Sequence[Example], renderer: Renderer) -> None:
+    """Raises Refusal UW109 for a variable of the rows' own that the chat template never looks up,
+    with the rows that set it."""
+    chat = renderer.template == "chat"
+    read = template_variables(renderer.tokenizer) if chat else frozenset[str]()
+    if read is None:
+        return
+    by_name: dict[str, list[str]] = {}
+    for example in examples:
+        for name in (example.template_options or {}).keys() - read:
+            by_name.setdefault(name, []).append(str(example.row))
+    for name, rows in by_name.items():
+        who = "the model's chat template does" if chat else "text without a chat template can"
+        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+        raise Refusal(
+            "UW109",
+            f"template_options.{printable(name)} is set by rows of their own, and {who} not read "
+            f"it.{nearest(printable(name), read)} Leave it out. Rows: {', '.join(rows[:5])}{more}.",
         )

@@ -28,7 +28,7 @@ from upweight.recipes.prepare import (
     tokens_read_at_once,
 )
 from upweight.recipes.reference import reference_model, require_same_tokens
-from upweight.recipes.rendering import renderer_for
+from upweight.recipes.rendering import renderer_for, require_rows_read
 from upweight.recipes.screen import Screen, Silent, counted
 from upweight.training.rundir import require_file, write_atomic
 from upweight.types import Example
@@ -106,6 +106,7 @@ def sample_file(
     lm = load_policy(run)
     renderer = renderer_for(run, lm)
     examples, account = load_prompts(run.data.path, run.data.limit)
+    require_rows_read(examples, renderer)
     rows_of = {example.row: example for example in examples}
     trees = plant(examples, renderer, account)
     prompts = [tree.prompt for tree in trees]

@@ -313,8 +313,8 @@ PAGES: tuple[Page, ...] = (
             "`export.merge` without `lora`, `policy.clip_low`, `policy.clip_high`, "
             "`policy.value_clip` and `policy.kl_stop` where a round is one step, "
             "`policy.kl_estimator` while `loss.beta` is 0, a variable in "
-            "`data.template_options` that the chat template never looks up, a `data.date` where it "
-            "writes none, and `data.pairing` or "
+            "`data.template_options`, or in a row's own, that the chat template never looks up, a "
+            "`data.date` where it writes none, and `data.pairing` or "
             "`data.min_score_gap` where no row has scores."
         ),
         guarded_by=(
@@ -338,6 +338,7 @@ PAGES: tuple[Page, ...] = (
             "upweight.config.commands:require_read",
             "upweight.recipes.rendering:renderer_for",
             "upweight.recipes.rendering:_require_template_reads",
+            "upweight.recipes.rendering:require_rows_read",
             "upweight.recipes.prepare:_require_scores",
             "upweight.recipes.prepare:_require_turns",
             "upweight.recipes.prepare:_require_margins",
