@@ -13,8 +13,9 @@ from upweight.models.sample import sample
 from upweight.recipes.alike import JUDGE
 from upweight.recipes.kinds import PROMPTS
 from upweight.recipes.measured import Measured, told
-from upweight.recipes.prepare import load_asked, load_policy, renderer_for
+from upweight.recipes.prepare import load_asked, load_policy
 from upweight.recipes.reference import sampled_trees
+from upweight.recipes.rendering import renderer_for
 from upweight.recipes.resume import Beginning, content_digest, digest_of
 from upweight.recipes.rewarding import is_judge, make_scorer
 from upweight.stats import mean_interval

@@ -161,12 +161,7 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
         require_used(its_account, f"the evaluation set {name}")
     asked: list[Example] = []
     if run.evaluation.prompt_files is not None:
-<<<<<<< HEAD
         trees[PROMPTS], asked, accounts[PROMPTS] = load_asked(run, renderer)
-=======
-        asked, account = load_prompts(run.evaluation.prompt_files)
-        require_rows_read(asked, renderer)
->>>>>>> fix-A
         require_apart(PROMPTS, train, asked)
     rows = tuple(train[:: max(1, len(train) // RENDERED_AGAIN)][:RENDERED_AGAIN])
     held = {name: rows for name, (rows, _) in sets.items()}
@@ -178,10 +173,12 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
 def load_asked(run: Run, renderer: Renderer) -> tuple[list[Tree], list[Example], Account]:
     """The prompts of evaluation.prompt_files as trees, their rows, and the account of these.
 
-    Raises DataError when there is nothing to use.
+    Raises DataError when there is nothing to use, Refusal UW109 for template options of a row's
+    own that nothing reads.
     """
     files = run.evaluation.prompt_files or []
     rows, account = load_prompts(files)
+    require_rows_read(rows, renderer)
     trees = plant(rows, renderer, account)
     require_used(account, f"evaluation.prompt_files {', '.join(files)}")
     return trees, rows, account
