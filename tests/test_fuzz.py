@@ -115,9 +115,11 @@ def rendered(examples: list[Example], account: Account, renderer: Renderer) -> N
     texts = Texts("rows", examples, found, account, renderer, renderer.stop_ids, Preflight())
     for finding in examine_texts(texts):
         if isinstance(finding, Refused):
-            assert finding.code in ("UW201", "UW202", "UW203", "UW204"), finding
-            # No other than that of shares: no row is scored on tokens that are not its own.
-            assert "preflight.spans" in finding.said, finding
+            # No other than those of shares: no row is scored on tokens that are not its own, and
+            # none is lost without a reason.
+            share = "preflight.dropped" if finding.code == "UW208" else "preflight.spans"
+            assert finding.code in ("UW201", "UW202", "UW203", "UW204", "UW208"), finding
+            assert share in finding.said, finding
 
 
 def accounted(paths: list[str]) -> tuple[list[Example], Account] | None:
@@ -363,8 +365,8 @@ def test_odd_rows_are_used_or_dropped_and_can_be_printed(
 ):
     furnish(tmp_path, monkeypatch)
     Path("odd.jsonl").write_text("".join(ODD))
-    half = "preflight.dropped=0.5"
-    assert main(["check", "--model", "model", "--data", "odd.jsonl", half, *how]) == 0
+    half = ["--preflight.dropped", "0.5"]
+    assert main(["check", "--model", "model", "--data", "odd.jsonl", *half, *how]) == 0
     printed = capsys.readouterr()
     (printed.out + printed.err).encode()
     if how:

@@ -1,5 +1,5 @@
-"""A few steps on the demo's model and the data sets, with nothing wrong: no code is raised, by what
-is asked before step 1 or by the watch."""
+"""The demo's model and real rows, with nothing wrong: the watch of a run that is long enough to be
+watched raises no code, evaluations too. What is asked of all rows before: test_real_model.py."""
 
 from __future__ import annotations
 
@@ -15,30 +15,42 @@ from upweight.errors import ModelError
 from upweight.models.named import demo_model_path, resolve
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-SETS = {
-    Path(demo.__file__).parent / "train.jsonl": 12,
-    DATA / "truthfulqa_pairs.jsonl": 12,
-    DATA / "gsm8k_responses.jsonl": 3,
-    DATA / "longprompt_pairs.jsonl": 3,
-}
-"""Rows that are read of each: as many as a core trains on in a quarter of a minute."""
+DEMO = Path(demo.__file__).parent / "train.jsonl"
+PAIRS = DATA / "truthfulqa_pairs.jsonl"
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("UPWEIGHT_CACHE", str(tmp_path / "cache"))
+    try:
+        return resolve(demo_model_path())
+    except ModelError as error:
+        pytest.skip(str(error))
+
+
+def require(file: Path) -> str:
+    if not file.is_file():
+        pytest.skip(f"shared/data/{file.name} is not there")
+    return str(file)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", SETS, ids=lambda file: file.stem)
-def test_a_short_run_on_real_rows_raises_nothing(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("file", [DEMO, PAIRS], ids=lambda file: file.stem)
+def test_a_run_on_real_rows_that_is_watched_raises_nothing(
+    file: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    if not file.is_file():
-        pytest.skip(f"shared/data/{file.name} is not there")
-    try:
-        model = resolve(demo_model_path())
-    except ModelError as error:
-        pytest.skip(str(error))
-    monkeypatch.setenv("UPWEIGHT_CACHE", str(tmp_path / "cache"))
+    """Past the records that the watch takes the mean of, with held-out rows and answers enough for
+    an interval: every observer has something to look at."""
     out = tmp_path / "run"
-    values = {"data.limit": SETS[file], "batch.pairs_per_step": 1, "steps": 3, "lora": True}
-    uw.train(model=model, data=str(file), out=str(out), learning_rate=2e-4, **values)
+    values = {
+        "data.limit": 36, "batch.pairs_per_step": 2, "steps": 10, "lora": True,
+        "evaluation.fraction": 0.3, "evaluation.samples": 6, "evaluation.max_new_tokens": 40,
+        "evaluation.every": 5,
+    }  # fmt: skip
+    uw.train(model=model, data=require(file), out=str(out), learning_rate=2e-4, **values)
+    records = rows_of(out / "metrics.jsonl")
+    last = [row for row in records if row["kind"] == "eval"][-1]
+    assert {"kl_low", "length_low", "loss_change_low"} <= last.keys()
     assert json.loads((out / "account.json").read_text())["findings"] == []
-    assert [row for row in rows_of(out / "metrics.jsonl") if row["kind"] == "warning"] == []
+    assert [row for row in records if row["kind"] == "warning"] == []
     assert "warning" not in capsys.readouterr().err

@@ -85,6 +85,12 @@ def read_file(file: Path, problems: Problems) -> list[Setting]:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         there = [str(path) for path in file.parent.glob("*.y*ml")]
+        key, equals, value = name.partition("=")
+        if equals:
+            raise ConfigError(
+                f"{name} stands where the run.yaml is expected, and there is no such file. Without "
+                f"one, say --{key} {value}."
+            ) from None
         raise ConfigError(f"{name} does not exist.{nearest(name, there)}") from None
     except IsADirectoryError:
         raise ConfigError(f"{name} is a folder; name the run.yaml in it.") from None

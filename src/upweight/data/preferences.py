@@ -101,8 +101,11 @@ def weights_inside(example: Example) -> list[str]:
     return [name for name, there in found.items() if there]
 
 
-def unusable(example: Example, *, require_preferences: bool) -> Dropped | None:
-    """Why nothing can be learned from the example, or None."""
+def unusable(
+    example: Example, *, require_preferences: bool, states: bool = False
+) -> Dropped | None:
+    """Why nothing can be learned from the example, or None. `states`: the row says itself what is
+    preferred, be it nothing."""
     out = left_out(example)
     num_usable = len(example.responses) - len(out)
     if example.preferences or (num_usable and not require_preferences):
@@ -113,6 +116,8 @@ def unusable(example: Example, *, require_preferences: bool) -> Dropped | None:
             return Dropped(example.row, reason, _said_other(example, out))
         shown = " | ".join(clipped(a.content) for a in example.responses[:3])
         return Dropped(example.row, reason, shown)
+    if states:
+        return Dropped(example.row, "no_preference", "preferences is an empty list")
     scores = [a.score for a in example.responses]
     num_scored = sum(s is not None for s in scores)
     if num_scored > 1:

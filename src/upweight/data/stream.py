@@ -71,7 +71,9 @@ def load_examples(
                 account.unread("preferences")
             if found == "responses" and pairing == "auto" and row.get("preferences") is not None:
                 account.rate(by_scores(example), row_id)
-            example = unusable(example, require_preferences=require_preferences) or example
+            states = row.get("preferences") not in (None, "") and not (pairing != "auto" and scored)
+            out = unusable(example, require_preferences=require_preferences, states=states)
+            example = out or example
         if isinstance(example, Dropped):
             account.drop(example)
             continue

@@ -4,6 +4,7 @@ interval over them says nothing, and not in which rows they are."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +24,20 @@ def finite(read: Read, lm: LanguageModel, what: str = "log-probs") -> Callable[[
 
     def asked(forest: Forest) -> Tensor:
         values = read(lm, forest)
-        if bool(torch.isfinite(values).all()):
-            return values
-        rows = _not_finite(read, lm, forest)
-        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        cause = weights_not_finite(lm.model)
-        cause = cause or "the forward pass overflowed: try compute.dtype=float32"
-        said = f"{lm.name} gives {what} that are no finite numbers; {cause}. Rows: {shown}."
-        raise Refusal("UW303", said)
+        if not bool(torch.isfinite(values).all()):
+            _refuse(read, lm, forest, what)
+        return values
 
     return asked
+
+
+def _refuse(read: Read, lm: LanguageModel, forest: Forest, what: str) -> NoReturn:
+    rows = _not_finite(read, lm, forest)
+    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    cause = weights_not_finite(lm.model)
+    cause = cause or "the forward pass overflowed: try compute.dtype=float32"
+    said = f"{lm.name} gives {what} that are no finite numbers; {cause}. Rows: {shown}."
+    raise Refusal("UW303", said)
 
 
 def _not_finite(read: Read, lm: LanguageModel, forest: Forest) -> list[str]:

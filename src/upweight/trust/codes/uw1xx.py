@@ -336,6 +336,7 @@ PAGES: tuple[Page, ...] = (
         ),
         detectors=(
             "upweight.config.commands:require_read",
+            "upweight.config.commands:require_read_to_choose",
             "upweight.recipes.rendering:renderer_for",
             "upweight.recipes.rendering:_require_template_reads",
             "upweight.recipes.rendering:require_rows_read",

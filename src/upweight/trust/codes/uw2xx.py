@@ -23,7 +23,7 @@ PAGES: tuple[Page, ...] = (
             "responses above `preflight.spans` is refused. "
             "Rows of which the chat template or the tokenizer leaves out text are reported, and "
             "refused above `preflight.spans`: a word of an answer, a tool call, or what the scored "
-            "message thought under `reasoning_content`, `reasoning` or `thinking`. "
+            "message says apart that it thought (its reasoning or thinking). "
             "So many rows whose responses all begin with the whole prompt are reported only: the "
             "task may be to repeat it. Reported, too, are "
             "texts without a prompt where other rows of their file have one, and texts whose "

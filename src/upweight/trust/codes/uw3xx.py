@@ -107,7 +107,7 @@ PAGES: tuple[Page, ...] = (
             "would come to the same step.",
         ),
         detectors=(
-            "upweight.models.finite:finite",
+            "upweight.models.finite:_refuse",
             "upweight.training.guard:_refuse_nonfinite",
         ),
     ),
