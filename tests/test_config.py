@@ -762,6 +762,8 @@ def test_files_that_cannot_be_read_say_so(tmp_path: Path) -> None:
     file = written(tmp_path, "")
     with pytest.raises(ConfigError, match=r"runn.yaml does not exist. Did you mean .*run.yaml\?"):
         load_run(tmp_path / "runn.yaml")
+    with pytest.raises(ConfigError, match="there is no such file. Without one, say --loss.beta 1"):
+        load_run(Path("loss.beta=1"))
     with pytest.raises(ConfigError, match="is a folder; name the run.yaml in it"):
         load_run(tmp_path)
     with pytest.raises(ConfigError, match="cannot be read: Not a directory"):

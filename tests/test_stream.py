@@ -310,6 +310,14 @@ def test_preferences_are_required_only_where_asked_for(tmp_path):
     assert len(load_examples([path], require_preferences=False)[0]) == 1
 
 
+def test_a_row_that_states_no_preference_is_no_row_without_a_label(tmp_path: Path):
+    row = {"prompt": "p", "responses": [{"text": "a", "score": 1}, {"text": "b", "score": 0}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**row, "preferences": []}) + "\n")
+    assert load_examples([str(path)])[1].dropped == {"no_preference": 1}
+    assert load_examples([str(path)], pairing="all")[1].dropped == {}
+
+
 def test_pairing_and_gap_are_passed_on(tmp_path):
     row = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [0, 1, 2]}
     path = write_rows(tmp_path / "a.jsonl", [row])
