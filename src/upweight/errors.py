@@ -14,7 +14,7 @@ Our own bugs are assertions and keep their traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class UpweightError(Exception):
@@ -59,3 +59,9 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """A trailing ' Did you mean X?' for the allowed word most like `word`, or ''."""
     matches = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def some_of(names: Sequence[str], most: int = 8) -> str:
+    """The first few names and how many more there are, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from upweight.data.pack import collate
-from upweight.errors import Refusal
+from upweight.errors import Refusal, some_of
 from upweight.models.load import LanguageModel
 from upweight.types import Forest
 
@@ -33,10 +33,9 @@ def finite(read: Read, lm: LanguageModel, what: str = "log-probs") -> Callable[[
 
 def _refuse(read: Read, lm: LanguageModel, forest: Forest, what: str) -> NoReturn:
     rows = _not_finite(read, lm, forest)
-    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     cause = weights_not_finite(lm.model)
     cause = cause or "the forward pass overflowed: try compute.dtype=float32"
-    said = f"{lm.name} gives {what} that are no finite numbers; {cause}. Rows: {shown}."
+    said = f"{lm.name} gives {what} that are no finite numbers; {cause}. Rows: {some_of(rows)}."
     raise Refusal("UW303", said)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from upweight.data.pack import collate, unshared
-from upweight.errors import ModelError, Refusal
+from upweight.errors import ModelError, Refusal, some_of
 from upweight.models.attention import layout_of, native_attention
 from upweight.models.head import at_least_fp32, head_logps, read
 from upweight.models.load import LanguageModel
@@ -142,14 +142,13 @@ def response_logps(tokens: Float[Tensor, " scored"], forest: Forest) -> Float[Te
     index = forest.response_of.to(tokens.device)
     if tokens.dtype not in (torch.float32, torch.float64):
         rows = list(dict.fromkeys(str(i.row) for tree in forest.trees for i in tree.ids))
-        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         raise Refusal(
             "UW105",
             f"the log-probs of {len(tokens)} tokens are in "
             f"{str(tokens.dtype).removeprefix('torch.')}, in which the sum over a response is "
             "mostly rounding: float32 or float64 is summed. Code of your own that changes what "
             "token_logps gives must cast it back; if there is none, report it. "
-            f"Rows: {shown}.",
+            f"Rows: {some_of(rows)}.",
         )
     return tokens.new_zeros(forest.num_responses).index_add(0, index, tokens)
 

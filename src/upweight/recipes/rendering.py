@@ -10,7 +10,7 @@ from upweight.data.clock import reads_clock
 from upweight.data.columns import printable
 from upweight.data.render import Renderer, make_renderer
 from upweight.data.variables import template_variables
-from upweight.errors import ConfigError, Refusal, nearest
+from upweight.errors import ConfigError, Refusal, nearest, some_of
 from upweight.models.load import LanguageModel
 from upweight.recipes.exported import day_of_export
 from upweight.types import Example
@@ -74,9 +74,8 @@ def require_rows_read(examples: Sequence[Example], renderer: Renderer) -> None:
             by_name.setdefault(name, []).append(str(example.row))
     for name, rows in by_name.items():
         who = "the model's chat template does" if chat else "text without a chat template can"
-        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
         raise Refusal(
             "UW109",
             f"template_options.{printable(name)} is set by rows of their own, and {who} not read "
-            f"it.{nearest(printable(name), read)} Leave it out. Rows: {', '.join(rows[:5])}{more}.",
+            f"it.{nearest(printable(name), read)} Leave it out. Rows: {some_of(rows, 5)}.",
         )

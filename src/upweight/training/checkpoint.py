@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from upweight.errors import ModelError, OutputError
+from upweight.errors import ModelError, OutputError, some_of
 from upweight.training.moment import Position, RandomState, TrainState
 from upweight.training.rundir import (
     CHECKPOINT,
@@ -39,7 +39,6 @@ from upweight.training.rundir import (
     TEMPORARY,
     remove,
     require_space,
-    some_of,
     sync,
     temporary_name,
     writing,
@@ -114,9 +113,9 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
 def _require_fit(trainable: Mapping[str, Tensor], state: TrainState) -> None:
     found: list[str] = []
     if missing := trainable.keys() - state.weights.keys():
-        found.append(f"the checkpoint lacks {some_of(missing)}")
+        found.append(f"the checkpoint lacks {some_of(sorted(missing), 3)}")
     if unknown := (state.weights.keys() | state.moments.keys()) - trainable.keys():
-        found.append(f"the model does not train {some_of(unknown)}")
+        found.append(f"the model does not train {some_of(sorted(unknown), 3)}")
     if not found:
         differing = {
             f"{name} ({_form(saved)} in the checkpoint, {_form(trainable[name])} in the model)"
@@ -124,7 +123,7 @@ def _require_fit(trainable: Mapping[str, Tensor], state: TrainState) -> None:
             if _form(saved) != _form(trainable[name])
         }
         if differing:
-            found.append(f"these differ: {some_of(differing)}")
+            found.append(f"these differ: {some_of(sorted(differing), 3)}")
     if found:
         raise ModelError(
             f"the checkpoint of step {state.position.step} is not this model's: "

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.data.pack import collate
-from upweight.errors import Refusal
+from upweight.errors import Refusal, some_of
 from upweight.models.finite import weights_not_finite
 from upweight.models.load import LanguageModel
 from upweight.training.objectives import Objective
@@ -146,12 +146,11 @@ def _refuse_nonfinite(
     found = [] if finite else guard.not_finite(batch)
     some = 0 < len(found) < len(trees)
     rows = list(dict.fromkeys(str(i.row) for t in (found if some else trees) for i in t.ids))
-    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     whose = "The rows whose loss it is" if some else "Its rows"
     raise Refusal(
         "UW303",
         f"step {step + 1}: the loss is {loss:.4g}, the gradient's norm {norm:.4g}; "
         f"{guard.cause(finite)}. The weights are as they were before this step. "
-        f"{whose}: {shown}.",
+        f"{whose}: {some_of(rows)}.",
         {"step": step + 1},
     )

@@ -14,14 +14,14 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
 
-from upweight.errors import OutputError
+from upweight.errors import OutputError, some_of
 
 TEMPORARY = ".tmp-"
 """How the name of an unfinished file or folder begins; nothing under such a name is ever read."""
@@ -180,14 +180,14 @@ def _require_fits(path: Path, resume: bool) -> None:
     if _is_run(path, entries):
         return
     if resume:
-        found = f"it holds {some_of(entries)}" if entries else "it is empty or not there"
+        found = f"it holds {some_of(sorted(entries), 3)}" if entries else "it is empty or not there"
         raise OutputError(
             f"{path} has no run to resume: {found}. Check out, or leave resume off to start a run."
         )
     if entries:
         raise OutputError(
-            f"{path} holds files that are not a run's: {some_of(entries)}. Choose an out that is "
-            "empty or not there yet."
+            f"{path} holds files that are not a run's: {some_of(sorted(entries), 3)}. Choose an "
+            "out that is empty or not there yet."
         )
 
 
@@ -222,12 +222,6 @@ def _is_run(path: Path, entries: set[str]) -> bool:
     # A run.yaml alone may be one that somebody wrote, beside their data.
     begun = (path / _LOCK).exists() and not entries.isdisjoint(RECORDS)
     return begun or "checkpoints" in entries
-
-
-def some_of(names: Collection[str], most: int = 3) -> str:
-    """The first few names in order and how many more there are, for a message."""
-    shown = ", ".join(sorted(names)[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _lock(folder: Path) -> TextIOWrapper:
