@@ -90,6 +90,16 @@ def test_held_out_rows_without_a_number_are_named():
         assert '"UW303"' in Path(objective, "metrics.jsonl").read_text()
 
 
+def test_prompts_whose_answers_have_no_number_are_named():
+    prompts = [{"prompt": f"{'~' if i == 2 else 'and'} question {i}?"} for i in range(6)]
+    write_rows("prompts.jsonl", prompts)
+    values = {"evaluation.prompt_files": ["prompts.jsonl"], "evaluation.samples": 6}
+    values |= {"evaluation.max_new_tokens": 2}  # of more, some say the broken token themselves
+    with pytest.raises(Refusal, match="no finite numbers") as caught:
+        uw.train(model="model", data="pairs.jsonl", learning_rate=1e-3, steps=2, out="r", **values)
+    assert caught.value.code == "UW303" and "Rows: prompts.jsonl:3." in str(caught.value)
+
+
 def test_scoring_refuses_what_is_no_number():
     write_rows("pairs.jsonl", with_broken(5))
     with pytest.raises(Refusal, match=r"UW303") as caught:

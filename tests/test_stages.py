@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import upweight as uw
 from runs import PAIRS, furnish, rows_of, write_rows
@@ -218,6 +218,38 @@ def test_stages_that_are_gone_on_with_must_be_the_same(capsys: pytest.CaptureFix
     said = capsys.readouterr().err
     assert "stage 1-sft: the run in run/1-sft is finished, with other settings" in said
     assert "optimizer.learning_rate is 0.0001 here and was 0.001" in said
+
+
+def test_a_finished_stage_is_of_the_rows_and_models_that_there_are(
+    capsys: pytest.CaptureFixture[str],
+):
+    # The second has rows of its own and a named reference, so that each is looked at by itself.
+    shutil.copytree("model", "third")
+    write_rows("more.jsonl", PAIRS[:10])
+    text = SHARED + (
+        "steps: 1\nstages: [{{objective: sft}}, "
+        "{{objective: dpo, data: more.jsonl, reference: third}}, {{objective: sft}}]\n"
+    )
+    file = written(text)
+    assert main(["train", file]) == 0
+    shutil.rmtree("run/3-sft/model")  # not finished, by that
+    rows, other = Path("more.jsonl").read_text(), json.dumps(rows_of("more.jsonl")[0])
+    Path("more.jsonl").write_text(rows + other.replace("?", "!") + "\n")
+    capsys.readouterr()
+    assert main(["train", file, "resume=true"]) == 2
+    printed = capsys.readouterr().err
+    assert "stage 1 of 3, 1-sft: finished before" in printed
+    assert "stage 2-dpo: the run in run/2-dpo is finished, and what it was made of" in printed
+    assert "the rows of the set train in more.jsonl" in printed
+    Path("more.jsonl").write_text(rows)
+    weights = load_file("third/model.safetensors")
+    save_file({k: v + 1e-3 for k, v in weights.items()}, "third/model.safetensors", {"format": "pt"})
+    assert main(["train", file, "resume=true"]) == 2
+    printed = capsys.readouterr().err
+    assert "reference third" in printed and "rows of the set" not in printed
+    save_file(weights, "third/model.safetensors", {"format": "pt"})
+    assert main(["train", file, "resume=true"]) == 0
+    assert "stage 2 of 3, 2-dpo: finished before" in capsys.readouterr().err
 
 
 def test_an_error_in_the_middle_names_its_stage(capsys: pytest.CaptureFixture[str]):

@@ -8,27 +8,17 @@ from pathlib import Path
 from upweight.config import Evaluation, Resolved, Run, leaf_values, write
 from upweight.config.methods import BEST_OF_N, Comparison
 from upweight.errors import ConfigError
-from upweight.models.load import LanguageModel, fingerprint
+from upweight.recipes.beginnings import OF_THE_START, Beginnings
 from upweight.recipes.kinds import KINDS, PROMPTS
-from upweight.recipes.prepare import ended_answers, load_policy, prepare
 from upweight.recipes.resume import (
     Beginning,
     as_begun,
-    data_digests,
     require_finished_as_asked,
     require_unchanged,
-    reward_digests,
 )
 from upweight.recipes.stages import is_finished, named
-from upweight.recipes.start import trained
 
 JUDGE = "evaluation.true_reward"
-
-OF_THE_START = (
-    *("model", "compute.dtype", "lora.quantize"),
-    *("data.template", "data.template_options", "data.max_length"),
-)
-"""Keys that decide which model is started from, and with which tokens it is asked."""
 
 OF_THE_END = (
     *(JUDGE, "evaluation.prompt_files", "evaluation.samples", "evaluation.max_new_tokens"),
@@ -95,47 +85,16 @@ def require_finished_unchanged(comparison: Comparison, runs: Mapping[str, Resolv
                     f"{runs[judge].run.out} back, remove {runs[method.name].run.out} to have it "
                     "trained again, or choose another out."
                 )
-    models = _Models()
+    models = Beginnings()
     for method in finished:
         with named("method", method.name):
             run = as_begun(runs[method.name]).run
-            require_unchanged(run, models.beginning(run))
+            require_unchanged(run, models.of(run))
 
 
 def _is_done(resolved: Resolved) -> bool:
     assert resolved.run.out is not None
     return is_finished(Path(resolved.run.out))
-
-
-class _Models:
-    """The start that was read last: it is that of most methods."""
-
-    def __init__(self) -> None:
-        self._key: object = None
-        self._start: tuple[LanguageModel, str] | None = None
-
-    def beginning(self, run: Run) -> Beginning:
-        """What the run would begin with, was it to begin now."""
-        if KINDS[run.objective].answers:
-            lm, model = self._policy(run)
-            prepared = prepare(run, lm)
-        else:
-            # Its head takes the place of the policy's, which others start with.
-            lm = load_policy(run)
-            prepared = ended_answers(prepare(run, lm), lm)
-            as_it_is = run.compute.model_copy(update={"compile": False, "checkpointing": False})
-            plain = run.model_copy(update={"compute": as_it_is})
-            model = fingerprint(trained(plain, lm, prepared.renderer.stop_ids))
-        # require_judged has seen to it that the reference is the start.
-        return Beginning(model, model, data_digests(prepared), reward_digests(run, prepared))
-
-    def _policy(self, run: Run) -> tuple[LanguageModel, str]:
-        key = [leaf_values(run).get(key) for key in OF_THE_START]
-        if self._start is None or key != self._key:
-            self._start = None  # before the next is there
-            lm = load_policy(run)
-            self._key, self._start = key, (lm, fingerprint(lm))
-        return self._start
 
 
 def require_same_start(first: str, its: Beginning, found: Beginning) -> None:

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from upweight.evidence import evaluate
 from upweight.evidence.records.ledger import SCHEMA
-from upweight.models.sample import Sample
+from upweight.models.load import LanguageModel
+from upweight.models.sample import Sample, tree_logps
 from upweight.recipes.best import samples_are_the_policys
 from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.losses import pair_loss, score_loss
@@ -140,10 +141,20 @@ def _sampled(state: State, sets: Mapping[str, Sequence[Tree]]) -> dict[str, _Sam
     asked = {name: sampled_trees(state.run, trees) for name, trees in sets.items()}
     prompts = {name: [tree.prompt for tree in trees] for name, trees in asked.items()}
     policy = {name: draw(state.run, state.lm, prompts[name], stop_ids) for name in sets}
-    ours = {n: evaluate.sample_logps(state.lm, prompts[n], policy[n]) for n in sets}
+    drawn = {name: _as_trees(asked[name], policy[name]) for name in sets}
+    ours = {name: _logps(state.lm, drawn[name]) for name in sets}
     with same_reference(state.run, state.lm, state.against) as reference:
-        theirs = {n: evaluate.sample_logps(reference, prompts[n], policy[n]) for n in sets}
+        theirs = {name: _logps(reference, drawn[name]) for name in sets}
     return {n: _Sampled(prompts[n], asked[n], policy[n], ours[n], theirs[n]) for n in sets}
+
+
+def _as_trees(asked: Sequence[Tree], drawn: Sequence[Sample]) -> list[Tree]:
+    """The prompts with an answer each, under the names of the prompts' rows."""
+    return [as_tree(tree, [answer]) for tree, answer in zip(asked, drawn, strict=True)]
+
+
+def _logps(lm: LanguageModel, trees: Sequence[Tree]) -> list[float]:
+    return [logp for (logp,) in tree_logps(lm, trees)]
 
 
 def _write_samples(state: State, progress: Progress, name: str, found: _Sampled) -> Record:
@@ -176,8 +187,7 @@ def _rewards(
     judge = state.judge
 
     def rewards(drawn: Sequence[Sample]) -> list[float]:
-        trees = [as_tree(tree, [answer]) for tree, answer in zip(asked, drawn, strict=True)]
-        return [score for (score,) in judge(trees)]
+        return [score for (score,) in judge(_as_trees(asked, drawn))]
 
     if name not in state.judged:
         state.judged[name] = rewards(reference)

@@ -165,7 +165,7 @@ def require_unchanged(run: Run, now: Beginning) -> None:
     if said := _differing(then, now, run):
         raise ConfigError(
             f"the run in {run.out} is finished, and what it was made of has changed since: "
-            f"{'; '.join(said)}. What it measured would not compare with what is made now. Put it "
+            f"{'; '.join(said)}. What it made and measured is not of what there is now. Put it "
             f"back as it was, {anew}"
         )
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from upweight.config import Resolved, require_read
 from upweight.errors import UpweightError
+from upweight.recipes.beginnings import Beginnings
 from upweight.recipes.check import Checked, check
-from upweight.recipes.resume import require_finished_as_asked
+from upweight.recipes.resume import as_begun, require_finished_as_asked, require_unchanged
 from upweight.recipes.screen import Screen, Silent
 from upweight.recipes.train import Result, train_model
 from upweight.training.rundir import require_run_dir
@@ -21,8 +22,8 @@ from upweight.training.rundir import require_run_dir
 def train_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Result:
     """Train each stage as train_model does; the result of the last, or of one that was stopped.
 
-    With `resume` the stages that are finished are left as they are, and the first that is not goes
-    on, or begins. Settings and folders of all stages are looked at before the first begins. Raises
+    With `resume` the stages that are finished are left as they are, if settings, models, rows and
+    rewards are still what they were made of, and the first that is not goes on, or begins. Settings and folders of all stages are looked at before the first begins. Raises
     UpweightError children, whose messages name the stage.
     """
     if len(stages) == 1:
@@ -38,7 +39,7 @@ def train_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Re
         said = f"stage {number} of {len(stages)}, {_name(stage)}"
         with named("stage", _name(stage)):
             if stage.run.resume and is_finished(_folder(stage)):
-                require_finished_as_asked(stage)
+                _require_unchanged(stage)
                 screen.note(f"{said}: finished before")
                 continue
             screen.note(said)
@@ -79,6 +80,14 @@ def is_finished(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return bool(record.get("finished")) and (folder / "model").is_dir()
+
+
+def _require_unchanged(stage: Resolved) -> None:
+    """Raises ConfigError where a finished stage is not what it would be if it was trained now."""
+    require_finished_as_asked(stage)
+    run = as_begun(stage).run
+    require_unchanged(run, Beginnings().of(run))
+    gc.collect()  # what was read for it
 
 
 def _going_on(stage: Resolved, first: bool) -> Resolved:
