@@ -115,3 +115,24 @@ def test_a_run_says_it_of_the_answers_that_its_reference_gave(capsys: pytest.Cap
     assert "% of the reference's answers to heldout" in capsys.readouterr().err
     (sentence,) = json.loads(Path("run/account.json").read_text())["unwatched"]
     assert "to 280 for a start" in sentence
+
+
+def test_a_run_of_rounds_says_it_of_its_own_first_answers(capsys: pytest.CaptureFixture[str]):
+    Path("pays.py").write_text(
+        "def score(prompt, response, row):\n    return response.count('e') + len(response)\n"
+    )
+    rounds = {"rollout.reward": "pays.py:score", "rollout.responses": 4, "rollout.max_tokens": 6}
+    few = {"rollout.prompts_per_round": 2}
+
+    def said(out: str, **more: Any) -> int:
+        uw.train(
+            model="model", data="pairs.jsonl", objective="rloo", out=out, steps=2, **rounds | more
+        )
+        text = " ".join(capsys.readouterr().err.split())
+        return text.count("% of the first round's answers end by themselves within")
+
+    assert said("cut") == 1
+    assert said("few", **few) == 0  # of which it is said that nobody sees anything
+    assert said("off", **{"watch.stopped": 0.0}) == 0
+    even_odds_to_stop()
+    assert said("whole", **{"rollout.max_tokens": 64}) == 0

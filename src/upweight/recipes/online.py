@@ -36,6 +36,7 @@ from upweight.recipes.reference import reference_model
 from upweight.recipes.rewarding import Scorer, is_judge, make_scorer, reward_model_beside
 from upweight.recipes.start import trained
 from upweight.recipes.state import State, Values, Work, smaller_bins
+from upweight.recipes.unwatched import by_first_round
 from upweight.training.agreement import Beside, held_against
 from upweight.training.loop import Record
 from upweight.training.objectives import Surrogate, of_round, pair, policy_gradient
@@ -244,6 +245,9 @@ def _draw(
             computed=sum(tree.num_tokens for tree in trees) * _times_read(state),
         ),
     )
+    if number == 1:
+        for line in by_first_round(run, made.num_stopped, len(logps)):
+            state.screen.note(f"not watched: {line}")
     if run.objective == "online_dpo":
         return ranked(made)
     return credited(made, _credit(run))

@@ -12,7 +12,7 @@ from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import Prepared
 from upweight.recipes.reference import answered_sets, sampled_trees
 from upweight.recipes.screen import Screen
-from upweight.stats import FEWEST
+from upweight.stats import FEWEST, wilson_interval
 from upweight.trust.watch.answers import sees_lost_ends
 
 ANSWERS = "answers that grow, repeat themselves or no longer end (UW305)"
@@ -97,6 +97,21 @@ def by_reference_answers(
             f"{4 * longest} for a start."
         )
     return said
+
+
+def by_first_round(run: Run, stopped: int, drawn: int) -> list[str]:
+    """What is known once a run of rounds has drawn its first: where most of its answers are cut,
+    later ones that never stop look the same."""
+    # Later rounds are held against the low end of what the first one says.
+    ended = wilson_interval(stopped / drawn, drawn).low
+    if run.rollout.prompts_per_round < FEWEST or not _are_cut(run, ended, drawn):
+        return []
+    longest = run.rollout.max_tokens
+    return [
+        f"{stopped / drawn:.0%} of the first round's answers end by themselves within "
+        f"rollout.max_tokens, which is {longest}: nobody can see {GROWTH}, and what is scored is "
+        f"their beginnings. Raise rollout.max_tokens, to {4 * longest} for a start."
+    ]
 
 
 def _are_cut(run: Run, ended: float, num: int) -> bool:
