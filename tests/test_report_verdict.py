@@ -23,7 +23,7 @@ from upweight.evidence.records import (
     Warned,
 )
 from upweight.evidence.report.findings import accuracy, length_rule
-from upweight.evidence.report.verdict import verdict
+from upweight.evidence.report.verdict import masthead, verdict
 from upweight.stats import wilson_interval
 
 
@@ -365,3 +365,12 @@ def test_a_policy_far_from_its_reference_on_another_set_is_no_plain_success():
     assert verdict(in_sets(warned("UW308", "kl", set="hard"), heldout=near, hard=near)).tone == (
         "good"
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [("org/name", "org/name"), ("runs/a/model", "runs/a/model"), ("/home/me/b/model", "b/model")],
+)
+def test_a_model_on_this_machine_is_named_by_the_end_of_its_path(model: str, shown: str):
+    page = masthead(Records("run", environment={"model": model}))
+    assert f"<span>{shown}</span>" in page

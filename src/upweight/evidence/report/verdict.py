@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from upweight.evidence.records import Measurement, Records
 from upweight.evidence.report.doubts import doubted
@@ -254,6 +255,12 @@ def _lengths(records: Records, set_name: str) -> Iterator[str]:
 _SIGNS = {"good": "▲", "unclear": "◆", "bad": "▼", "unknown": "○"}
 
 
+def _short(model: str) -> str:
+    """A hub's name as it is, of a path on this machine the end: Config has all of it."""
+    path = Path(model)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else model
+
+
 def masthead(records: Records) -> str:
     """The page's header: the run's name, the verdict, and what to know besides."""
     said = verdict(records)
@@ -266,7 +273,7 @@ def masthead(records: Records) -> str:
     )
     step = last_step(records)
     parts = (
-        str(records.environment.get("model") or records.setting("model") or ""),
+        _short(str(records.environment.get("model") or records.setting("model") or "")),
         records.setting("objective") or "",
         f"step {count(step)}" if step is not None else "",
         str(records.environment.get("finished") or "")[:16].replace("T", " "),
