@@ -243,7 +243,9 @@ def test_a_finished_stage_is_of_the_rows_and_models_that_there_are(
     assert "the rows of the set train in more.jsonl" in printed
     Path("more.jsonl").write_text(rows)
     weights = load_file("third/model.safetensors")
-    save_file({k: v + 1e-3 for k, v in weights.items()}, "third/model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v + 1e-3 for k, v in weights.items()}, "third/model.safetensors", {"format": "pt"}
+    )
     assert main(["train", file, "resume=true"]) == 2
     printed = capsys.readouterr().err
     assert "reference third" in printed and "rows of the set" not in printed

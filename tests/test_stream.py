@@ -404,6 +404,7 @@ def test_growing_trees_moves_rows_from_used_to_dropped(tmp_path):
             "prompt": dict.fromkeys(("p50", "p90", "p99", "max"), num_prompt),
             "chosen": dict.fromkeys(("p50", "p90", "p99", "max"), 3),
             "rejected": dict.fromkeys(("p50", "p90", "p99", "max"), 2),
+            "response": {},
         },
         "unused_columns": {},
     }

@@ -58,7 +58,8 @@ class Account:
     and rejected begin with alike, `unprompted` those of texts that have none where other rows of
     their file have one. `rated` counts pairs beside which stand scores or a margin, and `against`
     are the rows of those that say the rejected response is the better one.
-    `lengths` are in tokens: each prompt, and the two sides of each preference.
+    `lengths` are in tokens: each prompt, the two sides of each preference, and the responses of
+    rows that have none.
     """
 
     read: int = 0
@@ -85,7 +86,7 @@ class Account:
     preferences: int = 0
     responses: int = 0
     lengths: dict[str, list[int]] = field(
-        default_factory=lambda: {"prompt": [], "chosen": [], "rejected": []}
+        default_factory=lambda: {"prompt": [], "chosen": [], "rejected": [], "response": []}
     )
     unused_columns: dict[str, int] = field(default_factory=dict[str, int])
 
@@ -127,6 +128,8 @@ class Account:
         for side, ks in sides.items():
             self.truncated[side] += sum(k in cut for k in ks)
             self.lengths[side] += [len(tree.responses[k]) for k in ks]
+        if not tree.preferences:
+            self.lengths["response"] += map(len, tree.responses)
 
     def check(self) -> Account:
         """The account itself, once read == used + dropped holds."""

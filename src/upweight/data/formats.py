@@ -163,6 +163,7 @@ def example_of(
     *,
     pairing: Pairing | Literal["auto"] = "auto",
     min_gap: float | int = 0.0,
+    of_usable: bool = True,
 ) -> Example | Dropped:
     """One row as an example with its preferences, or why it cannot be one.
 
@@ -180,7 +181,8 @@ def example_of(
     if isinstance(example, Dropped):
         return example
     by = "all" if pairing == "auto" else pairing
-    return _bad_unicode(example) or _weighed(with_preferences(example, by, min_gap))
+    found = with_preferences(example, by, min_gap, of_usable=of_usable)
+    return _bad_unicode(example) or _weighed(found)
 
 
 def _weighed(example: Example) -> Example:

@@ -60,13 +60,16 @@ def left_out(example: Example) -> dict[int, str]:
     return reasons
 
 
-def with_preferences(example: Example, pairing: Pairing, min_gap: float | int) -> Example:
+def with_preferences(
+    example: Example, pairing: Pairing, min_gap: float | int, *, of_usable: bool = True
+) -> Example:
     """The example with its preferences: those it states, or else those that its scores make.
 
-    None of them uses a response of `left_out`. What is stated about a copy is said of the first of
-    its kind instead. Each weighs what was stated times the weights of its two responses.
+    None of them uses a response of `left_out`, unless preferences between all responses are wanted
+    (`of_usable` False). What is stated about a copy is said of the first of its kind instead. Each
+    weighs what was stated times the weights of its two responses.
     """
-    out = left_out(example)
+    out = left_out(example) if of_usable else {}
     answers = example.responses
     if example.preferences:
         first = _first_equal(example)
@@ -108,12 +111,12 @@ def unusable(
     preferred, be it nothing."""
     out = left_out(example)
     num_usable = len(example.responses) - len(out)
-    if example.preferences or (num_usable and not require_preferences):
+    if example.preferences if require_preferences else num_usable:
         return None
     if num_usable < 2 and out:
         reason = next(reason for reason in _WORST if reason in out.values())
         if reason == "other_turns_in_response":
-            return Dropped(example.row, reason, _said_other(example, out))
+            return Dropped(example.row, reason, said_other(example, out))
         shown = " | ".join(clipped(a.content) for a in example.responses[:3])
         return Dropped(example.row, reason, shown)
     if states:
@@ -139,7 +142,7 @@ def _other_turn(content: Text) -> int | None:
     return next((i for i, turn in enumerate(turns) if turn["role"] != "assistant"), None)
 
 
-def _said_other(example: Example, out: Mapping[int, str]) -> str:
+def said_other(example: Example, out: Mapping[int, str]) -> str:
     i = next(i for i, reason in out.items() if reason == "other_turns_in_response")
     turns, at = example.responses[i].content, _other_turn(example.responses[i].content)
     assert isinstance(turns, tuple) and at is not None

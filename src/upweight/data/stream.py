@@ -39,9 +39,10 @@ def load_examples(
     """The rows of the files that can be learned from, in order, and the account of all of them.
 
     `layout` is a key of FORMATS, or auto: that of each file's first row. `limit` takes the first
-    rows of all files together. The columns `passing_over` are counted as what no layout reads;
-    with `weight` among them so are the weights inside of responses and preferences. Raises
-    DataError for files and rows that cannot be read.
+    rows of all files together. Without `require_preferences` rows keep preferences about responses
+    that cannot be used, for `learned` to know of them. The columns `passing_over` are counted as
+    what no layout reads; with `weight` among them so are the weights inside of responses and
+    preferences. Raises DataError for files and rows that cannot be read.
     """
     if layout != "auto" and layout not in FORMATS:
         raise ConfigError(
@@ -62,7 +63,8 @@ def load_examples(
         if found == "pair" and (agreed := agrees(row)) is not None:
             account.rate([agreed], row_id)
         row = {name: value for name, value in row.items() if name not in passed_over}
-        example = example_of(row, row_id, found, pairing=pairing, min_gap=min_gap)
+        example = example_of(row, row_id, found, pairing=pairing, min_gap=min_gap,
+                             of_usable=require_preferences)  # fmt: skip
         if isinstance(example, Example):
             for name in weights_inside(example) if "weight" in passed_over else ():
                 account.unread(name)

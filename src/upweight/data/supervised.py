@@ -3,10 +3,11 @@ assistant's earlier turns, prompts alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from upweight.data.account import Account
+from upweight.data.preferences import clipped, left_out, said_other
 from upweight.data.render import Renderer
 from upweight.data.stream import prompt_key
 from upweight.data.trees import prompt_ids
@@ -58,34 +59,46 @@ def _earlier(example: Example) -> tuple[tuple[Message, ...], list[int]]:
     return turns, [i for i, turn in enumerate(turns) if i and turn["role"] == "assistant"]
 
 
-def preferred(trees: Iterable[Tree], account: Account, *, everything: bool = False) -> list[Tree]:
-    """Of each tree the responses that are chosen and never rejected, without their preferences; all
-    responses where there are no preferences, or `everything` is wanted. What is left out is
-    counted."""
-    found: list[Tree] = []
-    for tree in trees:
-        chosen = {p.chosen for p in tree.preferences} - {p.rejected for p in tree.preferences}
-        whole = everything or not tree.preferences
-        kept = list(range(len(tree.responses))) if whole else sorted(chosen)
-        num_left_out = len(tree.responses) - len(kept)
+def learned(
+    examples: Iterable[Example], account: Account, *, everything: bool = False
+) -> list[Example]:
+    """The rows with the responses that are learned, and without preferences: those that are chosen
+    and never rejected, or all, where there are no preferences or `everything` is wanted.
+
+    What is not learned is not tokenized either: it may be as long as it likes. A row whose chosen
+    responses cannot be used is dropped, since what is left was rejected. All is counted.
+    """
+    found: list[Example] = []
+    for example in examples:
+        if everything or not example.preferences:
+            found.append(replace(example, preferences=()))
+            continue
+        chosen = {p.chosen for p in example.preferences}
+        rejected = {p.rejected for p in example.preferences}
+        out = left_out(example)
+        kept = sorted(chosen - rejected - out.keys())
         if not kept:
             account.used -= 1
-            account.drop(Dropped(tree.ids[0].row, "not_chosen", "every response is rejected too"))
+            account.drop(_not_learned(example, chosen - rejected, out))
             continue
-        if num_left_out:
-            before = account.left_out.get("not_chosen", 0)
-            account.left_out["not_chosen"] = before + num_left_out
-        found.append(
-            replace(
-                tree,
-                responses=tuple(tree.responses[k] for k in kept),
-                preferences=(),
-                ids=tuple(tree.ids[k] for k in kept),
-                stopped=tuple(tree.stopped[k] for k in kept),
-            )
-        )
+        for i in range(len(example.responses)):
+            if i not in kept:
+                reason = out.get(i, "not_chosen" if i in chosen | rejected else "unpaired")
+                account.left_out[reason] = account.left_out.get(reason, 0) + 1
+        responses = tuple(example.responses[i] for i in kept)
+        found.append(replace(example, responses=responses, preferences=()))
     account.check()
     return found
+
+
+def _not_learned(example: Example, best: Collection[int], out: Mapping[int, str]) -> Dropped:
+    if not best:
+        return Dropped(example.row, "not_chosen", "every response is rejected too")
+    first = min(best)
+    if out[first] == "other_turns_in_response":
+        return Dropped(example.row, out[first], said_other(example, {first: out[first]}))
+    shown = clipped(example.responses[first].content)
+    return Dropped(example.row, out[first], f"the chosen response {shown}")
 
 
 def plant(examples: Iterable[Example], renderer: Renderer, account: Account) -> list[Tree]:

@@ -1,4 +1,4 @@
-"""What runs would begin with, were they to begin now: beside it stands what they have begun with."""
+"""What runs would begin with, were they to begin now, to be held against what they began with."""
 
 from __future__ import annotations
 

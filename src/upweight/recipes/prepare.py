@@ -19,7 +19,7 @@ from upweight.data.stream import (
     split_account,
     split_by_prompt,
 )
-from upweight.data.supervised import each_turn, opening_key, plant, preferred
+from upweight.data.supervised import each_turn, learned, opening_key, plant
 from upweight.data.trees import ended
 from upweight.errors import Refusal
 from upweight.models.load import LanguageModel, fingerprint, load
@@ -120,16 +120,17 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
 
     every_turn = run.data.turns == "all"
 
-    def turns(found: list[Example], account: Account) -> list[Example]:
-        return each_turn(found, account) if every_turn else found
+    def taken(found: list[Example], account: Account) -> list[Example]:
+        if every_turn:
+            found = each_turn(found, account)
+        if kind.rows != "responses":
+            return found
+        return learned(found, account, everything=run.data.learn == "all")
 
     def grown(rows: Sequence[Example], account: Account) -> list[Tree]:
         if kind.draws:
             return plant(rows, renderer, account)
-        trees = grow(rows, renderer, account)
-        if kind.rows != "responses":
-            return trees
-        return preferred(trees, account, everything=run.data.learn == "all")
+        return grow(rows, renderer, account)
 
     train, account = examples(run.data.path, run.data.limit)
     require_used(account, f"data {', '.join(run.data.path)}")
@@ -139,12 +140,12 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     train, heldout = split_by_prompt(train, run.evaluation.fraction, run.seed, key)
     if heldout:
         account, held_account = split_account(account, len(heldout))
-        sets["heldout"] = (turns(heldout, held_account), held_account)
-    train = turns(train, account)
+        sets["heldout"] = (taken(heldout, held_account), held_account)
+    train = taken(train, account)
     for name, paths in run.evaluation.sets.items():
         rows, its_account = examples(paths, None)
-        sets[name] = (turns(rows, its_account), its_account)
-        loaded.append(sets[name])
+        sets[name] = (taken(rows, its_account), its_account)
+        loaded.append((rows, its_account))
         require_apart(name, train, sets[name][0])
     if not kind.draws:
         _require_scores(run, loaded)

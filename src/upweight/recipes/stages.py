@@ -23,8 +23,9 @@ def train_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Re
     """Train each stage as train_model does; the result of the last, or of one that was stopped.
 
     With `resume` the stages that are finished are left as they are, if settings, models, rows and
-    rewards are still what they were made of, and the first that is not goes on, or begins. Settings and folders of all stages are looked at before the first begins. Raises
-    UpweightError children, whose messages name the stage.
+    rewards are still what they were made of, and the first that is not goes on, or begins. Settings
+    and folders of all stages are looked at before the first begins. Raises UpweightError children,
+    whose messages name the stage.
     """
     if len(stages) == 1:
         return train_model(stages[0], screen)
