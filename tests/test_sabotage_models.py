@@ -22,13 +22,18 @@ from runs import PAIRS, furnish, rows_of, train, write_rows
 from tiny import CHATML, byte_tokenizer, save_tiny, tiny_model
 from upweight.cli import main
 from upweight.config import load_run
+from upweight.data.render import make_renderer
 from upweight.errors import Refusal
 from upweight.models.load import fingerprint
+from upweight.models.probes import require_same_rendering
 from upweight.models.reference import SCHEMA
 from upweight.recipes import train_model
 from upweight.recipes.prepare import load_policy, prepare
 from upweight.recipes.screen import Silent
 from upweight.recipes.start import trained
+from upweight.types import Example, RowId
+
+TOOLS = ({"type": "function", "function": {"name": "look_up"}},)
 
 
 @pytest.fixture(autouse=True)
@@ -281,7 +286,9 @@ def test_a_model_is_checked_against_the_probes_that_came_with_it(
     assert main(["check", "--model", "run/model"]) == 0
     said = capsys.readouterr().out
     assert main(["check", "--model", "run/model", "--json"]) == 0
-    assert 0 <= json.loads(capsys.readouterr().out)["largest_difference"] < 1e-4
+    found = json.loads(capsys.readouterr().out)
+    assert 0 <= found["largest_difference"] < 1e-4 and found["probes"] == 3
+    assert (found["allowed"], found["doubt"]) == (0.002, None)
     assert "3 probes have the same tokens" in said and "(rounding of its weights: 0.002)" in said
     _half("run/model", "half")
     assert main(["check", "--model", "half"]) == 0
@@ -296,6 +303,38 @@ def test_a_model_is_checked_against_the_probes_that_came_with_it(
     assert main(["check", "--model", "half"]) == 2
     error = capsys.readouterr().err
     assert "error[UW402]: half writes other tokens" in error and "token 1 of probes.json:1" in error
+
+
+def test_prompts_of_rounds_are_rendered_again_too():
+    """What only rows have, such as tools, is in none of the probes' conversations."""
+    rows = [Example(({"role": "user", "content": f"q {i}"},), (), (), RowId("p", i), tools=TOOLS)
+            for i in range(3)]  # fmt: skip
+    with_tools = "{% if tools %}<tools>{% endif %}" + CHATML
+    renderer, same = (make_renderer(byte_tokenizer(with_tools)) for _ in range(2))
+    require_same_rendering("it", same.tokenizer, renderer, rows)
+    for other in (CHATML, "{% if tools %}{{ raise_exception('no') }}{% endif %}" + CHATML):
+        with pytest.raises(Refusal, match="UW402") as caught:
+            require_same_rendering("it", byte_tokenizer(other), renderer, rows)
+        assert "p:0" in str(caught.value)
+
+
+def test_a_template_that_opens_a_thought_has_probes_and_is_gone_on_with():
+    opened = CHATML.replace("assistant\n{%", "assistant\n<think>\n{%")
+    byte_tokenizer(opened).save_pretrained("model")
+    thought = "<think>\nso\n</think>\n"
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}],
+             "completion": [{"role": "assistant", "content": thought + row["chosen"]}]}
+            for row in PAIRS]  # fmt: skip
+    write_rows("thought.jsonl", rows)
+    sft = ("--objective", "sft", "--data", "thought.jsonl", "--steps", "1")
+    assert train("run", *sft) == 0
+    record = json.loads(Path("run/model/probes.json").read_text())
+    assert len(record["probes"]) == 3 and main(["check", "--model", "run/model"]) == 0
+    assert train("second", *sft, "--model", "run/model") == 0
+    # A template may take none of the conversations: then there is nothing to compare.
+    record["probes"] = []
+    Path("run/model/probes.json").write_text(json.dumps(record))
+    assert train("third", *sft, "--model", "run/model") == 0
 
 
 def _half(folder: str, to: str, probes: Path | None = None) -> None:
@@ -421,6 +460,11 @@ def test_what_a_server_must_be_told_is_said_at_the_end(capsys: pytest.CaptureFix
     byte_tokenizer("{{ style }}" + CHATML).save_pretrained("model")
     assert train("run", "--template_options", "{style: curt}") == 0
     assert 'requests must set chat_template_kwargs to {"style": "curt"}' in capsys.readouterr().err
+    own = [{**row, "template_options": {"style": "long"}} for row in rows_of("pairs.jsonl")]
+    write_rows("own.jsonl", own[:4] + rows_of("pairs.jsonl")[4:])
+    assert train("own", "--data", "own.jsonl") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert 'rows set template options of their own (such as own.jsonl:1: {"style": "long"})' in said
     assert train("text", "--template", "none") == 0
     assert "serve it with completions of text" in capsys.readouterr().err
     assert train("plain", "--template_options", "{style: ''}") == 0

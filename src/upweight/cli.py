@@ -24,6 +24,7 @@ from upweight.config.sections import SECTIONS
 from upweight.errors import Refusal, UpweightError, nearest
 
 if TYPE_CHECKING:
+    from upweight.recipes.exported import Compared
     from upweight.recipes.screen import Screen
 
 
@@ -270,7 +271,7 @@ def _is_model_alone(arguments: argparse.Namespace) -> bool:
     return not arguments.config and "model" in given and "data.path" not in given
 
 
-def _check_model(arguments: argparse.Namespace, screen: Screen | None = None) -> float:
+def _check_model(arguments: argparse.Namespace, screen: Screen | None = None) -> Compared:
     """Without data there is a model to check, against the probes that travelled with it."""
     known = {flag.key for flag in flags()}
     texts = {key: value for key, value in vars(arguments).items() if key in known}
@@ -287,11 +288,17 @@ def _check_model(arguments: argparse.Namespace, screen: Screen | None = None) ->
 
 
 def _check_as_json(arguments: argparse.Namespace) -> int:
-    """What was found on standard output, of a model the largest difference in nats, or
+    """What was found on standard output, of a model how far it is from its probes, or
     {"error": {"code", "message"}} and status 2, beside what was found until then."""
     try:
         if _is_model_alone(arguments):
-            record: dict[str, object] = {"largest_difference": _check_model(arguments)}
+            found = _check_model(arguments)
+            record: dict[str, object] = {
+                "probes": found.num_probes,
+                "largest_difference": found.worst,
+                "allowed": found.allowed,
+                "doubt": found.doubt,
+            }
         else:
             stages = _resolve(arguments)
             from upweight.recipes import check_stages

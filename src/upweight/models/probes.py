@@ -65,13 +65,21 @@ def examples(template: str) -> list[Example]:
 
 
 def make_probes(renderer: Renderer) -> Probes:
-    """Those of the conversations that the template takes, without log-probs yet."""
+    """Those of the conversations that the template takes, without log-probs yet.
+
+    Where the prompt that is served is not how the conversation goes on to be rendered (a template
+    may open a thought that this answer has none of), the answer's own tokens stand behind it.
+    """
     unlimited = replace(renderer, max_length=None)
+    plain = renderer.tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     found: list[Probe] = []
     for example in examples(renderer.template):
         grown, served = tree(example, unlimited), prompt_ids(example, unlimited)
-        if not isinstance(grown, Dropped) and grown[0].prompt == served:
-            found.append(Probe(example.prompt, grown[0].prompt, grown[0].responses[0]))
+        if isinstance(served, Dropped):
+            continue
+        same = not isinstance(grown, Dropped) and grown[0].prompt == served
+        response = grown[0].responses[0] if same else (*plain, renderer.end)
+        found.append(Probe(example.prompt, served, response))
     return Probes(
         renderer.template,
         renderer.template_options,
@@ -157,11 +165,6 @@ def read_probes(path: Path) -> Probes:
             f"{path} is not what an export writes ({type(error).__name__}: {error}). Copy it from "
             "the run's model folder again."
         ) from error
-    if not found:
-        raise DataError(
-            f"{path} holds no probe, so there is nothing to compare: the model's chat template "
-            "took none of the conversations when it was exported. Name data to check a run."
-        )
     return read
 
 
@@ -186,16 +189,29 @@ def require_same_rendering(
     """
     probes = replace(make_probes(renderer), probes=())
     again = _renderer(name, tokenizer, probes, renderer)
+    alone = [row for row in rows if not row.responses]
+    rows = [row for row in rows if row.responses]
+    for example in alone:
+        was, found = (prompt_ids(example, r) for r in (renderer, again))
+        if isinstance(was, Dropped) or isinstance(found, Dropped):
+            _require_same_fate(name, example, was, found)
+        else:
+            _require_same_ids(name, str(example.row), was, found, tokenizer)
     pairs = zip(rows, trees(rows, renderer), trees(rows, again), strict=True)
     for example, then, now in pairs:
         if isinstance(then, Dropped) or isinstance(now, Dropped):
-            was, found = (g.reason if isinstance(g, Dropped) else "used" for g in (then, now))
-            if was != found:
-                raise _renders_otherwise(name, f"{example.row} is {found} and was {was}")
+            _require_same_fate(name, example, then, now)
             continue
         texts = ((grown.prompt, *grown.responses) for grown in (then[0], now[0]))
         for was, found in zip(*texts, strict=True):
             _require_same_ids(name, str(example.row), was, found, tokenizer)
+
+
+def _require_same_fate(name: str, example: Example, then: object, now: object) -> None:
+    """Of rows that are not used, now or in training: used or dropped for the same reason."""
+    was, found = (g.reason if isinstance(g, Dropped) else "used" for g in (then, now))
+    if was != found:
+        raise _renders_otherwise(name, f"{example.row} is {found} and was {was}")
 
 
 def require_same_probes(name: str, tokenizer: PreTrainedTokenizerBase, probes: Probes) -> None:
@@ -248,8 +264,15 @@ def _renders_otherwise(name: str, said: str) -> Refusal:
     return Refusal("UW402", f"{name} writes other tokens than training did: {said}.")
 
 
-def served_otherwise(renderer: Renderer) -> str | None:
+def served_otherwise(renderer: Renderer, rows: Sequence[Example]) -> str | None:
     """What a server must be told to write prompts as training did, where its defaults do not."""
+    own = [row for row in rows if row.template_options]
+    if own and renderer.template == "chat":
+        said = json.dumps(dict(own[0].template_options or {}), ensure_ascii=False, default=str)
+        return (
+            f"rows set template options of their own (such as {own[0].row}: {said}): requests of "
+            "their kind must set chat_template_kwargs to the same"
+        )
     tokenizer = renderer.tokenizer
     if renderer.template == "none":
         if not tokenizer.chat_template:

@@ -11,12 +11,12 @@ from typing import Any
 from upweight.config import Resolved, Run
 from upweight.data.account import Account
 from upweight.data.trees import Shown, show
-from upweight.errors import ModelError
+from upweight.errors import DataError, ModelError
 from upweight.evidence.track import clients
 from upweight.models.probes import FILE, read_probes
 from upweight.models.scalar import is_reward_model
 from upweight.models.weights import WHERE_REWARDS_GO
-from upweight.recipes.exported import probes_beside, require_as_exported
+from upweight.recipes.exported import Compared, probes_beside, require_as_exported
 from upweight.recipes.prepare import (
     Prepared,
     account_lines,
@@ -134,9 +134,8 @@ def plan_line(plan: Plan) -> str:
     )
 
 
-def check_model(run: Run, screen: Screen | None = None) -> float:
-    """`run.model` against the probes that travelled with it; the largest difference of a token's
-    log-prob, in nats.
+def check_model(run: Run, screen: Screen | None = None) -> Compared:
+    """`run.model` against the probes that travelled with it.
 
     Raises ModelError where there are none, Refusal UW402 where its tokenizer and template write
     other tokens, UW401 where it gives other log-probs.
@@ -155,6 +154,11 @@ def check_model(run: Run, screen: Screen | None = None) -> float:
             "was exported with. Copy it from the run's model folder, or name data to check a run."
         )
     probes = read_probes(file)
+    if not probes.probes:
+        raise DataError(
+            f"{file} holds no probe, so there is nothing to compare: the model's chat template "
+            "took none of the conversations when it was exported. Name data to check a run."
+        )
     screen.stage("model")
     lm = load_policy(run)
     found = require_as_exported(run.model, lm, probes)
@@ -166,4 +170,4 @@ def check_model(run: Run, screen: Screen | None = None) -> float:
     )
     if found.doubt is not None:
         screen.note(f"warning: {found.doubt}.")
-    return found.worst
+    return found

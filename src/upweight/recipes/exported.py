@@ -96,16 +96,20 @@ def _apart(one: Tensor, other: Tensor) -> float:
 
 
 def require_start_as_exported(run: Run, name: str, lm: LanguageModel) -> None:
-    """What a run starts from, or is held against, as `require_as_exported`; where it has no probes,
-    or is rounded to four bits now, there is nothing to compare.
+    """What a run starts from, or is held against, as `require_as_exported`; where it has no probes
+    (a chat template may take none of the conversations), or is rounded to four bits now, there is
+    nothing to compare.
 
     `lm` is the model as it was loaded, without the adapter that is trained.
     """
     file = probes_beside(name)
     if not file.is_file() or (run.lora is not None and run.lora.quantize is not None):
         return
+    probes = read_probes(file)
+    if not probes.probes:
+        return
     try:
-        require_as_exported(name, lm, read_probes(file))
+        require_as_exported(name, lm, probes)
     except Refusal as refusal:
         raise Refusal(
             str(refusal.code),

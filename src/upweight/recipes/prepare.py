@@ -164,7 +164,8 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     if run.evaluation.prompt_files is not None:
         trees[PROMPTS], asked, accounts[PROMPTS] = load_asked(run, renderer)
         require_apart(PROMPTS, train, asked)
-    rows = tuple(train[:: max(1, len(train) // RENDERED_AGAIN)][:RENDERED_AGAIN])
+    own = [row for row in train if row.template_options][:1]
+    rows = (*own, *train[:: max(1, len(train) // RENDERED_AGAIN)][:RENDERED_AGAIN])
     held = {name: rows for name, (rows, _) in sets.items()}
     near = tuple(nearly_apart(train, {**held, PROMPTS: asked}))
     texts = {"train": train, **held, **({PROMPTS: asked} if asked else {})}

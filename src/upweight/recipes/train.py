@@ -358,7 +358,7 @@ def _finish(state: State, progress: Progress) -> Result:
         state.screen.note(
             f"to load it: its base in nf4, by BitsAndBytesConfig with what {QUANTIZATION} says"
         )
-    if advice := served_otherwise(prepared.renderer):
+    if advice := served_otherwise(prepared.renderer, prepared.rows):
         state.screen.note(f"to serve it: {advice}")
     state.screen.note(f"report: {report}")
     state.trackers.close(finished=True)

@@ -21,6 +21,12 @@ _THOUGHTS = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>|^.*</think
 """What templates take out of the assistant's earlier turns, as serving does."""
 
 
+_OPENED = re.compile(r"<(?:think|thinking|thought|reasoning)>\s*\Z")
+"""What a generation prompt may end in. A response that begins with it goes on from there."""
+
+_OPENING_IDS = 32
+"""As many tokens as such an end may have, a byte each."""
+
 _BESIDE_CONTENT = ("tool_calls", *THOUGHTS)
 
 
@@ -55,6 +61,8 @@ def again(example: Example, tree: Tree, renderer: Renderer) -> Odd | None:
     if base is None:
         first = alone[: len(tree.prompt)] == tree.prompt
         return Odd(example.row, *(_SCORED_PROMPT if first else _OTHER_PROMPT))
+    (end,) = decode([tree.prompt[-_OPENING_IDS:]], renderer)
+    opened = found.group().strip() if (found := _OPENED.search(end)) else ""
     for ids, stopped, of in zip(tree.responses, tree.stopped, tree.ids, strict=True):
         response = example.responses[of.index]
         whole = served(example, response, renderer)
@@ -70,7 +78,7 @@ def again(example: Example, tree: Tree, renderer: Renderer) -> Odd | None:
             same = same or text.removesuffix((renderer.after or "").strip()).rstrip() == body
         if not same:
             return Odd(example.row, "span", f"response {of.index} is scored on {_OTHER_TOKENS}")
-        odd = _text_lost(example, response, ids, renderer) if stopped else None
+        odd = _text_lost(example, response, ids, renderer, opened) if stopped else None
         if odd is not None:
             return odd
     return None
@@ -101,7 +109,10 @@ def _base(alone: Ids, prompt: Ids, renderer: Renderer) -> Ids | None:
     return () if prompt == (renderer.bos,) and not text.strip() else None
 
 
-def _text_lost(example: Example, response: Response, ids: Ids, renderer: Renderer) -> Odd | None:
+def _text_lost(
+    example: Example, response: Response, ids: Ids, renderer: Renderer, opened: str
+) -> Odd | None:
+    """`opened`: what the prompt has of the response already, a thought's beginning."""
     (span,) = map(_letters, decode([ids], renderer))
     if call := _unwritten_call(example, response, renderer):
         return Odd(example.row, "rewritten", call)
@@ -114,7 +125,7 @@ def _text_lost(example: Example, response: Response, ids: Ids, renderer: Rendere
         if not isinstance(content, str):
             continue
         letters = _letters(content)
-        if letters in span:
+        if letters in span or _letters(content.lstrip().removeprefix(opened)) in span:
             continue
         near = ascii(content[:60])
         if letters not in _letters(_written(example, response, renderer)):
