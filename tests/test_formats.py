@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -50,6 +51,31 @@ def contents(example):
 
 def wins(example):
     return [(p.chosen, p.rejected) for p in example.preferences]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_messages_in_json_are_messages_in_any_kind_of_file(indent: int | None):
+    said = {"prompt": [user("a?")], "chosen": [assistant("yes")], "rejected": assistant("no")}
+    texts = {name: json.dumps(value, indent=indent) for name, value in said.items()}
+    assert read(texts) == read(said)
+    one = {"prompt": texts["prompt"], "responses": [texts["chosen"], texts["rejected"]]}
+    assert contents(read(one)) == contents(read(said))
+    for text in ('[{"role"', '[{"role": "user"}]', '{"role": 1, "x": 2}', "[]", '["role"]'):
+        assert read({"prompt": text, "chosen": "a", "rejected": "b"}).prompt == text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[{"role": "user", "role": "user"}]', "7: prompt has the key 'role' twice in an object"),
+        ("[{'role': 'user', 'content': 'a'}]", "7 has Python's notation in prompt"),
+        ("{ 'role': 'user', 'content': 'a'}", "7 has Python's notation in prompt"),
+    ],
+)
+def test_messages_that_are_hardly_json_are_an_error(text: str, says: str):
+    with pytest.raises(DataError) as error:
+        read({"prompt": text, "chosen": "a", "rejected": "b"})
+    assert says in str(error.value)
 
 
 def test_a_pair_of_texts_is_a_prompt_with_two_responses():

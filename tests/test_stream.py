@@ -101,8 +101,11 @@ def test_a_csv_cell_may_be_long_and_may_hold_messages_in_json(tmp_path):
     cells = [["prompt", "chosen", "rejected"], ["p", json.dumps(turns), '[{"role"']]
     with path.open("w", newline="") as file:
         csv.writer(file).writerows(cells)
-    ((_, row),) = rows_of(path)
-    assert row == {"prompt": "p", "chosen": turns, "rejected": '[{"role"'}
+    ((example,), _) = load_examples([str(path)])
+    assert [r.content for r in example.responses] == [
+        tuple(turns),
+        ({"role": "assistant", "content": '[{"role"'},),
+    ]
 
 
 def test_parquet_gives_nested_rows(tmp_path):
@@ -202,16 +205,12 @@ def test_files_are_read_in_the_order_given(tmp_path):
          """a.jsonl:2 has the key 'a' twice in an object ({"a": 2}). Keep one."""),
         ("a.jsonl", '{"a": {"\\ud800": 1, "\\ud800": 2}}', "a.jsonl:1 has the key '\\ud800' twice"),
         ("a.json", '{"a": 1}\n{"a": 1, "a": 2}\n', "a.json:2 has the key 'a' twice"),
-        ("a.csv", 'prompt\n"[{""role"": ""user"", ""role"": ""user""}]"\n',
-         "a.csv:2: prompt has the key 'role' twice in an object"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n',
          "a.jsonl is not UTF-8: byte 0xff at offset 16. Save it as UTF-8."),
         ("a.csv", b"a\n\xe9\n", "a.csv is not UTF-8: byte 0xe9 at offset 2."),
         ("a.csv", 'a,b\n1,"2\n', "a.csv:2 is not CSV: unexpected end of data."),
         ("a.csv", "a,b\n1,2\n1\n", "a.csv:3 has 1 cells, and the header names 2 columns: a, b."),
         ("a.csv", "a,a\n1,2\n", "a.csv:1 names the column 'a' twice."),
-        ("a.csv", "chosen\n\"[{'role': 'assistant', 'content': 'a'}]\"\n",
-         "a.csv:2 has Python's notation in chosen"),
         ("a.parquet", "nonsense", "a.parquet is no Parquet file that can be read"),
         ("a.jsonl.gz", "nonsense", "a.jsonl.gz is not a whole gzip file"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n', mtime=0)[:-9],

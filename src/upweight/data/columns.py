@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -167,16 +168,44 @@ def require_no_other_prompt(row: Row, row_id: RowId) -> None:
 
 
 def text_or_messages(value: Any, where: str, row_id: RowId) -> Text:
-    """Text as it is, a message or a list of messages as a tuple, null as empty text."""
+    """Text as it is, a message or a list of messages as a tuple, null as empty text. Text that is
+    messages in JSON is those: files of cells hold them so, and nobody means to teach brackets."""
     if value is None:
         return ""
     if isinstance(value, str):
-        return value
+        found = _messages_in_json(value, where, row_id)
+        if found is None:
+            return value
+        value = found
     if isinstance(value, Mapping):
         return (message(value, where, row_id),)
     if isinstance(value, list | tuple):
         return conversation(value, where, row_id)
     raise _wrong_type(value, where, row_id, "text, a list of messages, or one message")
+
+
+def _messages_in_json(text: str, where: str, row_id: RowId) -> Any:
+    start = text[:200].lstrip()
+    if not start.startswith(("[", "{")) or "role" not in start:
+        return None
+    try:
+        value = json_value(text, f"{row_id}: {where}")
+    except (ValueError, RecursionError):
+        if re.match(r"\[?\s*\{\s*'", start):
+            raise DataError(
+                f"{row_id} has Python's notation in {where}: {ascii(start[:40])}. Write messages "
+                "as JSON, or save the data as JSON Lines or Parquet."
+            ) from None
+        return None
+    turns = cast(list[Any], value) if isinstance(value, list) else [value]
+    are_messages = turns and all(
+        isinstance(t, Mapping) and "role" in t and ("content" in t or "tool_calls" in t)
+        for t in turns
+    )
+    if not are_messages:
+        return None
+    require_shallow([value], row_id)
+    return value
 
 
 def conversation(value: Any, where: str, row_id: RowId) -> tuple[Message, ...]:

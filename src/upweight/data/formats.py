@@ -257,7 +257,7 @@ def _example(
 
 def _response(item: Any, where: str, row_id: RowId) -> Response:
     if item is None or isinstance(item, str):
-        return Response(item or "")
+        return Response(text_or_messages(item, where, row_id))
     if not isinstance(item, Mapping):
         raise DataError(
             f"{row_id}: {where} is {shown(item)}; allowed: text, or an object with text, "

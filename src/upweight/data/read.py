@@ -212,25 +212,7 @@ def _record(header: list[str], cells: list[str], path: str, line: int) -> Row:
             f"{path}:{line} has {len(cells)} cells, and the header names {len(header)} columns: "
             f"{', '.join(header)}."
         )
-    return {name: _cell(cell, name, path, line) for name, cell in zip(header, cells, strict=True)}
-
-
-def _cell(cell: str, name: str, path: str, line: int) -> Any:
-    """A cell's text, or the messages that it is in JSON."""
-    if not cell.startswith(("[{", "{")) or "role" not in cell[:200]:
-        return cell
-    try:
-        value = json_value(cell, f"{path}:{line}: {name}")
-    except (ValueError, RecursionError):
-        value = None
-    if value is None and cell.startswith(("[{'", "{'")):
-        raise DataError(
-            f"{path}:{line} has Python's notation in {name}: {ascii(cell[:40])}. "
-            "Write messages as JSON, or save the data as JSON Lines or Parquet."
-        )
-    turns = cast(list[Any], value) if isinstance(value, list) else [value]
-    is_messages = all(isinstance(t, Mapping) and "role" in t for t in turns)
-    return value if is_messages else cell
+    return dict(zip(header, cells, strict=True))
 
 
 def _parquet(path: str, columns: Collection[str] | None = LOOKED_AT) -> Lines:
