@@ -52,6 +52,32 @@ def test_rows_reference_and_packing_with_nothing_wrong_raise_nothing(
     assert account["figures"]["train"].keys() == FIGURES.keys()
 
 
+def test_responses_that_say_they_did_not_stop_are_reported():
+    def answered(num: int) -> None:
+        write_rows("pairs.jsonl", [
+            {"prompt": row["prompt"], "preferences": [[0, 1]], "responses": [
+                {"text": row["chosen"], "stopped": i >= num}, {"text": row["rejected"]}]}
+            for i, row in enumerate(plain_rows())
+        ])  # fmt: skip
+
+    answered(24)  # a fifth of 120 responses
+    assert check() == {}
+    answered(25)
+    assert "25 of 120 responses say that they did not stop" in check()["UW203"]
+    assert "25 of 60 responses" in check(objective="sft")["UW203"]
+    assert check(objective="reward") == {}  # which reads a stop token behind them
+
+
+def test_prompts_of_evaluations_that_are_mostly_too_long_are_refused():
+    prompts = [{"prompt": "so on " * (1 if i % 3 else 40)} for i in range(10)]
+    write_rows("prompts.jsonl", prompts)
+    asked = {"evaluation.prompt_files": ["prompts.jsonl"], "max_length": 128}
+    with pytest.raises(Refusal, match="prompts: 40% of rows dropped as too long") as caught:
+        check(**asked)
+    assert caught.value.code == "UW205"
+    assert check(**asked, **{"preflight.cut": 0.4}) == {}
+
+
 def test_a_plan_that_can_hardly_move_a_weight(capsys: pytest.CaptureFixture[str]):
     # Fewer rows than a step takes, at dpo's own rate: one step of 5e-7.
     said = check(learning_rate=None)["UW103"]

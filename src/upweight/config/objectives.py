@@ -14,9 +14,9 @@ _ROWS_LEARNED = (
     *of_section("data", "format", "truncation", "pairing", "min_score_gap"),
     "batch.pairs_per_step",
     *_REPEATS,
-    *of_section("preflight", "identical", "empty", "spans", "markers"),
+    *of_section("preflight", "identical", "empty", "spans", "markers", "contradictory"),
 )
-_PAIRS = (*_ROWS_LEARNED, *of_section("preflight", "contradictory", "similar", "shortcut"))
+_PAIRS = (*_ROWS_LEARNED, *of_section("preflight", "similar", "shortcut"))
 _ANSWERS = (
     *("reference", "export.merge"),
     *of_section(

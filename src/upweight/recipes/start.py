@@ -30,7 +30,7 @@ from upweight.models.weights import load_tokenizer
 from upweight.recipes.beside import has_own_critic, held_beside, require_room
 from upweight.recipes.best import Best, best_metric
 from upweight.recipes.exported import day_of_export, require_start_as_exported
-from upweight.recipes.kinds import KINDS
+from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.plan import (
     learned_from,
     planned,
@@ -66,7 +66,7 @@ from upweight.trust.identity import (
     starts_elsewhere,
 )
 from upweight.trust.likely import by_reference, spread, swapped
-from upweight.trust.preflight import Examined, Figures, examine, settle
+from upweight.trust.preflight import Examined, Figures, cut, examine, settle, unfinished
 from upweight.trust.spans import Texts, examine_texts
 from upweight.types import Tree
 
@@ -127,7 +127,14 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     prepared = _noticed(
         prepared, {e.name: examine(e) for e in examined_sets(run, prepared)}, screen
     )
+    if PROMPTS in prepared.trees:
+        trees, account = prepared.trees[PROMPTS], prepared.accounts[PROMPTS]
+        asked = Examined(PROMPTS, trees, account, run.preflight)
+        prepared = _noticed(prepared, {PROMPTS: settle([cut(asked)])}, screen)
     kind = KINDS[run.objective]
+    if kind.answers:  # A reward model reads a stop token behind what was cut.
+        ends = {e.name: ({}, unfinished(e)) for e in examined_sets(run, prepared)}
+        prepared = _noticed(prepared, ends, screen)
     if kind.rows == "preferences" and not kind.by_reference:
         # What the lengths say does not take a reference.
         alone = {e.name: settle([swapped(e, ())]) for e in examined_sets(run, prepared)}

@@ -98,6 +98,20 @@ def cut(examined: Examined) -> Seen:
     return Seen(figures, Finding("UW205", said))
 
 
+def unfinished(examined: Examined) -> list[Finding]:
+    """So many responses whose rows say that they were cut off that little is learned of ending."""
+    account, limit = examined.account, examined.limits.cut
+    if not account.unfinished > limit * account.responses:
+        return []
+    said = (
+        f"{examined.name}: {account.unfinished} of {account.responses} responses say that they did "
+        "not stop (stopped: false), and have no stop token (preflight.cut is "
+        f"{limit:.0%}): nobody learns from them where to end. Draw them with a larger "
+        "max_new_tokens, or leave such rows out."
+    )
+    return [Finding("UW203", said)]
+
+
 def identical(examined: Examined) -> Seen:
     """Rows that compare a response with itself: a conversion that went wrong, if there are many."""
     account, limit = examined.account, examined.limits.identical

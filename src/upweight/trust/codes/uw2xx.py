@@ -124,9 +124,10 @@ PAGES: tuple[Page, ...] = (
             "span in which there is not exactly one, at its end, or none where it was cut, is "
             "refused; so are rows or responses left out as `stop_in_response` above "
             "`preflight.spans`. Reported are responses that end in a token at which the model's "
-            "generation does not stop, and a stop that had to be appended because the chat "
-            "template closes answers with a text that is no token. `appended_stop` in "
-            "`account.json` counts all that were appended."
+            "generation does not stop, a stop that had to be appended because the chat template "
+            "closes answers with a text that is no token, and more responses than `preflight.cut` "
+            "whose rows say that they did not stop (`stopped` is false). `appended_stop` and "
+            "`unfinished` in `account.json` count what was appended, and what was not."
         ),
         guarded_by=(
             "A response is cut after the first stop token behind its content, and gets one where "
@@ -149,7 +150,11 @@ PAGES: tuple[Page, ...] = (
             "Remove special tokens from the texts of the rows.",
             "Set `data.truncation=drop`, or raise `data.max_length`.",
         ),
-        detectors=("upweight.data.account:require_used", "upweight.trust.spans:stops"),
+        detectors=(
+            "upweight.data.account:require_used",
+            "upweight.trust.spans:stops",
+            "upweight.trust.preflight:unfinished",
+        ),
     ),
     Page(
         code="UW204",
