@@ -456,6 +456,11 @@ def test_a_reward_that_tells_nothing_apart_ends_online_dpo(capsys: pytest.Captur
     Path("count.py").write_text("def score(prompt, response, row):\n    return 1.0\n")
     assert online("run", "online_dpo") == 2
     assert "told no two answers to a prompt apart in 8 rounds" in capsys.readouterr().err
+    # What they were and earned can be read.
+    for number in range(1, 9):
+        rows = pq.read_table(f"run/rollouts/round-{number:06d}.parquet").to_pylist()
+        assert {row["score"] for row in rows} == {1.0} and len({r["line"] for r in rows}) == 4
+        assert all(row["prompt"] and row["response"] and row["text"] is not None for row in rows)
 
 
 @pytest.mark.parametrize(

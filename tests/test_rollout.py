@@ -152,6 +152,24 @@ def test_what_rounds_took_is_added_up_and_of_an_older_file_counted(tmp_path):
     assert spent_on(tmp_path) == Spent(12 + 2, 36 + 6, 450)
 
 
+def test_the_file_of_a_round_has_every_answer_that_was_drawn(tmp_path: Path):
+    """Also those that are not learned from, which a person may ask about."""
+    trees = random_trees([(3, 4, 1, 2), (2, 5, 5, 1)], seed=2)
+    texts = {name: str(name) for tree in trees for name in tree.ids}
+    made = ranked(replace(round_of(trees), texts=texts))
+    assert sum(len(tree.ids) for tree in made.trees) < len(texts)
+    write_round(tmp_path, made)
+    rows = pq.read_table(tmp_path / "round-000001.parquet").to_pylist()
+    answers = [(tuple(r["prompt"]), tuple(r["response"]), r["stopped"]) for r in rows]
+    assert answers == [
+        (tree.prompt, response, stopped)
+        for tree in trees
+        for response, stopped in zip(tree.responses, tree.stopped, strict=True)
+    ]
+    assert [row["text"] for row in rows] == list(texts.values())
+    assert sum(row["tree"] is not None for row in rows) == sum(len(t.ids) for t in made.trees)
+
+
 def test_a_round_whose_file_is_gone_says_so(tmp_path):
     with pytest.raises(OutputError, match="round-000003.parquet cannot be read .* Put it back"):
         read_round(tmp_path, 3)

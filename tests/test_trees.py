@@ -27,10 +27,10 @@ from upweight.data.formats import example_of
 from upweight.data.read import read_rows
 from upweight.data.render import make_renderer
 from upweight.data.stream import grow, load_examples
-from upweight.data.trees import prompt_ids, show, text_after, tree, trees
+from upweight.data.trees import ended, prompt_ids, show, text_after, tree, trees
 from upweight.errors import ConfigError, DataError, ModelError
 from upweight.trust.reread import again
-from upweight.types import Dropped, Example, Preference, Response
+from upweight.types import Dropped, Example, Preference, Response, ResponseId, RowId, Tree
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -465,3 +465,12 @@ def test_real_snippets_are_scored_whole(smollm):
             continue
         for response, written in zip(found[0].responses, example.responses, strict=True):
             assert smollm.decode(list(response)) == written.content + "<|im_end|>"
+
+
+def test_a_reward_model_reads_every_answer_with_the_stop_that_it_learned():
+    """Of an answer that ended in another one its head knows nothing."""
+    ids = tuple(ResponseId(RowId("f", 1), i) for i in range(3))
+    grown = Tree((1,), ((8, 0), (8, 2), (8,)), (), ids, stopped=(True, True, False))
+    whole = ended(grown, 2, None)
+    assert whole.responses == ((8, 2),) * 3 and whole.stopped == (True,) * 3
+    assert ended(grown, 2, 2).responses == ((8, 2), (8, 2), (2,))

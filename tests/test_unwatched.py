@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 
 import upweight as uw
+from oracles import loaded
 from runs import even_odds_to_stop, furnish, plain_rows, train, write_rows
 from upweight.cli import main
-from upweight.config import Watch
+from upweight.config import Watch, load_run
+from upweight.recipes.unwatched import by_first_round
+from upweight.stats import wilson_interval
 from upweight.trust.watch.answers import sees_lost_ends
+from upweight.trust.watch.rounds import answers_change
+from upweight.trust.watch.seen import Seen, Told
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +137,27 @@ def test_a_run_of_rounds_says_it_of_its_own_first_answers(capsys: pytest.Capture
         return text.count("% of the first round's answers end by themselves within")
 
     assert said("cut") == 1
+    (sentence,) = json.loads(Path("cut/account.json").read_text())["unwatched"]
+    assert "the first round's answers" in sentence
     assert said("few", **few) == 0  # of which it is said that nobody sees anything
     assert said("off", **{"watch.stopped": 0.0}) == 0
     even_odds_to_stop()
     assert said("whole", **{"rollout.max_tokens": 64}) == 0
+
+
+def test_lost_ends_of_rounds_are_said_to_be_watched_where_the_watch_can_fire():
+    """However many answers a prompt has, it counts once."""
+    run = load_run(None, values={"model": "m", "data": "d", "objective": "grpo"}).run
+    for num_prompts in (6, 8, 16, 64):
+        for tenths in range(1, 11):
+            first = wilson_interval(tenths / 10, num_prompts)
+            none = wilson_interval(0.0, num_prompts)
+            seen = Seen(loaded("llama"), run.watch, Told(), {})
+            seen.first = {"stopped_low": first.low, "stopped": tenths / 10}
+            later = {"step": 9.0, "reward": 0.0, "kl": 0.0, "stopped": 0.0}
+            fires = answers_change(seen, later | {"stopped_high": none.high}) is not None
+            quiet = not by_first_round(run, tenths / 10, num_prompts)
+            assert fires <= quiet
+            # Of very few prompts nothing is seen, whatever the first round says.
+            can = none.high < run.watch.stopped * wilson_interval(1.0, num_prompts).low
+            assert quiet == (fires or not can)

@@ -347,14 +347,16 @@ def _num_shared(a: Ids, b: Ids) -> int:
 
 
 def ended(tree: Tree, end: int, positions: int | None) -> Tree:
-    """The tree as a reward model reads it, which scores whole answers: the stop token `end` is put
-    behind each that was cut, in the place of its last token where that one filled the model's
-    `positions`."""
+    """The tree as a reward model reads it, which scores whole answers that end in the stop token
+    `end`: it is put behind each that was cut, in the place of its last token where that one filled
+    the model's `positions`, and in the place of another stop token, of which it learned nothing."""
 
     def whole(response: tuple[int, ...]) -> tuple[int, ...]:
         full = positions is not None and len(tree.prompt) + len(response) == positions
         return (*(response[:-1] if full else response), end)
 
     answers = zip(tree.responses, tree.stopped, strict=True)
-    responses = tuple(response if stopped else whole(response) for response, stopped in answers)
+    responses = tuple(
+        (*response[:-1], end) if stopped else whole(response) for response, stopped in answers
+    )
     return replace(tree, responses=responses, stopped=(True,) * len(responses))

@@ -35,8 +35,8 @@ from upweight.recipes.prepare import load_policy
 from upweight.recipes.reference import reference_model
 from upweight.recipes.rewarding import Scorer, is_judge, make_scorer, reward_model_beside
 from upweight.recipes.start import trained
-from upweight.recipes.state import State, Values, Work, smaller_bins
-from upweight.recipes.unwatched import by_first_round
+from upweight.recipes.state import State, Values, Work, smaller_bins, write_account
+from upweight.recipes.unwatched import by_first_round, told
 from upweight.training.agreement import Beside, held_against
 from upweight.training.loop import Record
 from upweight.training.objectives import Surrogate, of_round, pair, policy_gradient
@@ -47,8 +47,9 @@ from upweight.training.rollout import (
     credited,
     draw_answers,
     ranked,
+    texts_of,
 )
-from upweight.training.round import Round, Spent
+from upweight.training.round import Round, Spent, write_round
 from upweight.training.rundir import replacing
 from upweight.types import Forest, Tree
 
@@ -193,6 +194,8 @@ def _round(
         spent = spent.plus(made.spent)
         if made.trees:
             return replace(made, spent=spent)
+        # For whoever asks why; what it took is counted with the round that follows.
+        write_round(state.rundir.file("rollouts"), replace(made, spent=Spent()))
         state.screen.note(f"round {at}: every answer to a prompt scores the same; drawing anew")
     raise DataError(
         f"rollout.reward {state.run.rollout.reward} told no two answers to a prompt apart in "
@@ -239,6 +242,11 @@ def _draw(
         advantages={i: torch.zeros_like(x) for i, x in logps.items()},
         values=values,
         stop_penalty=run.rollout.stop_penalty,
+        texts={
+            name: text
+            for tree in trees
+            for name, text in zip(tree.ids, texts_of(lm, tree), strict=True)
+        },
         spent=Spent(
             asked=len(prompts),
             drawn=len(logps),
@@ -246,8 +254,9 @@ def _draw(
         ),
     )
     if number == 1:
-        for line in by_first_round(run, made.num_stopped, len(logps)):
-            state.screen.note(f"not watched: {line}")
+        said = by_first_round(run, made.num_stopped / len(logps), len(prompts))
+        state.begun = replace(state.begun, prepared=told(state.begun.prepared, said, state.screen))
+        write_account(state)
     if run.objective == "online_dpo":
         return ranked(made)
     return credited(made, _credit(run))

@@ -20,7 +20,7 @@ from upweight.models.compiled import as_written
 from upweight.models.load import LanguageModel, checkpoint_layers
 from upweight.models.probes import Probes
 from upweight.models.reading import attempt, free_cached
-from upweight.recipes.prepare import note_smaller
+from upweight.recipes.prepare import account_record, note_smaller
 from upweight.recipes.reference import Against
 from upweight.recipes.resume import data_digests, settings_digest
 from upweight.recipes.screen import Screen
@@ -34,7 +34,7 @@ from upweight.training.records import (
     truncate_jsonl_after,
     truncate_ledger_after,
 )
-from upweight.training.rundir import RunDir
+from upweight.training.rundir import RunDir, write_atomic
 from upweight.trust.watch import Watch
 from upweight.types import Forest, Tree
 
@@ -190,6 +190,11 @@ def _write_noted(state: State) -> None:
         ]
         append_jsonl(state.rundir.file("margins.jsonl"), {"step": step + 1, "margins": margins})
     state.noted.clear()
+
+
+def write_account(state: State) -> None:
+    account = json.dumps(account_record(state.begun.prepared), indent=1)
+    write_atomic(state.rundir.file("account.json"), account)
 
 
 def log(state: State, record: Record) -> None:

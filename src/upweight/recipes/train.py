@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import threading
@@ -30,7 +29,6 @@ from upweight.recipes.evaluation import evaluate_sets
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.losses import pair_loss, score_loss
 from upweight.recipes.online import online, values_of
-from upweight.recipes.prepare import account_record
 from upweight.recipes.reference import Against, ask_reference
 from upweight.recipes.resume import (
     require_same_models,
@@ -53,6 +51,7 @@ from upweight.recipes.state import (
     save,
     trained_models,
     trained_modules,
+    write_account,
 )
 from upweight.recipes.suspects import write_suspects
 from upweight.training import checkpoint, objectives
@@ -233,10 +232,9 @@ def _begin_anew(rundir: RunDir, screen: Screen) -> None:
 
 def _write_records(state: State) -> None:
     """What is known of a run when it begins."""
-    account = json.dumps(account_record(state.begun.prepared), indent=1)
     resolved = state.begun.resolved.with_value("resume", False, "default")
     settings = dump(resolved, found_beside(state.begun))
-    write_atomic(state.rundir.file("account.json"), account)
+    write_account(state)
     write_atomic(state.rundir.file("run.yaml"), settings)
     write_environment(state, finished=False)
 

@@ -99,24 +99,24 @@ def by_reference_answers(
     return said
 
 
-def by_first_round(run: Run, stopped: int, drawn: int) -> list[str]:
+def by_first_round(run: Run, stopped: float, num_prompts: int) -> list[str]:
     """What is known once a run of rounds has drawn its first: where most of its answers are cut,
-    later ones that never stop look the same."""
-    # Later rounds are held against the low end of what the first one says.
-    ended = wilson_interval(stopped / drawn, drawn).low
-    if run.rollout.prompts_per_round < FEWEST or not _are_cut(run, ended, drawn):
+    later ones that never stop look the same. `stopped` is the share of those that are not."""
+    # Later rounds are held against the low end of what the first one says, by the prompt.
+    ended, at_best = (wilson_interval(share, num_prompts).low for share in (stopped, 1.0))
+    if not _are_cut(run, ended, num_prompts, at_best):
         return []
     longest = run.rollout.max_tokens
     return [
-        f"{stopped / drawn:.0%} of the first round's answers end by themselves within "
+        f"{stopped:.0%} of the first round's answers end by themselves within "
         f"rollout.max_tokens, which is {longest}: nobody can see {GROWTH}, and what is scored is "
         f"their beginnings. Raise rollout.max_tokens, to {4 * longest} for a start."
     ]
 
 
-def _are_cut(run: Run, ended: float, num: int) -> bool:
+def _are_cut(run: Run, ended: float, num: int, at_best: float = 1.0) -> bool:
     """Whether lost ends would show if only more of the reference's answers had theirs."""
-    return sees_lost_ends(run.watch, 1.0, num) and not sees_lost_ends(run.watch, ended, num)
+    return sees_lost_ends(run.watch, at_best, num) and not sees_lost_ends(run.watch, ended, num)
 
 
 def told(prepared: Prepared, said: Sequence[str], screen: Screen) -> Prepared:

@@ -189,7 +189,7 @@ def ranked(found: Round) -> Round:
                     stopped=tuple(tree.stopped[k] for k in pick),
                 )
             )
-    return replace(found, trees=tuple(trees))
+    return replace(found, trees=tuple(trees), drawn=found.trees)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,9 @@ class Spent:
 class Round:
     """What was drawn, by response; `beta` is the weight of the KL term that it was made with, and
     `stop_penalty` what answers that do not stop by themselves pay. `spent` is what it took, with
-    the rounds before it in which there was nothing to learn from."""
+    the rounds before it in which there was nothing to learn from. `drawn` are the prompts with all
+    of their answers where `trees` has but some of them, and `texts` what the answers say: both are
+    for whoever reads the round's file, and are not read back from it."""
 
     number: int
     beta: float
@@ -58,6 +60,8 @@ class Round:
     returns: ByResponse | None = None
     stop_penalty: float = 0.0
     spent: Spent = Spent()
+    drawn: tuple[Tree, ...] = ()
+    texts: Mapping[ResponseId, str] = field(default_factory=dict[ResponseId, str])
 
     def experience(self, forest: Forest) -> Experience:
         """What is known of the forest's tokens, in their order."""
@@ -174,7 +178,7 @@ _SCHEMA = pa.schema(
     + [("stopped", pa.bool_()), ("beta", pa.float64()), ("num_stopped", pa.int64())]
     + [("stop_penalty", pa.float64())]
     + [(name, pa.int64()) for name in asdict(Spent())]
-    + [("prompt", pa.list_(pa.int32())), ("response", pa.list_(pa.int32()))]
+    + [("prompt", pa.list_(pa.int32())), ("response", pa.list_(pa.int32())), ("text", pa.string())]
     + [(name, pa.list_(pa.float32())) for name in _LISTS]
 )
 """One row for each response; `tree` is null for those that are not learned from."""
@@ -185,11 +189,8 @@ def round_file(folder: Path, number: int) -> Path:
 
 
 def write_round(folder: Path, made: Round) -> None:
-    places = {
-        name: (number, k, tree)
-        for number, tree in enumerate(made.trees)
-        for k, name in enumerate(tree.ids)
-    }
+    places = _places(made.trees)
+    said = _places(made.drawn or made.trees)
     rows: list[dict[str, object]] = []
     for name, score in made.scores.items():
         row: dict[str, object] = {
@@ -197,6 +198,7 @@ def write_round(folder: Path, made: Round) -> None:
             "line": name.row.line,
             "index": name.index,
             "score": score,
+            "text": made.texts.get(name),
             "beta": made.beta,
             "num_stopped": made.num_stopped,
             "stop_penalty": made.stop_penalty,
@@ -205,13 +207,16 @@ def write_round(folder: Path, made: Round) -> None:
         for key in _LISTS:
             known: ByResponse | None = getattr(made, key)
             row[key] = None if known is None else known[name].tolist()
+        _, k, tree = said[name]
+        row |= {
+            "stopped": tree.stopped[k],
+            "prompt": tree.prompt,
+            "response": tree.responses[k],
+        }
         if name in places:
             number, k, tree = places[name]
             row |= {
                 "tree": number,
-                "stopped": tree.stopped[k],
-                "prompt": tree.prompt,
-                "response": tree.responses[k],
                 "chosen": any(p.chosen == k for p in tree.preferences),
                 "rejected": any(p.rejected == k for p in tree.preferences),
             }
@@ -220,6 +225,15 @@ def write_round(folder: Path, made: Round) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd")
     folder.mkdir(exist_ok=True)
     write_atomic(round_file(folder, made.number), sink.getvalue().to_pybytes())
+
+
+def _places(trees: Sequence[Tree]) -> dict[ResponseId, tuple[int, int, Tree]]:
+    """Of each answer its tree's number, its own in the tree, and the tree."""
+    return {
+        name: (number, k, tree)
+        for number, tree in enumerate(trees)
+        for k, name in enumerate(tree.ids)
+    }
 
 
 def read_round(folder: Path, number: int) -> Round:
