@@ -472,11 +472,11 @@ def test_what_a_server_must_be_told_is_said_at_the_end(capsys: pytest.CaptureFix
     assert "requests must" not in said and "completions of text" not in said
 
 
-def moved(folder: str) -> None:
-    """The weights in a folder, changed by a twentieth of a matrix."""
+def moved(folder: str, name: str = "lm_head.weight", by: float = 1.05) -> None:
+    """The weights in a folder, one matrix of them larger."""
     file = Path(folder, "model.safetensors")
     tensors = load_file(file)
-    tensors["lm_head.weight"] *= 1.05
+    tensors[name] *= by
     save_file(tensors, file, {"format": "pt"})
 
 
@@ -507,3 +507,21 @@ def test_a_start_whose_template_is_another_than_at_its_export_is_refused(
     Path("first/model/chat_template.jinja").write_text("You are a bird. " + CHATML)
     assert train("second", "--model", "first/model", command="check") == 2
     assert "error[UW402]: first/model writes other tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [(), ("--lora", "true")])
+def test_an_exported_reward_model_that_scores_otherwise_is_refused(
+    more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    save = PreTrainedModel.save_pretrained
+
+    def spoiled(self: PreTrainedModel, folder: Path, **options: Any) -> None:
+        save(self, folder, **options)
+        moved(str(folder), "score.weight", 1.5)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", spoiled)
+    words = "train --model model --data pairs.jsonl --objective reward --out run --dtype float32"
+    assert main([*words.split(), "--learning-rate", "3e-2", "--fraction", "0", *more]) == 2
+    error = capsys.readouterr().err
+    assert "error[UW401]: the export is not the trained reward model: read back, it" in error
+    assert not Path("run/model").exists()
