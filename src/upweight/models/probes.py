@@ -77,8 +77,9 @@ def make_probes(renderer: Renderer) -> Probes:
         grown, served = tree(example, unlimited), prompt_ids(example, unlimited)
         if isinstance(served, Dropped):
             continue
-        same = not isinstance(grown, Dropped) and grown[0].prompt == served
-        response = grown[0].responses[0] if same else (*plain, renderer.end)
+        response = (*plain, renderer.end)
+        if not isinstance(grown, Dropped) and grown[0].prompt == served:
+            response = grown[0].responses[0]
         found.append(Probe(example.prompt, served, response))
     return Probes(
         renderer.template,
