@@ -33,14 +33,16 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def warned(out: str = "run") -> dict[str, dict[str, Any]]:
-    """By code. Each is written once, and stands in the report, on its curve too."""
+    """By code, the first of each. Each is written once of training and once of a set, and stands in
+    the report, on its curve too."""
     found = [row for row in rows_of(f"{out}/metrics.jsonl") if row["kind"] == "warning"]
     page = Path(f"{out}/report.html").read_text()
     for row in found:
         assert f'<code id="warning-{row["code"].lower()}">' in page
         assert f'href="#warning-{row["code"].lower()}"' in page, "no curve is marked"
-    assert len({row["code"] for row in found}) == len(found)
-    return {row["code"]: row for row in found}
+    said = [(row["code"], row["metric"], row.get("observer"), row.get("set")) for row in found]
+    assert len(set(said)) == len(said)
+    return {row["code"]: row for row in reversed(found)}
 
 
 def preferring(chosen: str, rejected: str, num: int = 24) -> list[dict[str, str]]:

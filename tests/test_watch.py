@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -132,6 +132,51 @@ def evaluation(step: int, **values: float) -> dict[str, object]:
     return {"kind": "eval", "set": "heldout", "step": step, **base, **values}
 
 
+SOLVED = {"rewards/accuracies": 1.0, "loss": 0.001}
+AT_CHANCE = {"rewards/accuracies": 0.5, "rewards/accuracies_low": 0.4, HIGH: 0.6}
+
+
+def test_pairs_that_are_solved_do_not_silence_that_they_are_learned_by_heart():
+    rows = [record(step, **SOLVED) for step in range(1, 20)]
+    rows += [evaluation(step, **AT_CHANCE) for step in (20, 40)]
+    watch = moving()
+    said = [finding.said for row in rows for finding in watch.after(row)]
+    assert len(said) == 2
+    assert "nothing is left to learn" in said[0] and "learned by heart" in said[1]
+
+
+def test_a_set_that_is_solved_does_not_silence_another_one_at_chance():
+    easy = {"rewards/accuracies": 0.99, "rewards/accuracies_low": 0.975, HIGH: 1.0}
+    rows = [record(step, **{"rewards/accuracies": 0.95}) for step in range(1, 20)]
+    for step in (20, 40):
+        rows.append(evaluation(step, **easy) | {"set": "easy"})
+        rows += [evaluation(step, **AT_CHANCE) | {"set": name} for name in ("hard", "harder")]
+    watch = moving()
+    seen = [(f.observer, row["set"]) for row in rows for f in watch.after(row)]
+    assert seen == [
+        ("held_out_is_solved", "easy"),
+        ("not_better_than_chance", "hard"),
+        ("not_better_than_chance", "harder"),
+    ]
+
+
+def test_a_watch_that_is_resumed_says_only_what_was_not_said():
+    def resumed(*lines: dict[str, object]) -> list[str]:
+        watch = moving()
+        watch.resumed(lines)
+        return codes(watch, [*rows, at_chance])
+
+    rows = [record(step, **SOLVED) for step in range(1, 20)]
+    at_chance = evaluation(20, **AT_CHANCE)
+    watch = moving()
+    (solved,) = [finding for row in rows for finding in watch.after(row)]
+    (by_heart,) = watch.after(at_chance)
+    first = {"kind": "warning", "step": 8, **asdict(solved)}
+    second = {"kind": "warning", "step": 20, "set": "heldout", **asdict(by_heart)}
+    assert resumed(first) == ["UW306"]
+    assert resumed(first, second) == []
+
+
 def test_held_out_chosen_responses_that_lose_probability_are_reported():
     lost = {"logratios/chosen": -160.0, "tokens/chosen": 300.0}
     lost |= {"logratios/rejected": -190.0, "tokens/rejected": 300.0, "num_pairs": 20}
@@ -161,9 +206,8 @@ def test_memory_of_the_training_rows_is_told_from_learning():
 def test_a_sampled_kl_that_is_negative_beyond_chance_is_named_once():
     below = {"kl": -1.5, "kl_low": -2.5, "kl_high": -0.4}
     watch = moving()
-    assert codes(watch, [evaluation(4, **below), evaluation(8, **below), record(9, **below)]) == [
-        "UW308"
-    ]
+    assert codes(watch, [evaluation(4, **below), evaluation(8, **below)]) == ["UW308"]
+    assert codes(watch, [record(9, **below), record(10, **below)]) == ["UW308"]
     # It does not stand in the way of what is said of a policy that is far.
     far = {"kl": 80.0, "kl_low": 60.0, "kl_high": 90.0}
     (found,) = watch.after(evaluation(12, **far))

@@ -140,8 +140,8 @@ def _measured(
     """The measure in every set that has it, those that the watch spoke of first; in the rounds
     where no set has it.
 
-    The watch speaks of a metric once in a run: of the sets that it did not speak of, what counts is
-    the whole interval, as it would for the watch.
+    Of the sets that the watch did not speak of, what counts is the whole interval, as it would for
+    the watch.
     """
     limit, any_set = watch_limit(records, metric), False
     main = next((row.set for row in rows_with(records, metric)), None)
