@@ -350,6 +350,24 @@ def test_the_answers_of_a_round_are_held_against_those_of_the_first(values, code
     assert codes(moving(), [a_round(1), alone]) == []
 
 
+def test_values_learn_from_rewards_that_differ_between_rounds():
+    def last(*rewards: float, **more: float) -> None:
+        watch = Watch(loaded(), Limits(), Told(total_steps=len(rewards)))
+        watch.seen.moved, watch.seen.judged = 1.0, True
+        tied = {"tied": 1.0, "advantages/nonzero": 1.0, **more}
+        rows = [record(n, reward=earned, **tied) for n, earned in enumerate(rewards, start=1)]
+        assert codes(watch, rows) == []
+
+    last(0.0, 1.0, 1.0, value_loss=0.1)
+    # Sums of fp32 numbers.
+    for same in ({"value_loss": 0.1}, {}):
+        with pytest.raises(Refusal, match="step 3: no answer so far earned more"):
+            last(0.3, 0.30000001, 0.3, **same)
+    # The answers to a prompt are compared with each other alone.
+    with pytest.raises(Refusal, match="gives all answers to a prompt the same"):
+        last(0.0, 1.0, 1.0)
+
+
 def test_what_a_run_warns_of_is_in_the_terminal_the_records_and_the_report(
     capsys: pytest.CaptureFixture[str],
 ):

@@ -109,8 +109,8 @@ PAGES: tuple[Page, ...] = (
             "their decay alone, and layers in which nothing has moved while `watch.moved` of what "
             "else can move has, which is looked at until it is so: the first factor of an adapter "
             "stands still for as long as the second is 0. A run that learns from its own answers "
-            "is refused after `watch.patience` steps, or at its last one, in which no answer had "
-            "an advantage over another."
+            "is refused after `watch.patience` steps, or at its last one, in which no answer "
+            "earned more than another to its prompt or, of PPO, than any other."
         ),
         guarded_by=(
             "A model without a trainable parameter is an error, and so are `lora.targets` that "

@@ -85,8 +85,8 @@ class Seen:
     """`moved` is the share of the weights that have moved since `start`, None before the first
     step; neither those of `still` count, the layers in which none has, nor those that cannot have
     moved. `learns` says that some have, and `judged` that the layers were looked at too. `start`
-    are some of the weights as they were. `taught`: an answer has had an advantage, or the run has
-    none to give. `first` is the first training record. `own` are the policy's log-probs of a row
+    are some of the weights as they were. `taught`: rewards have told answers apart, or the run has
+    none that could. `first` is the first training record. `own` are the policy's log-probs of a row
     when they were asked for first."""
 
     lm: LanguageModel
@@ -106,7 +106,7 @@ class Seen:
     def remember(self, record: Record) -> None:
         """What is kept of the whole run."""
         self.first = self.first or record
-        self.taught |= record.get("advantages/nonzero") != 0
+        self.taught |= _told_apart(record, self.first)
 
     def train(self, record: Record) -> None:
         self.remember(record)
@@ -148,6 +148,17 @@ def some_weights(lm: LanguageModel) -> dict[str, Tensor]:
         for name, p in lm.model.named_parameters()
         if p.requires_grad
     }
+
+
+def _told_apart(record: Record, first: Record) -> bool:
+    """Whether rewards tell answers apart, or the run has none that could. Advantages do not say it:
+    a KL term, or values that foresee nothing, give some to answers that all earn the same."""
+    if "advantages/nonzero" not in record or record.get("tied") != 1:
+        return True
+    # Values compare the answers of one round with those of another.
+    return "value_loss" in record and not math.isclose(
+        record["reward"], first["reward"], rel_tol=1e-5
+    )
 
 
 def _share_moved(

@@ -48,18 +48,18 @@ def _some_do_not(seen: Seen, record: Record) -> Finding | None:
 
 
 def nothing_is_taught(seen: Seen, record: Record) -> Finding | None:
-    """No answer of the run was ever better than another. Of a hard task the first rounds may earn
+    """No answer of the run ever earned more than another. Of a hard task the first rounds may earn
     nothing."""
     if seen.taught or (
         record["step"] < seen.limits.patience and record["step"] != seen.told.total_steps
     ):
         return None
+    same = "all answers" if "value_loss" in record else "all answers to a prompt"
     return Finding(
         "UW103",
-        f"step {record['step']:.0f}: no answer so far had an advantage over another: "
-        f"rollout.reward gives all answers to a prompt the same (at last {record['reward']:.3g}). "
-        "Look at rollouts, take another reward or easier prompts, or raise "
-        "rollout.responses.",
+        f"step {record['step']:.0f}: no answer so far earned more than those that it is compared "
+        f"with: rollout.reward gives {same} the same (at last {record['reward']:.3g}). Look at "
+        "rollouts, take another reward or easier prompts, or raise rollout.responses.",
     )
 
 
