@@ -449,6 +449,31 @@ def test_responses_without_their_stop_token_teach_not_to_stop():
     assert found["metric"] == "stopped"
 
 
+def test_short_answers_that_sft_teaches_a_model_that_never_stopped_are_no_degeneration():
+    write_rows("pairs.jsonl", preferring("yes, it is", "no", 40))
+    taught = ("--objective", "sft", "--learning-rate", "1e-2", "--epochs", "5", "--samples", "8")
+    assert train("run", *taught, "--max_new_tokens", "96") == 0
+    last = [row for row in rows_of("run/metrics.jsonl") if row["kind"] == "eval"][-1]
+    assert last["length_ratio_high"] < 1 / 3 and last["kl_low"] > 50
+    assert warned() == {}
+    assert "Held-out loss fell" in Path("run/report.html").read_text()
+
+
+def test_training_responses_without_their_stop_token_teach_sft_not_to_stop():
+    even_odds_to_stop()
+    rows = [
+        {"prompt": f"question {i}", "completion": "stone " * (40 if i % 3 else 2)}
+        for i in range(40)
+    ]
+    write_rows("pairs.jsonl", rows)
+    cut = ("--max_length", "60", "--truncation", "response", "--cut", "0.95", "--length", "99")
+    fast = ("--objective", "sft", "--learning-rate", "3e-2", "--epochs", "3", "--samples", "8")
+    assert train("run", *cut, *fast) == 0
+    found = [r for r in rows_of("run/metrics.jsonl") if r["kind"] == "warning"]
+    (stopped,) = [r["said"] for r in found if r["metric"] == "stopped"]
+    assert "% of the training responses lack their end" in stopped
+
+
 def test_a_resumed_run_does_not_say_again_what_it_has_said(capsys: pytest.CaptureFixture[str]):
     write_rows("pairs.jsonl", plain_rows(48))
     far = ("--kl", "0", "--learning-rate", "3e-3", "--evaluation.every", "1", "--samples", "8")

@@ -236,6 +236,24 @@ def test_lengths_that_a_few_answers_may_have_by_chance_are_not(low: float, high:
     assert codes(moving(), [evaluation(4, **times_as_long(low, high))]) == []
 
 
+def test_supervised_fine_tuning_may_leave_its_start_for_its_training_responses():
+    def found(*row: dict[str, float]) -> list[str]:
+        watch = moving()
+        watch.seen.told = Told(trees=random_trees([(6, 5, 4)]), objective="sft")
+        return codes(watch, [evaluation(4, **{k: v for part in row for k, v in part.items()})])
+
+    # Training responses have 4.5 tokens.
+    shorter, longer = times_as_long(0.1, 0.2), times_as_long(4, 5)
+    assert found(shorter, {"length": 4.0}) == found(shorter, {"length": 9.0}) == []
+    assert found(longer, {"length": 5.0}) == found(longer, {"length": 13.0}) == []
+    assert found(shorter, {"length": 1.0}) == found(longer, {"length": 14.0}) == ["UW305"]
+    assert found({"kl": 80.0, "kl_low": 60.0}) == []
+    # What no response asks for is told as ever.
+    assert found({"stopped": 0.0, "stopped_high": 0.3, "reference_stopped": 1.0}) == ["UW305"]
+    says = {"repetition": 0.6, "repetition_low": 0.4, "reference_repetition": 0.1}
+    assert found(says) == ["UW305"]
+
+
 def test_the_ratio_of_lengths_is_that_of_answers_to_the_same_prompt():
     def said(*lengths: int) -> list[Sample]:
         return [Sample(tuple(range(num)), True) for num in lengths]

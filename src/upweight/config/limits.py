@@ -97,8 +97,8 @@ class Watch(Section):
     )
     length: Annotated[float, Field(ge=1)] = Field(
         default=3.0,
-        description="How many times the reference's an answer's length may be, or its inverse "
-        "(UW305).",
+        description="How many times the reference's an answer's length may be, or its inverse; "
+        "of sft also how many times the training responses' (UW305).",
     )
     repetition: Share = Field(
         default=0.2,

@@ -189,7 +189,8 @@ def _state(
     optimizer = _optimizer(begun, values)
     plan, trees = begun.plan, begun.prepared.trees["train"]
     answers = KINDS[begun.run.objective].answers
-    told = Told(begun.run.loss.beta, plan.total_steps, trees, plan.log_every)
+    objective = begun.run.objective
+    told = Told(begun.run.loss.beta, plan.total_steps, trees, plan.log_every, objective)
     watch = Watch(begun.lm, begun.run.watch, told)
     return State(
         begun, against, rundir, optimizer, screen, trackers, capacity, watch,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from statistics import fmean
+from statistics import fmean, geometric_mean
 
 import torch
 from torch import Tensor
@@ -50,6 +50,12 @@ class Told:
     total_steps: int | None = None
     trees: Sequence[Tree] = ()
     log_every: int = 1
+    objective: str = "dpo"
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the run is meant to leave its start, for answers like its training responses."""
+        return self.objective == "sft"
 
     @cached_property
     def alike(self) -> float:
@@ -71,9 +77,16 @@ class Told:
         return sum(len(c) for c, _ in pairs), sum(len(r) for _, r in pairs)
 
     @cached_property
+    def length(self) -> float:
+        """Tokens of a response, in the geometric mean: a few long ones are not what is usual."""
+        lengths = [len(response) for tree in self.trees for response in tree.responses]
+        return geometric_mean(lengths) if lengths else math.nan
+
+    @cached_property
     def unstopped(self) -> float:
-        """The share of preferred responses that lack their end."""
+        """The share of preferred responses, without preferences of all, that lack their end."""
         ends = [t.stopped[p.chosen] for t, p in self._preferences()]
+        ends = ends or [end for tree in self.trees for end in tree.stopped]
         return 1 - fmean(ends) if ends else 0.0
 
     def _preferences(self) -> Iterator[tuple[Tree, Preference]]:
