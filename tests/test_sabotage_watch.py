@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upweight.data.stream as stream
+import upweight.recipes.online as run_online
 import upweight.recipes.start as run_start
 import upweight.recipes.train as run_train
 import upweight.training.objectives as objectives
@@ -94,12 +95,13 @@ def of_four_layers() -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained("model")
 
 
+def cut_off(_layer: Any, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+    return given[0] + (out - given[0]).detach()
+
+
 def detached(monkeypatch: pytest.MonkeyPatch, *cut: int) -> None:
     """What the layers with these numbers add to their input has no gradient."""
     trained = run_start.trained
-
-    def cut_off(_layer: Any, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
-        return given[0] + (out - given[0]).detach()
 
     def planted(*args: Any) -> LanguageModel:
         lm = trained(*args)
@@ -158,6 +160,51 @@ def test_layers_are_looked_at_again_once_updates_are_large_enough(
     said = capsys.readouterr().err
     assert "nothing in layers.1, layers.2, layers.3 has moved" in said
     assert "step 1:" not in said
+
+
+def ppo(*more: str) -> int:
+    Path("count.py").write_text("def score(prompt, response, row):\n    return len(response)\n")
+    words = "train --model model --data pairs.jsonl --objective ppo --dtype float32 --out run"
+    words += " --learning-rate 1e-3 --reward count.py:score --prompts_per_round 4 --max_tokens 6"
+    return main([*words.split(), "--steps", "5", *more])
+
+
+@pytest.mark.parametrize(
+    ("value", "still"), [("own", "value.layers.0, value.layers.1"), ("shared", "value.head")]
+)
+def test_a_value_model_that_no_gradient_reaches_is_refused(
+    value: str, still: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    loss = objectives.clipped_value_loss
+    monkeypatch.setattr(objectives, "clipped_value_loss", lambda *a, **k: loss(*a, **k).detach())
+    assert ppo("--value", value, "--patience", "4") == 2
+    said = capsys.readouterr().err
+    assert "error[UW103]: step 4: nothing in" in said and still in said
+    # Who gives its loss no weight asked for that.
+    if value == "shared":
+        assert ppo("--out", "asked", "--value", value, "--value_coefficient", "0") == 0
+
+
+def test_a_layer_of_a_value_model_that_no_gradient_reaches_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with_head = run_online.with_scalar_head
+
+    def planted(*args: Any) -> LanguageModel:
+        critic = with_head(*args)
+        critic.model.get_submodule("model.layers.0").register_forward_hook(cut_off)
+        return critic
+
+    monkeypatch.setattr(run_online, "with_scalar_head", planted)
+    assert ppo() == 2
+    said = capsys.readouterr().err
+    assert "step 5: nothing in value.layers.0 has moved" in said
+
+
+@pytest.mark.parametrize("more", [(), ("--lora",), ("--value", "shared")])
+def test_a_value_model_that_learns_is_not(more: tuple[str, ...]):
+    assert ppo(*more) == 0
+    assert not [r for r in rows_of("run/metrics.jsonl") if r.get("code") == "UW103"]
 
 
 def test_half_precision_weights_that_swallow_their_updates_are_refused(

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from torch import nn
+
 from upweight.config import Watch as Limits
 from upweight.data.stream import StepPlan
 from upweight.errors import Refusal
@@ -75,10 +77,18 @@ EVALUATION: Sequence[Observer] = (
 
 class Watch:
     """Asks every observer, and reports what it sees once in a run: for each metric that shows it,
-    of training and of each set."""
+    of training and of each set. `trained` is what the optimizer moves, where that is more than the
+    policy: a ModuleDict that names a value model `value`."""
 
-    def __init__(self, lm: LanguageModel, limits: Limits, told: Told | None = None) -> None:
-        self.seen = Seen(lm, limits, told or Told(), some_weights(lm))
+    def __init__(
+        self,
+        lm: LanguageModel,
+        limits: Limits,
+        told: Told | None = None,
+        trained: nn.Module | None = None,
+    ) -> None:
+        trained = lm.model if trained is None else trained
+        self.seen = Seen(lm, limits, told or Told(), trained, some_weights(trained))
         self.reported: set[tuple[object, ...]] = set()
 
     def resumed(self, records: Iterable[Mapping[str, object]]) -> None:
