@@ -455,6 +455,7 @@ def test_score_reads_beta_only_with_a_reference() -> None:
         (["prompt_files=[p.jsonl]", "samples=0"], "while evaluation.samples is 0"),
         (["objective=sft", "reference=sft"], "sft asks it for answers alone, and no evaluation"),
         (["objective=grpo", "edits=.1"], "objective grpo does not read it: dpo, sft and reward"),
+        (["objective=sft", "fraction=.2", "watch.kl=9"], "objective sft does not read it: dpo,"),
         (["objective=grpo", "kl_stop=1", "log_every=2"], "only after a step that is logged"),
         (["objective=grpo", "clip_low=.1"], "clip_low is 0.1, and it has no effect while a round"),
         (["objective=rloo", "clip_high=.28"], "Raise rollout.passes or rollout.minibatches"),

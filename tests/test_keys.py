@@ -167,7 +167,7 @@ CASES: dict[str, Case] = {
     "preflight.improbable": Case(0.0, "findings", {"data.path": "odd.jsonl"}),
     "preflight.reach": Case(1.0, "findings"),
     "watch.moved": Case(0.3, "findings", refused="nothing in layers.0 has moved"),
-    "watch.patience": Case(1, "findings", PPO, refused="no answer so far had an advantage"),
+    "watch.patience": Case(1, "findings", PPO, refused="no answer so far earned more"),
     "watch.displaced": Case(9.0, "findings", {"steps": 9}),
     "watch.length": Case(9.0, "findings", MANY),
     "watch.repetition": Case(0.999, "findings", MANY),
@@ -295,7 +295,7 @@ def _hardly_moved(patched: pytest.MonkeyPatch) -> None:
 
 
 def _taught_late(patched: pytest.MonkeyPatch) -> None:
-    """Answers of which none is better than another, at the first step."""
+    """Answers of which none earns more than another, at the first step."""
 
     def remember(told: Seen, record: Mapping[str, float]) -> None:
         told.taught = record["step"] > 1

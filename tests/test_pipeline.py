@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import upweight as uw
 from runs import PAIRS, furnish, rows_of, train, write_rows
+from tiny import save_tiny
 from upweight.cli import main
 from upweight.config import load_run
 from upweight.errors import DataError
@@ -391,7 +392,7 @@ def test_a_parquet_column_that_no_reward_reads_may_hold_what_python_cannot(
     assert online("contains", "grpo", *often, "--reward", "contains") == 0
     # No random word has a sentiment: the rows are read, and UW103 says so when the run is through.
     assert online("vader", "grpo", *often, "--reward", "vader") == 2
-    assert "step 4: no answer so far had an advantage" in capsys.readouterr().err
+    assert "step 4: no answer so far earned more than" in capsys.readouterr().err
     shutil.rmtree("contains/checkpoints/step-00000004")
     assert main(["train", "contains/run.yaml", "resume=true"]) == 0
     capsys.readouterr()
@@ -465,13 +466,23 @@ def test_a_reward_that_tells_nothing_apart_ends_online_dpo(capsys: pytest.Captur
 
 @pytest.mark.parametrize(
     ("objective", "value", "more"),
-    [("grpo", 0.0, ["--kl_estimator", "k3"]), ("rloo", 1.0, []), ("ppo", 0.0, [])],
+    [
+        ("grpo", 0.0, ["--kl_estimator", "k3"]),
+        ("rloo", 1.0, []),
+        ("ppo", 0.0, []),
+        # What has an advantage here has it of values that foresee nothing, or of the KL term.
+        ("ppo", -1.0, []),
+        ("ppo", 0.3, ["--log_every", "3", "--passes", "1"]),
+        ("grpo", 1.0, ["--reference", "other"]),
+        ("rloo", 0.3, ["--reference", "other"]),
+    ],
 )
 def test_a_reward_that_never_tells_answers_apart_is_refused(objective, value, more, capsys):
+    save_tiny("other", seed=1)
     Path("count.py").write_text(f"def score(prompt, response, row):\n    return {value}\n")
     assert online("run", objective, "--checkpoint.every", "1", *more) == 2
     said = capsys.readouterr().err
-    assert "error[UW103]: step 4: no answer so far had an advantage" in said
+    assert "error[UW103]: step 4: no answer so far earned more than" in said
     assert not Path("run/model").exists()
     # Gone on with from its third step, it comes to the same end.
     assert main(["train", "run/run.yaml", "resume=true"]) == 2

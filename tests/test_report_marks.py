@@ -128,6 +128,23 @@ def test_labels_to_review_are_read_from_their_file(tmp_path: Path):
     assert read_records(run).suspects == (suspected(3),)
 
 
+def test_what_two_observers_say_of_one_metric_is_kept_for_each_set(tmp_path: Path):
+    run = write_run(tmp_path)
+    metric = {"code": "UW306", "metric": "rewards/accuracies", "rows": []}
+    seen = [
+        {"step": step, "kind": "warning", **metric, "said": said, "observer": observer, **where}
+        for step, said, observer, where in (
+            (8, "solved.", "too_easy", {}),
+            (10, "by heart.", "not_better_than_chance", {"set": "heldout"}),
+            (10, "by heart too.", "not_better_than_chance", {"set": "hard"}),
+            (20, "again.", "not_better_than_chance", {"set": "hard"}),
+        )
+    ]
+    write_jsonl(run / "metrics.jsonl", [train_line(1), *seen])
+    found = [w.said for w in read_records(run).warnings if w.code == "UW306"]
+    assert found == ["solved.", "by heart.", "by heart too."]
+
+
 def test_each_metric_that_shows_a_code_is_kept_and_one_line_is_what_a_mark_leads_to(tmp_path: Path):
     run = write_run(tmp_path)
     seen = [

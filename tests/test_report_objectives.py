@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from run_records import RUN_YAML, eval_line, measured, sample, set_account, train_line, write_run
-from upweight.evidence.records import Records, Sample, Setting, read_records
+from upweight.evidence.records import Records, Sample, Setting, Warned, read_records
 from upweight.evidence.report import render
 from upweight.evidence.report.findings import SUBJECTS, gain
 from upweight.evidence.report.sections_curves import curves
@@ -143,6 +143,22 @@ def test_sft_says_from_where_to_where_the_held_out_loss_went():
     assert said.facts[0] == "Perplexity went from 20.1 to 7.39."
     assert said.facts[1].startswith("No interval is recorded")
     assert said.facts[2] == "KL 2.00 nats [1.60, 2.40] from the reference, per sampled answer."
+
+
+def test_answers_as_long_as_those_that_sft_imitates_are_not_called_degenerate():
+    seen = tuple(
+        Warned(code, "said", (), 10, metric, "heldout")
+        for code, metric in (("UW305", "length"), ("UW308", "kl"), ("UW305", "stopped"))
+    )
+
+    def said(*warnings: Warned, **last: float) -> str:
+        far = {"kl": 80.0, "kl_low": 70.0, "kl_high": 90.0, "length_ratio": 0.14, "length": 9.0}
+        return verdict(replace(run_of("sft", **far | last), warnings=warnings)).label
+
+    assert said(*seen) == "Held-out loss fell"
+    # Training responses have 9 tokens.
+    assert said(*seen, length=2.0) == "Answers degenerate"
+    assert said(*seen, stopped=0.1) == "Answers degenerate"
 
 
 def test_sft_says_when_the_held_out_loss_rose_and_where_it_was_lowest():

@@ -344,7 +344,7 @@ def test_answers_that_degenerate_on_another_set_are_the_headline_which_names_it(
 
 
 def test_a_set_that_degenerates_after_another_one_is_found_by_its_interval():
-    # The watch speaks once of a metric, and spoke of the other set.
+    # The records of a run whose watch spoke once of a metric, and spoke of the other set.
     spoken = warned("UW305", "stopped", 10, set="heldout")
     sure = {"stopped": 0.02, "stopped_low": 0.0, "stopped_high": 0.1}
     said = verdict(in_sets(spoken, heldout=WELL, hard=sure))

@@ -40,6 +40,16 @@ def test_a_prompt_is_tied_by_what_its_answers_are_compared_by():
     assert paid.means["reward"] == pytest.approx(statistics.fmean(scores))
 
 
+def test_a_round_with_values_is_tied_where_all_its_answers_earn_the_same():
+    alone = random_trees([(3, 4), (2, 5), (4, 2)], seed=2)
+    assert round_of(alone, scores=[1.0, 1.0, 1.0]).tied == 1
+    assert round_of(alone, scores=[1.0, 1.0, 2.0]).tied == 0
+    cut = round_of(alone, scores=[1.0, 1.0, 1.0], stopped=[True, True, False])
+    assert cut.tied == 1 and replace(cut, stop_penalty=1.0).tied == 0
+    assert round_of(TREES, scores=[1.0] * 4 + [2.0] * 5).tied == 0
+    assert round_of(alone, values=False).tied is None and round_of(alone[:1]).tied is None
+
+
 def test_a_round_says_its_entropy_and_the_spread_of_rewards_and_lengths():
     made = round_of(TREES)
     means = made.means

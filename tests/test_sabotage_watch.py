@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upweight.data.stream as stream
+import upweight.recipes.online as run_online
 import upweight.recipes.start as run_start
 import upweight.recipes.train as run_train
 import upweight.training.objectives as objectives
@@ -33,14 +34,16 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def warned(out: str = "run") -> dict[str, dict[str, Any]]:
-    """By code. Each is written once, and stands in the report, on its curve too."""
+    """By code, the first of each. Each is written once of training and once of a set, and stands in
+    the report, on its curve too."""
     found = [row for row in rows_of(f"{out}/metrics.jsonl") if row["kind"] == "warning"]
     page = Path(f"{out}/report.html").read_text()
     for row in found:
         assert f'<code id="warning-{row["code"].lower()}">' in page
         assert f'href="#warning-{row["code"].lower()}"' in page, "no curve is marked"
-    assert len({row["code"] for row in found}) == len(found)
-    return {row["code"]: row for row in found}
+    said = [(row["code"], row["metric"], row.get("observer"), row.get("set")) for row in found]
+    assert len(set(said)) == len(said)
+    return {row["code"]: row for row in reversed(found)}
 
 
 def preferring(chosen: str, rejected: str, num: int = 24) -> list[dict[str, str]]:
@@ -92,12 +95,13 @@ def of_four_layers() -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained("model")
 
 
+def cut_off(_layer: Any, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+    return given[0] + (out - given[0]).detach()
+
+
 def detached(monkeypatch: pytest.MonkeyPatch, *cut: int) -> None:
     """What the layers with these numbers add to their input has no gradient."""
     trained = run_start.trained
-
-    def cut_off(_layer: Any, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
-        return given[0] + (out - given[0]).detach()
 
     def planted(*args: Any) -> LanguageModel:
         lm = trained(*args)
@@ -156,6 +160,51 @@ def test_layers_are_looked_at_again_once_updates_are_large_enough(
     said = capsys.readouterr().err
     assert "nothing in layers.1, layers.2, layers.3 has moved" in said
     assert "step 1:" not in said
+
+
+def ppo(*more: str) -> int:
+    Path("count.py").write_text("def score(prompt, response, row):\n    return len(response)\n")
+    words = "train --model model --data pairs.jsonl --objective ppo --dtype float32 --out run"
+    words += " --learning-rate 1e-3 --reward count.py:score --prompts_per_round 4 --max_tokens 6"
+    return main([*words.split(), "--steps", "5", *more])
+
+
+@pytest.mark.parametrize(
+    ("value", "still"), [("own", "value.layers.0, value.layers.1"), ("shared", "value.head")]
+)
+def test_a_value_model_that_no_gradient_reaches_is_refused(
+    value: str, still: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    loss = objectives.clipped_value_loss
+    monkeypatch.setattr(objectives, "clipped_value_loss", lambda *a, **k: loss(*a, **k).detach())
+    assert ppo("--value", value, "--patience", "4") == 2
+    said = capsys.readouterr().err
+    assert "error[UW103]: step 4: nothing in" in said and still in said
+    # Who gives its loss no weight asked for that.
+    if value == "shared":
+        assert ppo("--out", "asked", "--value", value, "--value_coefficient", "0") == 0
+
+
+def test_a_layer_of_a_value_model_that_no_gradient_reaches_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with_head = run_online.with_scalar_head
+
+    def planted(*args: Any) -> LanguageModel:
+        critic = with_head(*args)
+        critic.model.get_submodule("model.layers.0").register_forward_hook(cut_off)
+        return critic
+
+    monkeypatch.setattr(run_online, "with_scalar_head", planted)
+    assert ppo() == 2
+    said = capsys.readouterr().err
+    assert "step 5: nothing in value.layers.0 has moved" in said
+
+
+@pytest.mark.parametrize("more", [(), ("--lora",), ("--value", "shared")])
+def test_a_value_model_that_learns_is_not(more: tuple[str, ...]):
+    assert ppo(*more) == 0
+    assert not [r for r in rows_of("run/metrics.jsonl") if r.get("code") == "UW103"]
 
 
 def test_half_precision_weights_that_swallow_their_updates_are_refused(
@@ -445,6 +494,31 @@ def test_responses_without_their_stop_token_teach_not_to_stop():
     found = warned()["UW305"]
     assert "end by themselves" in found["said"] and "lack their end" in found["said"]
     assert found["metric"] == "stopped"
+
+
+def test_short_answers_that_sft_teaches_a_model_that_never_stopped_are_no_degeneration():
+    write_rows("pairs.jsonl", preferring("yes, it is", "no", 40))
+    taught = ("--objective", "sft", "--learning-rate", "1e-2", "--epochs", "5", "--samples", "8")
+    assert train("run", *taught, "--max_new_tokens", "96") == 0
+    last = [row for row in rows_of("run/metrics.jsonl") if row["kind"] == "eval"][-1]
+    assert last["length_ratio_high"] < 1 / 3 and last["kl_low"] > 50
+    assert warned() == {}
+    assert "Held-out loss fell" in Path("run/report.html").read_text()
+
+
+def test_training_responses_without_their_stop_token_teach_sft_not_to_stop():
+    even_odds_to_stop()
+    rows = [
+        {"prompt": f"question {i}", "completion": "stone " * (40 if i % 3 else 2)}
+        for i in range(40)
+    ]
+    write_rows("pairs.jsonl", rows)
+    cut = ("--max_length", "60", "--truncation", "response", "--cut", "0.95", "--length", "99")
+    fast = ("--objective", "sft", "--learning-rate", "3e-2", "--epochs", "3", "--samples", "8")
+    assert train("run", *cut, *fast) == 0
+    found = [r for r in rows_of("run/metrics.jsonl") if r["kind"] == "warning"]
+    (stopped,) = [r["said"] for r in found if r["metric"] == "stopped"]
+    assert "% of the training responses lack their end" in stopped
 
 
 def test_a_resumed_run_does_not_say_again_what_it_has_said(capsys: pytest.CaptureFixture[str]):

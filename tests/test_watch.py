@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -132,6 +132,51 @@ def evaluation(step: int, **values: float) -> dict[str, object]:
     return {"kind": "eval", "set": "heldout", "step": step, **base, **values}
 
 
+SOLVED = {"rewards/accuracies": 1.0, "loss": 0.001}
+AT_CHANCE = {"rewards/accuracies": 0.5, "rewards/accuracies_low": 0.4, HIGH: 0.6}
+
+
+def test_pairs_that_are_solved_do_not_silence_that_they_are_learned_by_heart():
+    rows = [record(step, **SOLVED) for step in range(1, 20)]
+    rows += [evaluation(step, **AT_CHANCE) for step in (20, 40)]
+    watch = moving()
+    said = [finding.said for row in rows for finding in watch.after(row)]
+    assert len(said) == 2
+    assert "nothing is left to learn" in said[0] and "learned by heart" in said[1]
+
+
+def test_a_set_that_is_solved_does_not_silence_another_one_at_chance():
+    easy = {"rewards/accuracies": 0.99, "rewards/accuracies_low": 0.975, HIGH: 1.0}
+    rows = [record(step, **{"rewards/accuracies": 0.95}) for step in range(1, 20)]
+    for step in (20, 40):
+        rows.append(evaluation(step, **easy) | {"set": "easy"})
+        rows += [evaluation(step, **AT_CHANCE) | {"set": name} for name in ("hard", "harder")]
+    watch = moving()
+    seen = [(f.observer, row["set"]) for row in rows for f in watch.after(row)]
+    assert seen == [
+        ("held_out_is_solved", "easy"),
+        ("not_better_than_chance", "hard"),
+        ("not_better_than_chance", "harder"),
+    ]
+
+
+def test_a_watch_that_is_resumed_says_only_what_was_not_said():
+    def resumed(*lines: dict[str, object]) -> list[str]:
+        watch = moving()
+        watch.resumed(lines)
+        return codes(watch, [*rows, at_chance])
+
+    rows = [record(step, **SOLVED) for step in range(1, 20)]
+    at_chance = evaluation(20, **AT_CHANCE)
+    watch = moving()
+    (solved,) = [finding for row in rows for finding in watch.after(row)]
+    (by_heart,) = watch.after(at_chance)
+    first = {"kind": "warning", "step": 8, **asdict(solved)}
+    second = {"kind": "warning", "step": 20, "set": "heldout", **asdict(by_heart)}
+    assert resumed(first) == ["UW306"]
+    assert resumed(first, second) == []
+
+
 def test_held_out_chosen_responses_that_lose_probability_are_reported():
     lost = {"logratios/chosen": -160.0, "tokens/chosen": 300.0}
     lost |= {"logratios/rejected": -190.0, "tokens/rejected": 300.0, "num_pairs": 20}
@@ -161,9 +206,8 @@ def test_memory_of_the_training_rows_is_told_from_learning():
 def test_a_sampled_kl_that_is_negative_beyond_chance_is_named_once():
     below = {"kl": -1.5, "kl_low": -2.5, "kl_high": -0.4}
     watch = moving()
-    assert codes(watch, [evaluation(4, **below), evaluation(8, **below), record(9, **below)]) == [
-        "UW308"
-    ]
+    assert codes(watch, [evaluation(4, **below), evaluation(8, **below)]) == ["UW308"]
+    assert codes(watch, [record(9, **below), record(10, **below)]) == ["UW308"]
     # It does not stand in the way of what is said of a policy that is far.
     far = {"kl": 80.0, "kl_low": 60.0, "kl_high": 90.0}
     (found,) = watch.after(evaluation(12, **far))
@@ -190,6 +234,24 @@ def test_answers_that_grow_or_shrink_are_reported(low: float, high: float):
 @pytest.mark.parametrize(("low", "high"), [(2.9, 9.0), (0.1, 0.34)])
 def test_lengths_that_a_few_answers_may_have_by_chance_are_not(low: float, high: float):
     assert codes(moving(), [evaluation(4, **times_as_long(low, high))]) == []
+
+
+def test_supervised_fine_tuning_may_leave_its_start_for_its_training_responses():
+    def found(*row: dict[str, float]) -> list[str]:
+        watch = moving()
+        watch.seen.told = Told(trees=random_trees([(6, 5, 4)]), objective="sft")
+        return codes(watch, [evaluation(4, **{k: v for part in row for k, v in part.items()})])
+
+    # Training responses have 4.5 tokens.
+    shorter, longer = times_as_long(0.1, 0.2), times_as_long(4, 5)
+    assert found(shorter, {"length": 4.0}) == found(shorter, {"length": 9.0}) == []
+    assert found(longer, {"length": 5.0}) == found(longer, {"length": 13.0}) == []
+    assert found(shorter, {"length": 1.0}) == found(longer, {"length": 14.0}) == ["UW305"]
+    assert found({"kl": 80.0, "kl_low": 60.0}) == []
+    # What no response asks for is told as ever.
+    assert found({"stopped": 0.0, "stopped_high": 0.3, "reference_stopped": 1.0}) == ["UW305"]
+    says = {"repetition": 0.6, "repetition_low": 0.4, "reference_repetition": 0.1}
+    assert found(says) == ["UW305"]
 
 
 def test_the_ratio_of_lengths_is_that_of_answers_to_the_same_prompt():
@@ -304,6 +366,24 @@ def test_the_answers_of_a_round_are_held_against_those_of_the_first(values, code
     assert codes(resumed, [changed]) == ([code] if code else [])
     alone = {k: v for k, v in changed.items() if not k.endswith(("_low", "_high"))}
     assert codes(moving(), [a_round(1), alone]) == []
+
+
+def test_values_learn_from_rewards_that_differ_between_rounds():
+    def last(*rewards: float, **more: float) -> None:
+        watch = Watch(loaded(), Limits(), Told(total_steps=len(rewards)))
+        watch.seen.moved, watch.seen.judged = 1.0, True
+        tied = {"tied": 1.0, "advantages/nonzero": 1.0, **more}
+        rows = [record(n, reward=earned, **tied) for n, earned in enumerate(rewards, start=1)]
+        assert codes(watch, rows) == []
+
+    last(0.0, 1.0, 1.0, value_loss=0.1)
+    # Sums of fp32 numbers.
+    for same in ({"value_loss": 0.1}, {}):
+        with pytest.raises(Refusal, match="step 3: no answer so far earned more"):
+            last(0.3, 0.30000001, 0.3, **same)
+    # The answers to a prompt are compared with each other alone.
+    with pytest.raises(Refusal, match="gives all answers to a prompt the same"):
+        last(0.0, 1.0, 1.0)
 
 
 def test_what_a_run_warns_of_is_in_the_terminal_the_records_and_the_report(

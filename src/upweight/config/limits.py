@@ -88,8 +88,8 @@ class Watch(Section):
     )
     patience: Count = Field(
         default=64,
-        description="Steps in which no answer has an advantage over another, after which a run is "
-        "refused (UW103).",
+        description="Steps in which no answer earns more than those that it is compared with, or a "
+        "part of the value model stands still: then a run is refused (UW103).",
     )
     displaced: NotNegative = Field(
         default=0.5,
@@ -97,8 +97,8 @@ class Watch(Section):
     )
     length: Annotated[float, Field(ge=1)] = Field(
         default=3.0,
-        description="How many times the reference's an answer's length may be, or its inverse "
-        "(UW305).",
+        description="How many times the reference's an answer's length may be, or its inverse; "
+        "of sft also how many times the training responses' (UW305).",
     )
     repetition: Share = Field(
         default=0.2,

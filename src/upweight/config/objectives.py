@@ -22,12 +22,15 @@ _ANSWERS = (
     *of_section(
         "evaluation", "prompt_files", "samples", "max_new_tokens", "temperature", "true_reward"
     ),
-    *of_section("watch", "length", "repetition", "stopped", "kl", "below"),
+    *of_section("watch", "length", "repetition", "stopped", "below"),
 )
+# Supervised fine-tuning is meant to leave its start.
+_DISTANCE = ("watch.kl",)
 _MARGINS = of_section("watch", "displaced", "solved", "learned", "spread", "flat")
 # A prompt has no responses that could nearly be another's.
 _ROUNDS = (
     *_ANSWERS,
+    *_DISTANCE,
     *of_section("preflight", "cut", "repeated", "spans", "markers"),
     *("rollout", "loss.beta", "watch.patience"),
 )
@@ -42,6 +45,7 @@ _VALUES = of_section(
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "dpo": (
         *_ANSWERS,
+        *_DISTANCE,
         *_PAIRS,
         *_MARGINS,
         *of_section("loss", "beta", "label_smoothing"),

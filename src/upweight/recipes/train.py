@@ -188,14 +188,21 @@ def _state(
     optimizer = _optimizer(begun, values)
     plan, trees = begun.plan, begun.prepared.trees["train"]
     answers = KINDS[begun.run.objective].answers
-    told = Told(begun.run.loss.beta, plan.total_steps, trees, plan.log_every)
-    watch = Watch(begun.lm, begun.run.watch, told)
+    objective = begun.run.objective
+    told = Told(begun.run.loss.beta, plan.total_steps, trees, plan.log_every, objective)
+    watch = Watch(begun.lm, begun.run.watch, told, trained_modules(begun.lm, _heard(begun, values)))
     return State(
         begun, against, rundir, optimizer, screen, trackers, capacity, watch,
         values=values, judge=_judge(begun), recomputing=recomputing,
         reward_digests=reward_digests(begun.run, begun.prepared),
         start=probed(begun.lm, begun.prepared.renderer) if answers else None,
     )  # fmt: skip
+
+
+def _heard(begun: Start, values: Values | None) -> Values | None:
+    """The value model, unless its loss is asked to weigh nothing."""
+    policy = begun.run.policy
+    return None if policy.value == "shared" and not policy.value_coefficient else values
 
 
 def _judge(begun: Start) -> Scorer | None:

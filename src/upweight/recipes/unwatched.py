@@ -28,30 +28,36 @@ def before_step_1(run: Run, prepared: Prepared) -> list[str]:
     answered = answered_sets(run, prepared)
     if kind.draws:  # Each round's own answers are watched.
         return _of_rounds(run)
+    of_answers = _of_answers(run)
     if len(prepared.trees) == 1:
-        unseen = [ANSWERS, DISTANCE] if kind.answers else []
+        unseen = of_answers if kind.answers else []
         unseen += [HELD_OUT] if kind.rows == "preferences" else []
         return [f"nothing is held out, and nobody looks at {_listed(unseen)}. {SET_APART}"]
     if not kind.answers:
         return []
     if not answered:
         return [
-            f"evaluation.samples is 0, and nobody looks at {_listed([ANSWERS, DISTANCE])}. Set "
+            f"evaluation.samples is 0, and nobody looks at {_listed(of_answers)}. Set "
             f"evaluation.samples, to {FEWEST} or more."
         ]
     said = [
         f"{num} prompts of {name} are answered at an evaluation, and of fewer than {FEWEST} there "
-        f"is no interval: nobody can say of {_listed([ANSWERS, DISTANCE])} that it is no chance. "
+        f"is no interval: nobody can say of {_listed(of_answers)} that it is no chance. "
         f"{_more_prompts(run)}"
         for name, trees in answered.items()
         if (num := len(sampled_trees(run, trees))) < FEWEST
     ]
-    if not samples_are_the_policys(run):
+    if DISTANCE in of_answers and not samples_are_the_policys(run):
         said.append(
             f"evaluation.temperature is {options.temperature:g}, at which answers are not the "
             f"policy's own, and nobody looks at {DISTANCE}. Leave evaluation.temperature at 1."
         )
     return said
+
+
+def _of_answers(run: Run) -> list[str]:
+    """What is looked at in answers. Supervised fine-tuning is meant to leave its start."""
+    return [ANSWERS] if run.objective == "sft" else [ANSWERS, DISTANCE]
 
 
 def _of_rounds(run: Run) -> list[str]:
@@ -82,6 +88,8 @@ def by_reference_answers(
     """What is known once the reference has answered the prompts of the sets, or some of them: where
     its own answers are cut, those of a policy that never stops look the same."""
     longest = run.evaluation.max_new_tokens
+    apart = DISTANCE in _of_answers(run)
+    distance = f", and {DISTANCE} is that of their beginnings" if apart else ""
     said: list[str] = []
     for name, trees in answered_sets(run, prepared).items():
         drawn, num = answers.get(name, ()), len(sampled_trees(run, trees))
@@ -92,9 +100,8 @@ def by_reference_answers(
             continue
         said.append(
             f"{ended:.0%} of the reference's answers to {name} end by themselves within "
-            f"evaluation.max_new_tokens, which is {longest}: nobody can see {GROWTH}, "
-            f"and {DISTANCE} is that of their beginnings. Raise evaluation.max_new_tokens, to "
-            f"{4 * longest} for a start."
+            f"evaluation.max_new_tokens, which is {longest}: nobody can see {GROWTH}{distance}. "
+            f"Raise evaluation.max_new_tokens, to {4 * longest} for a start."
         )
     return said
 

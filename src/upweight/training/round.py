@@ -99,8 +99,13 @@ class Round:
     @property
     def tied(self) -> float | None:
         """The share of prompts whose answers all earn the same, so that no reward tells them
-        apart; None where a prompt has one answer, or pairs are what is learned from."""
-        groups = [tree.ids for tree in self.trees if len(tree.ids) > 1 and not tree.preferences]
+        apart; None where a prompt has one answer, or pairs are what is learned from. Values compare
+        answers to different prompts too: there it is 1 where all of the round earn the same, and
+        else 0."""
+        groups = [tree.ids for tree in self.trees if not tree.preferences]
+        if self.values is not None:
+            groups = [tuple(self.logps)]
+        groups = [ids for ids in groups if len(ids) > 1]
         compared = self.compared
         same = [len({compared[i] for i in ids}) == 1 for ids in groups]
         return sum(same) / len(same) if same else None

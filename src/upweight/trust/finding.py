@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """A diagnosis code, what was seen, a few of the rows that it was seen in, and the metric whose
-    curve shows it."""
+    """A diagnosis code, what was seen, a few of the rows that it was seen in, the metric whose
+    curve shows it, and which observer of the watch saw it."""
 
     code: str
     said: str
     rows: tuple[str, ...] = ()
     metric: str = ""
+    observer: str = ""
 
     def __str__(self) -> str:
         return f"{self.level}[{self.code}]: {self.sentence}  Run: upweight explain {self.code}"

@@ -80,14 +80,15 @@ def _measurements(
 ) -> tuple[tuple[Measurement, ...], dict[str, tuple[Measurement, ...]], list[Warned]]:
     train: list[Measurement] = []
     evals: dict[str, list[Measurement]] = {}
-    warned: dict[tuple[str, str], Warned] = {}
+    warned: dict[tuple[object, ...], Warned] = {}
     num_replaced, unknown = 0, dict[str, int]()
     for line in json_lines(path, notes):
         kind = line.text("kind")
         if kind == "warning":
             found = _warned(line, line.whole("step"))
             # A run that was resumed looks anew.
-            warned.setdefault((found.code, found.metric), found)
+            said = (found.code, found.metric, found.set, line.fields.get("observer"))
+            warned.setdefault(said, found)
             continue
         if kind not in ("train", "eval"):
             unknown[kind] = unknown.get(kind, 0) + 1

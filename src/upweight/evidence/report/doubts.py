@@ -140,14 +140,16 @@ def _measured(
     """The measure in every set that has it, those that the watch spoke of first; in the rounds
     where no set has it.
 
-    The watch speaks of a metric once in a run: of the sets that it did not speak of, what counts is
-    the whole interval, as it would for the watch.
+    Of the sets that the watch did not speak of, what counts is the whole interval, as it would for
+    the watch.
     """
     limit, any_set = watch_limit(records, metric), False
     main = next((row.set for row in rows_with(records, metric)), None)
     named = {main if name is None else name for name in said_of}
     for name in sorted(records.evals, key=lambda name: (name not in named, name != main)):
         rows = records.evals[name]
+        if metric == "length" and _as_imitated(records, rows, limit):
+            continue
         now, then = _beside_the_reference(rows, metric)
         if now is None or then is None:
             continue
@@ -160,6 +162,17 @@ def _measured(
     if not any_set and first is not None and now is not None:
         value = now.value
         yield _Measured(value, value, value, first, limit, "the first round's", "")
+
+
+def _as_imitated(records: Records, rows: Sequence[Measurement], limit: float) -> bool:
+    """Whether answers are about as long as the responses that are imitated, if any are: what the
+    reference's were is no measure then."""
+    imitated = [r.values["tokens/response"] for r in records.train if "tokens/response" in r.values]
+    now = latest(rows, "length")
+    if not imitated or now is None:
+        return False
+    mean = math.fsum(imitated) / len(imitated)
+    return mean / limit <= now.value <= mean * limit
 
 
 def _beside_the_reference(
@@ -180,7 +193,9 @@ def _besides(records: Records, set_name: str | None) -> Iterator[tuple[str, str]
     codes = {found.code for found in seen}
     # Not what was said of an estimate below 0.
     said_of = {f.set for f in seen if f.code == FAR and f.metric != "kl_high"}
-    distances = _measured(records, "kl", said_of) if said_of else ()
+    # Supervised fine-tuning is meant to leave its start.
+    asked = said_of and subject(records) != "likelihood"
+    distances = _measured(records, "kl", said_of) if asked else ()
     if far := next((found for found in distances if found.low > found.limit), None):
         yield (
             "Far from the reference",

@@ -161,7 +161,9 @@ PAGES: tuple[Page, ...] = (
         found_by=(
             "At each evaluation, against the reference's answers to the same prompts. Length: "
             "the 95 % interval of `length_ratio`, how many times as long the policy's answer to a "
-            "prompt is, lies above `watch.length` or below its inverse. Repetition: `repetition` "
+            "prompt is, lies above `watch.length` or below its inverse. A run with `objective=sft` "
+            "is to learn the lengths of its training responses: its answers must besides be "
+            "`watch.length` times as long as these, or as short. Repetition: `repetition` "
             "is the share of four tokens in a row that the answer has had before; the lower end of "
             "its 95 % interval is more than `watch.repetition` above `reference_repetition`. Stop "
             "token: the upper end of the interval of `stopped`, the share of answers that end by "
@@ -292,7 +294,8 @@ PAGES: tuple[Page, ...] = (
             "nats per answer, is above `watch.kl`. Beta is named as the cause where beta times "
             "that distance is below 1, the learning rate otherwise. Answers longer than "
             "`evaluation.max_new_tokens` count up to there. In a run that learns from its own "
-            "answers, at each round too. A sampled KL whose whole interval is below 0, by more "
+            "answers, at each round too. Not with `objective=sft`, which is meant to leave its "
+            "start. A sampled KL whose whole interval is below 0, by more "
             "than `watch.below`, is reported as well: no KL is negative, so that this estimate of "
             "it says nothing of the distance."
         ),

@@ -4,6 +4,9 @@ step, and in a sample of the weights."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
 
 from upweight.config import Watch as Limits
 from upweight.data.stream import StepPlan
@@ -73,17 +76,26 @@ EVALUATION: Sequence[Observer] = (
 
 
 class Watch:
-    """Asks every observer, and reports each code once in a run for each metric that shows it."""
+    """Asks every observer, and reports what it sees once in a run: for each metric that shows it,
+    of training and of each set. `trained` is what the optimizer moves, where that is more than the
+    policy: a ModuleDict that names a value model `value`."""
 
-    def __init__(self, lm: LanguageModel, limits: Limits, told: Told | None = None) -> None:
-        self.seen = Seen(lm, limits, told or Told(), some_weights(lm))
-        self.reported: set[tuple[str, object]] = set()
+    def __init__(
+        self,
+        lm: LanguageModel,
+        limits: Limits,
+        told: Told | None = None,
+        trained: nn.Module | None = None,
+    ) -> None:
+        trained = lm.model if trained is None else trained
+        self.seen = Seen(lm, limits, told or Told(), trained, some_weights(trained))
+        self.reported: set[tuple[object, ...]] = set()
 
     def resumed(self, records: Iterable[Mapping[str, object]]) -> None:
         """What the run has written so far: it goes on from there."""
         for record in records:
             if record["kind"] == "warning":
-                self.reported.add((str(record["code"]), record.get("metric")))
+                self.reported.add(_said_by(record.get("observer"), record.get("metric"), record))
             if record["kind"] == "train":
                 self.seen.remember(_numbers(record))
 
@@ -111,12 +123,22 @@ class Watch:
         observers = TRAINING if trained else EVALUATION if values["step"] > 0 else ()
         for observer in observers:
             finding = observer(self.seen, values)
-            if finding is not None and (finding.code, finding.metric) not in self.reported:
+            if finding is None:
+                continue
+            name = observer.__name__
+            said = _said_by(name, finding.metric, record)
+            if said not in self.reported:
                 if page(finding.code).severity == "refuses":
                     raise Refusal(finding.code, finding.sentence)
-                self.reported.add((finding.code, finding.metric))
-                found.append(finding)
+                self.reported.add(said)
+                found.append(replace(finding, observer=name))
         return found
+
+
+def _said_by(observer: object, metric: object, record: Mapping[str, object]) -> tuple[object, ...]:
+    """What is not said again, of the record or in the line that it was said in. Not the code alone:
+    pairs that are solved must not keep silent that others are learned by heart."""
+    return observer, metric, record.get("set")
 
 
 def _numbers(record: Mapping[str, object]) -> dict[str, float]:

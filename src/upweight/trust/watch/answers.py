@@ -10,25 +10,30 @@ from upweight.trust.finding import Finding
 from upweight.trust.watch.seen import Record, Seen
 
 CUT = 0.1
-"""The share of chosen responses without their end that is a likely cause."""
+"""The share of responses without their end that is a likely cause."""
 
 LONGER = 1.2
 """How many times the rejected responses' length makes the chosen ones' a likely cause."""
 
 
 def length_runs_away(seen: Seen, record: Record) -> Finding | None:
-    """Sampled answers are several times as long as the reference's, or as short."""
+    """Sampled answers are several times as long as the reference's, or as short; where responses
+    are imitated, several times as long or as short as these too."""
     low, high = (record.get(f"length_ratio_{end}", math.nan) for end in ("low", "high"))
-    most = seen.limits.length
+    most, told = seen.limits.length, seen.told
     # Lengths of a few answers differ by a lot: the whole interval has to be beyond the limit.
     if not (low > most or high < 1 / most):
         return None
-    ratio = record["length_ratio"]
+    ratio, length = record["length_ratio"], record["length"]
+    beyond = length > most * told.length if ratio > 1 else length * most < told.length
+    if told.imitates and not beyond:
+        return None
+    imitated = f", and its training responses {told.length:.0f}" if told.imitates else ""
     return Finding(
         "UW305",
-        f"step {record['step']:.0f}: sampled answers have {record['length']:.0f} tokens, the "
+        f"step {record['step']:.0f}: sampled answers have {length:.0f} tokens, the "
         f"reference's {record['reference_length']:.0f}, prompt by prompt {_times(ratio)} "
-        f"[{_times(low)}, {_times(high)}] times as many (watch.length is {most:g}); "
+        f"[{_times(low)}, {_times(high)}] times as many{imitated} (watch.length is {most:g}); "
         f"{_cause(seen, record, ratio)}.",
         metric="length",
     )
@@ -79,14 +84,15 @@ def _cause(seen: Seen, record: Record, ratio: float = 1.0) -> str:
     longer = chosen > LONGER * rejected if ratio > 1 else rejected > LONGER * chosen
     unstopped = seen.told.unstopped
     if ratio > 1 and unstopped > CUT:
-        return f"{unstopped:.0%} of the chosen responses lack their end: train on whole ones"
+        whose = "training" if seen.told.imitates else "chosen"
+        return f"{unstopped:.0%} of the {whose} responses lack their end: train on whole ones"
     if ratio != 1 and rejected and longer:
         return (
             f"the data prefer {'longer' if ratio > 1 else 'shorter'} responses, "
             f"{chosen / rejected:.1f} times the length of the rejected ones on average: balance "
             "their lengths"
         )
-    if record.get("kl", 0.0) > seen.limits.kl / 2:
+    if record.get("kl", 0.0) > seen.limits.kl / 2 and not seen.told.imitates:
         return (
             f"the policy is {record['kl']:.0f} nats an answer from the reference: lower "
             "optimizer.learning_rate or raise loss.beta"
@@ -113,8 +119,9 @@ def kl_below_zero(seen: Seen, record: Record) -> Finding | None:
 
 
 def far_from_the_reference(seen: Seen, record: Record) -> Finding | None:
-    """The policy's own answers are improbable under the reference."""
-    if not record.get("kl_low", math.nan) > seen.limits.kl:
+    """The policy's own answers are improbable under the reference, and no responses that are
+    imitated ask for that."""
+    if seen.told.imitates or not record.get("kl_low", math.nan) > seen.limits.kl:
         return None
     beta, kl = seen.told.beta, record["kl"]
     # Below one nat of reward the objective hardly feels the distance.

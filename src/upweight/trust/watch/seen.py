@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from statistics import fmean
+from statistics import fmean, geometric_mean
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from upweight.config import Watch as Limits
 from upweight.data.pack import collate
@@ -33,6 +33,9 @@ RECENT = 8
 LAYER = re.compile(r"\w+\.\d+(?=\.)")
 """The first part of a parameter's name that counts: layers.3, h.11, block.0."""
 
+VALUES = "value."
+"""What the names of a value model's parameters begin with."""
+
 FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 """What peft calls the two factors of an adapter."""
 
@@ -50,6 +53,12 @@ class Told:
     total_steps: int | None = None
     trees: Sequence[Tree] = ()
     log_every: int = 1
+    objective: str = "dpo"
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the run is meant to leave its start, for answers like its training responses."""
+        return self.objective == "sft"
 
     @cached_property
     def alike(self) -> float:
@@ -71,9 +80,16 @@ class Told:
         return sum(len(c) for c, _ in pairs), sum(len(r) for _, r in pairs)
 
     @cached_property
+    def length(self) -> float:
+        """Tokens of a response, in the geometric mean: a few long ones are not what is usual."""
+        lengths = [len(response) for tree in self.trees for response in tree.responses]
+        return geometric_mean(lengths) if lengths else math.nan
+
+    @cached_property
     def unstopped(self) -> float:
-        """The share of preferred responses that lack their end."""
+        """The share of preferred responses, without preferences of all, that lack their end."""
         ends = [t.stopped[p.chosen] for t, p in self._preferences()]
+        ends = ends or [end for tree in self.trees for end in tree.stopped]
         return 1 - fmean(ends) if ends else 0.0
 
     def _preferences(self) -> Iterator[tuple[Tree, Preference]]:
@@ -82,16 +98,18 @@ class Told:
 
 @dataclass
 class Seen:
-    """`moved` is the share of the weights that have moved since `start`, None before the first
-    step; neither those of `still` count, the layers in which none has, nor those that cannot have
-    moved. `learns` says that some have, and `judged` that the layers were looked at too. `start`
-    are some of the weights as they were. `taught`: an answer has had an advantage, or the run has
-    none to give. `first` is the first training record. `own` are the policy's log-probs of a row
+    """`moved` is the share of the policy's weights that have moved since `start`, None before the
+    first step; neither those of `still` count, the layers in which none has, nor those that cannot
+    have moved. `still` has those of a value model too. `learns` says that some have, and `judged`
+    that the layers were looked at too. `start` are some of the weights of `trained` as they were.
+    `taught`: rewards have told answers apart, or the run has
+    none that could. `first` is the first training record. `own` are the policy's log-probs of a row
     when they were asked for first."""
 
     lm: LanguageModel
     limits: Limits
     told: Told
+    trained: nn.Module
     start: Mapping[str, Tensor]
     recent: deque[Record] = field(default_factory=lambda: deque[Record](maxlen=RECENT))
     orders: Orders = field(default_factory=Orders)
@@ -106,18 +124,18 @@ class Seen:
     def remember(self, record: Record) -> None:
         """What is kept of the whole run."""
         self.first = self.first or record
-        self.taught |= record.get("advantages/nonzero") != 0
+        self.taught |= _told_apart(record, self.first)
 
     def train(self, record: Record) -> None:
         self.remember(record)
         self.recent.append(record)
         if self.moved is None or not self.judged:
-            now = some_weights(self.lm)
+            now = some_weights(self.trained)
             self.moved, self.still = _share_moved(self.start, now)
 
     def look_again(self) -> None:
         """Whether the weights move is asked anew, of the next step."""
-        self.moved, self.start = None, some_weights(self.lm)
+        self.moved, self.start = None, some_weights(self.trained)
 
     def says_something_else(self) -> bool:
         """Whether the policy gives most tokens of a row other log-probs than when this was asked
@@ -141,27 +159,39 @@ class Seen:
         return fmean(record.get(key, math.nan) for record in self.recent)
 
 
-def some_weights(lm: LanguageModel) -> dict[str, Tensor]:
+def some_weights(trained: nn.Module) -> dict[str, Tensor]:
     """Evenly spaced elements of every tensor that is trained."""
     return {
         name: p.detach().flatten()[:: max(1, p.numel() // ELEMENTS)].clone()
-        for name, p in lm.model.named_parameters()
+        for name, p in trained.named_parameters()
         if p.requires_grad
     }
+
+
+def _told_apart(record: Record, first: Record) -> bool:
+    """Whether rewards tell answers apart, or the run has none that could. Advantages do not say it:
+    a KL term, or values that foresee nothing, give some to answers that all earn the same."""
+    if "advantages/nonzero" not in record or record.get("tied") != 1:
+        return True
+    # Values compare the answers of one round with those of another.
+    return "value_loss" in record and not math.isclose(
+        record["reward"], first["reward"], rel_tol=1e-5
+    )
 
 
 def _share_moved(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> tuple[float, list[str]]:
-    """The share of elements that have moved, and the layers of which none has, in their order.
+    """The share of the policy's elements that have moved, and the layers of which none has, in
+    their order.
 
     These do not count in the share: the more of them, the surer it is to be of the others. What is
     outside of layers is in no list: of an embedding, only rows whose tokens were met have
-    gradients.
+    gradients. Of a value model it is, as one, since its head is among it.
     """
     changed = {name: int((after[name] != values).sum()) for name, values in before.items()}
     by_layer: dict[str, int] = {}
-    layers = {name: found.group() for name in before if (found := LAYER.search(name))}
+    layers = {name: layer for name in before if (layer := _layer(name))}
     for name, layer in layers.items():
         by_layer[layer] = by_layer.get(layer, 0) + changed[name]
     still = [layer for layer, num in by_layer.items() if not num]
@@ -169,9 +199,17 @@ def _share_moved(
         name
         for name in before
         if layers.get(name) not in still and (changed[name] or not _is_held(name, before))
+        if not name.startswith(VALUES)
     ]
     num = sum(before[name].numel() for name in counted)
     return sum(changed[name] for name in counted) / max(1, num), still
+
+
+def _layer(name: str) -> str | None:
+    found = LAYER.search(name)
+    if not name.startswith(VALUES):
+        return found.group() if found else None
+    return VALUES + (found.group() if found else "head")
 
 
 def _is_held(name: str, weights: Mapping[str, Tensor]) -> bool:

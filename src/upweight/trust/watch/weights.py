@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from upweight.trust.finding import Finding
-from upweight.trust.watch.seen import Record, Seen
+from upweight.trust.watch.seen import VALUES, Record, Seen
 
 
 def nothing_learns(seen: Seen, record: Record) -> Finding | None:
@@ -36,10 +36,14 @@ def _some_do_not(seen: Seen, record: Record) -> Finding | None:
     # looked at after the next steps too, which may be larger.
     if seen.still and seen.moved < seen.limits.moved:
         return None
-    seen.judged = True
-    if not seen.still:
+    # A value head starts as 0: nothing reaches the layers below it before it has moved, nor while
+    # it has moved beyond policy.value_clip.
+    waiting = _is_early(seen, record)
+    still = [layer for layer in seen.still if not (waiting and layer.startswith(VALUES))]
+    seen.judged = still == seen.still
+    if not still:
         return None
-    shown = ", ".join(seen.still[:8]) + (", ..." if len(seen.still) > 8 else "")
+    shown = ", ".join(still[:8]) + (", ..." if len(still) > 8 else "")
     return Finding(
         "UW103",
         f"step {record['step']:.0f}: nothing in {shown} has moved, though it is trained: no "
@@ -48,19 +52,22 @@ def _some_do_not(seen: Seen, record: Record) -> Finding | None:
 
 
 def nothing_is_taught(seen: Seen, record: Record) -> Finding | None:
-    """No answer of the run was ever better than another. Of a hard task the first rounds may earn
+    """No answer of the run ever earned more than another. Of a hard task the first rounds may earn
     nothing."""
-    if seen.taught or (
-        record["step"] < seen.limits.patience and record["step"] != seen.told.total_steps
-    ):
+    if seen.taught or _is_early(seen, record):
         return None
+    same = "all answers" if "value_loss" in record else "all answers to a prompt"
     return Finding(
         "UW103",
-        f"step {record['step']:.0f}: no answer so far had an advantage over another: "
-        f"rollout.reward gives all answers to a prompt the same (at last {record['reward']:.3g}). "
-        "Look at rollouts, take another reward or easier prompts, or raise "
-        "rollout.responses.",
+        f"step {record['step']:.0f}: no answer so far earned more than those that it is compared "
+        f"with: rollout.reward gives {same} the same (at last {record['reward']:.3g}). Look at "
+        "rollouts, take another reward or easier prompts, or raise rollout.responses.",
     )
+
+
+def _is_early(seen: Seen, record: Record) -> bool:
+    """Whether the next steps may still show what these have not."""
+    return record["step"] < seen.limits.patience and record["step"] != seen.told.total_steps
 
 
 def swallowed(seen: Seen, record: Record) -> Finding | None:
