@@ -47,6 +47,11 @@ def sampled(response, line=1, **row):
         ("a balance of $-5", -5),
         ("\u22127 degrees", -7),
         ("(4)-2", 2),
+        ("So the total is\n- 42", 42),
+        ("Answer - 18", 18),
+        ("16 - 3", 3),
+        ("Profit \u2212 $7", 7),
+        ("it fell by -.5", "-0.5"),
         ("about .5", "0.5"),
         ("wait...5", 5),
         ("3/4", "3/4"),
@@ -74,7 +79,10 @@ def test_the_final_number_is_the_marked_one_or_the_last(text, wanted):
     assert final_number(text) == (None if wanted is None else Fraction(wanted))
 
 
-WORDS = st.text(st.characters(exclude_categories=["N", "Cs"], exclude_characters="#/.-\u2212"))
+WORDS = st.text(
+    st.sampled_from("-\u2212 ")
+    | st.characters(exclude_categories=["N", "Cs"], exclude_characters="#/.$")
+)
 
 
 @given(

@@ -261,10 +261,11 @@ def _answer(row: Row) -> str:
     return str(row["answer"])
 
 
-# A minus that follows a word or a number subtracts, as in 16-3; a comma belongs to a number only
-# before exactly three digits; a fraction has a denominator that is not 0.
+# A minus that follows a word or a number subtracts, as in 16-3, and one before a space is a dash;
+# a comma belongs to a number only before exactly three digits; a fraction has a denominator that is
+# not 0.
 _NUMBER = (
-    r"(?P<minus>(?<![\w.)\]])[-\u2212])?\s?\$?\s?"
+    r"(?P<minus>(?<![\w.)\]])[-\u2212](?=\$|\.?[0-9]))?\$?\s?"
     r"(?P<size>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9.])\.[0-9]+)"
     r"(?:/(?P<below>0*[1-9][0-9]*)(?![0-9]|\.[0-9]))?"
 )
@@ -277,7 +278,8 @@ def final_number(text: str) -> Fraction | None:
     """The number on the last line "#### 42", or else the last number of the text; None without.
 
     Thousands may have commas, a currency sign and a final dot do not matter, and a/b is a
-    fraction. "#### Step 2" is a heading and no answer. More than 1000 digits are no number.
+    fraction; a dash with a space behind it is no minus. "#### Step 2" is a heading and no answer.
+    More than 1000 digits are no number.
     """
     found = list(_MARKED.finditer(text)) or list(_ANYWHERE.finditer(text))
     if not found or found[-1].end() - found[-1].start() > _MOST_DIGITS:
