@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import math
 import sys
 import threading
 from contextlib import contextmanager, suppress
@@ -298,6 +299,14 @@ def test_an_endpoint_is_asked_in_batches_and_answers_in_order():
         "response": "é",
         "row": {"answer": "1", "seen": "x"},
     }
+
+
+def test_what_json_has_no_form_for_is_sent_as_its_text():
+    row = {"score": math.nan, "bounds": [-math.inf, 0.5, None], "in": {"most": math.inf, "n": True}}
+    with endpoint(lengths) as (url, bodies):
+        score_responses(url, [sampled("a", **row)])
+    wanted = {"score": "nan", "bounds": ["-inf", 0.5, None], "in": {"most": "inf", "n": True}}
+    assert bodies[0]["items"][0]["row"] == wanted
 
 
 @pytest.mark.parametrize(

@@ -177,10 +177,10 @@ def _score_remotely(
 
 
 def _posted(url: str, timeout_seconds: float, batch: Sequence[Sampled]) -> list[object]:
-    items = [{"prompt": i.prompt, "response": i.response, "row": dict(i.row)} for i in batch]
+    items = [{"prompt": i.prompt, "response": i.response, "row": i.row} for i in batch]
     request = urllib.request.Request(
         url,
-        data=json.dumps({"items": items}, default=str).encode(),
+        data=json.dumps({"items": _as_json(items)}, allow_nan=False).encode(),
         headers={"Content-Type": "application/json"},
         method="POST",
     )
@@ -210,6 +210,21 @@ def _posted(url: str, timeout_seconds: float, batch: Sequence[Sampled]) -> list[
             f'{url} answered {_shown(body, 200)}, which is not {{"rewards": [...]}} in JSON.'
         )
     return rewards
+
+
+def _as_json(value: Any) -> Any:
+    """`value` with a text in the place of what JSON has no form for, as nan, infinity and dates."""
+    match value:
+        case Mapping():
+            return {str(key): _as_json(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_as_json(item) for item in value]
+        case float() if not math.isfinite(value):
+            return str(value)
+        case None | bool() | int() | float() | str():
+            return value
+        case _:
+            return str(value)
 
 
 def vader(prompt: str, response: str, row: Row) -> float:
