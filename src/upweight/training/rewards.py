@@ -35,7 +35,8 @@ Unchecked = Callable[[str, str, Row], object]
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A response to score, with its prompt as text and the row of the data that it answers."""
+    """A response to score, with its prompt as text (of a conversation the last message before it)
+    and the row of the data that it answers."""
 
     prompt: str
     response: str
@@ -62,7 +63,8 @@ def score_responses(spec: str, items: Sequence[Sampled]) -> list[float]:
 def open_reward(spec: str, *, timeout_seconds: float = 60.0, batch_size: int = 64) -> Scorer:
     """A name in REWARDS, a user's "path/to/file.py:function", or "http://..." of an endpoint.
 
-    The file is run when it is opened, once. An endpoint gets POST {"items": [{"prompt",
+    Of a conversation `prompt` is the last message before the response alone: the whole of it stands
+    in the row. The file is run when it is opened, once. An endpoint gets POST {"items": [{"prompt",
     "response", "row"}, ...]}, at most `batch_size` at a time, what JSON has no form for as its
     text, and answers {"rewards": [...]} in that order. Raises RewardError, here for a spec that
     is not one of these, and when scoring for a reward that fails or is no finite number.
