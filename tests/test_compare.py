@@ -166,6 +166,24 @@ def test_a_method_that_fails_is_named_and_the_others_go_on():
     assert "broken.py" in page and "batch.pairs_per_step: 4" in page
 
 
+def test_a_method_that_fails_at_the_evaluation_before_its_first_step_is_named_like_any_other():
+    # Six answers are asked about before anything is computed; the seventh is the first that the
+    # first method gives at step 0.
+    Path("letters.py").write_text(
+        "from pathlib import Path\nasked = Path('asked.txt')\n"
+        "def score(prompt, response, row):\n"
+        "    num = int(asked.read_text()) if asked.exists() else 0\n"
+        "    asked.write_text(str(num + 1))\n"
+        "    return 1.0 if num != 6 else row['nothing']\n"
+    )
+    Path("compare.yaml").write_text(SHARED + DPO + DPO.replace("dpo:", "again:"))
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 2
+    assert Path("out/dpo/environment.json").exists()
+    first, second = json.loads(Path("out/comparison.json").read_text())["methods"]
+    assert "nothing" in first["failed"] and first["points"] == []
+    assert second["failed"] is None and [p["step"] for p in second["points"]] == [1, 2]
+
+
 def again(capsys: pytest.CaptureFixture[str]) -> str:
     """What is said where the same comparison is refused."""
     capsys.readouterr()
