@@ -55,6 +55,7 @@ def _pair(entry: JsonObject) -> Pair:
         holds=_holds(entry),
         said=entry.text("said"),
         in_part=entry.fields.get("in_part") is True,
+        gained=entry.fields.get("gained") is not False,
     )
 
 
