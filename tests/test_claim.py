@@ -261,12 +261,12 @@ def test_a_frontier_that_may_be_far_below_somewhere_is_not_said_to_hold():
                 (("dpo", (0.35, 0.55)), ("ppo", (0.3, 0.7))))  # fmt: skip
     found = claim([dpo, ppo])
     assert found.holds is None and found.pairs[0].in_part
-    # A tenth of the rewards between 0.3 and 0.7.
+    # A tenth of what PPO gains, from 0.3 to 0.7.
     assert found.said == (
         "DPO's frontier is above PPO's at some KL, and not shown either way elsewhere: at KL 0.300 "
         "its reward is 0.0500 [0.0100, 0.0900] higher; at KL 5.00 the difference is −0.150 "
-        "[−0.350, 0.0500], and that it is lower by more than 0.0400 (a tenth of the rewards that "
-        "both cover there) is not ruled out."
+        "[−0.350, 0.0500], and that it is lower by more than 0.0400 (a tenth of what the "
+        "better gains there) is not ruled out."
     )
     again = claim([dpo, named("again", dpo), ppo]).said
     assert again == (
@@ -293,9 +293,39 @@ def test_not_below_is_shown_by_the_whole_interval_less_a_tenth_of_what_is_gained
     if holds:
         assert said == (
             "DPO's frontier is not below PPO's at equal KL: between KL 1.00 and 3.00 nats its "
-            "reward is nowhere lower by more than 0.0400 (a tenth of the rewards that both cover "
+            "reward is nowhere lower by more than 0.0400 (a tenth of what the better gains "
             "there)."
         )
+
+
+def test_where_neither_gains_the_claim_does_not_hold():
+    # Both fall by 0.8 of reward: DPO's interval is above minus 0.08, which is a tenth of a loss.
+    lost = [line(name, -0.4, 1, 2) for name in ("dpo", "ppo")]
+    found = claim(lost, START)
+    assert found.holds is None and not found.pairs[0].in_part
+    assert found.said.startswith(
+        "DPO's frontier is without a gain, as is PPO's: between KL 0 and 2.00 nats neither earns "
+        "more than where both begin, so that neither is worth its KL; the largest difference"
+    )
+    # Nor where DPO's is surely above, having lost less; that it lost more is said all the same.
+    less, more = line("dpo", -0.1, 1, 2), line("dpo", -0.9, 1, 2)
+    assert told([less, lost[1]], START)[0] is None
+    assert told([more, lost[1]], START)[0] is False
+    gained = line("dpo", 0.1, 1, 2)
+    assert told([gained, lost[1]], START)[0] is True
+    assert told([gained, named("less", less), lost[1]], START) == (
+        None,
+        "DPO's frontier is not below PPO's at equal KL in 1 of 2 comparisons, without a gain in 1.",
+    )
+
+
+def test_what_may_be_lost_is_a_tenth_of_what_the_better_gains_over_the_start():
+    # Both fall by 1 before they gain 0.1 in all: a tenth is 0.01, and not a tenth of 1.1.
+    def there(name: str, half: float) -> Method:
+        return method(name, point(1, 1, -0.8, half), point(2, 4, 0.3, 1e-6))
+
+    assert told([there("dpo", 1e-6), there("ppo", 1e-6)], START)[0] is True
+    assert told([there("dpo", 0.02), there("ppo", 0.02)], START)[0] is None
 
 
 def test_what_is_uncertain_of_a_kl_is_in_the_interval_by_the_slope_of_the_frontier():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import upweight as uw
 from families import FAMILIES, GRANITE, IM, LLAMA32, user
 from families import tokenizer as tokenizer_of
-from runs import furnish, train
+from runs import furnish, train, write_rows
 from test_resolved import cut, settings
 from test_stages import TWO, written
 from tiny import CHATML, byte_tokenizer
@@ -134,6 +134,24 @@ def test_stages_that_go_on_the_next_day_are_of_the_first_day(monkeypatch: pytest
     it_is(SATURDAY, monkeypatch)
     assert main(["train", file, "resume=true"]) == 0
     assert settings("run/2-dpo")["data.date"] == (FRIDAY, "inherited from the model")
+
+
+def test_a_comparison_is_of_one_day_and_read_on_another(monkeypatch: pytest.MonkeyPatch):
+    Path("letters.py").write_text("def score(prompt, response, row):\n    return len(response)\n")
+    write_rows("prompts.jsonl", [{"prompt": f"another question {i}"} for i in range(6)])
+    text = (
+        "model: model\ndata: pairs.jsonl\ncompute.dtype: float32\nlearning_rate: 1e-3\nsteps: 1\n"
+        "evaluation: {true_reward: letters.py:score, prompt_files: prompts.jsonl, samples: 6, "
+        "max_new_tokens: 6}\nmethods:\n  dpo: {objective: dpo}\n"
+        "  best: {objective: best_of_n, reward: letters.py:score, num: 2}\n"
+    )
+    Path("compare.yaml").write_text(text)
+    assert main(["compare", "compare.yaml", "--out", "today"]) == 0
+    it_is(SATURDAY, monkeypatch)
+    assert main(["compare", "compare.yaml", "--out", "today"]) == 0
+    # A day that is named is that of the best of n too, which would else be of the next.
+    Path("compare.yaml").write_text(f"data.date: {FRIDAY}\n{text}")
+    assert main(["compare", "compare.yaml", "--out", "named"]) == 0
 
 
 def test_what_the_reference_said_on_a_day_is_known_when_the_day_is_named_again(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,6 +167,24 @@ def test_a_method_that_fails_is_named_and_the_others_go_on():
     assert "broken.py" in page and "batch.pairs_per_step: 4" in page
 
 
+def test_a_method_that_fails_at_the_evaluation_before_its_first_step_is_named_like_any_other():
+    # Six answers are asked about before anything is computed; the seventh is the first that the
+    # first method gives at step 0.
+    Path("letters.py").write_text(
+        "from pathlib import Path\nasked = Path('asked.txt')\n"
+        "def score(prompt, response, row):\n"
+        "    num = int(asked.read_text()) if asked.exists() else 0\n"
+        "    asked.write_text(str(num + 1))\n"
+        "    return 1.0 if num != 6 else row['nothing']\n"
+    )
+    Path("compare.yaml").write_text(SHARED + DPO + DPO.replace("dpo:", "again:"))
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 2
+    assert Path("out/dpo/environment.json").exists()
+    first, second = json.loads(Path("out/comparison.json").read_text())["methods"]
+    assert "nothing" in first["failed"] and first["points"] == []
+    assert second["failed"] is None and [p["step"] for p in second["points"]] == [1, 2]
+
+
 def again(capsys: pytest.CaptureFixture[str]) -> str:
     """What is said where the same comparison is refused."""
     capsys.readouterr()
@@ -182,7 +201,7 @@ def test_a_finished_method_is_not_read_beside_what_is_made_of_something_else(
     Path("letters.py").write_text("def score(prompt, response, row):\n    return len(response)\n")
     said = again(capsys)
     assert "method dpo: the run in out/dpo is finished, and what it was made of has changed" in said
-    assert "since: the content of evaluation.true_reward, letters.py:score. What it mea" in said
+    assert "since: the content of evaluation.true_reward, letters.py:score. What it mad" in said
     assert "Put it back as it was, remove out/dpo to have it trained again, or choose anoth" in said
     Path("letters.py").write_bytes(kept["letters.py"])
     write_rows("prompts.jsonl", [{"prompt": f"another question {i}!"} for i in range(6)])
@@ -212,6 +231,62 @@ def test_a_finished_method_is_not_read_beside_what_is_made_of_something_else(
     assert "since: the rows of the set train in pairs.jsonl" in again(capsys)
     Path("pairs.jsonl").write_bytes(kept["pairs.jsonl"])
     assert main(["compare", "compare.yaml", "--out", "out"]) == 0
+
+
+def test_the_best_of_n_that_were_found_are_read_and_not_drawn_again():
+    first = compared(DPO + JUDGE + BEST)
+    kept = Path("out/best-of-3/chosen.json").stat().st_mtime_ns
+    # Its seconds are those of the first time: nothing was drawn.
+    assert compared(DPO + JUDGE + BEST)["methods"] == first["methods"]
+    assert Path("out/best-of-3/chosen.json").stat().st_mtime_ns == kept
+    *_, best = compared(DPO + JUDGE + BEST.replace("num: 3", "num: 3, note: chosen"))["methods"]
+    assert best == {**first["methods"][-1], "note": f"chosen; {first['methods'][-1]['note']}"}
+
+
+def test_bounds_that_were_not_known_of_the_best_of_n_are_not_known_when_they_are_read():
+    few = SHARED.replace("samples: 6", "samples: 3") + DPO + JUDGE + BEST
+    Path("compare.yaml").write_text(few)
+    for _ in range(2):
+        assert main(["compare", "compare.yaml", "--out", "out"]) == 0
+        *_, best = json.loads(Path("out/comparison.json").read_text())["methods"]
+        assert best["points"][0]["reward_low"] is None
+
+
+def test_the_best_of_n_are_not_read_beside_what_they_were_not_found_from(
+    capsys: pytest.CaptureFixture[str],
+):
+    compared(DPO + JUDGE + BEST)
+    out = "method best of 3: the run in out/best-of-3 is finished, "
+    Path("compare.yaml").write_text(SHARED + DPO + JUDGE + BEST.replace("num: 3", "num: 4"))
+    assert f"{out}with other settings (num is 4 here and was 3). Put them back, remo" in again(
+        capsys
+    )
+    Path("compare.yaml").write_text(SHARED + DPO + JUDGE + BEST)
+    shutil.rmtree("out/dpo")
+    write_rows("prompts.jsonl", [{"prompt": f"another question {i}!"} for i in range(6)])
+    said = again(capsys)
+    assert f"{out}and what it was made of has changed since: the rows of the set prompts" in said
+    assert "remove out/best-of-3 to have it drawn again, or choose another out" in said
+    write_rows("prompts.jsonl", [{"prompt": f"another question {i}"} for i in range(6)])
+    judge = Path("letters.py").read_text()
+    Path("letters.py").write_text(judge + "# by another hand\n")
+    assert "since: the content of evaluation.true_reward, letters.py:score" in again(capsys)
+    Path("letters.py").write_text(judge)
+    Path("out/judge").rename("judge")
+    assert f"{out}and its reward is the model of method judge, which is to be" in again(capsys)
+    Path("judge").rename("out/judge")
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 0
+
+
+def test_the_best_of_n_are_not_written_into_another_runs_folder():
+    compared(DPO + DPO.replace("dpo:", "best:"))
+    trained = DPO.replace("dpo:", "again:")
+    Path("compare.yaml").write_text(
+        SHARED + trained + "  best: {objective: best_of_n, reward: vader}\n"
+    )
+    assert main(["compare", "compare.yaml", "--out", "out"]) == 2
+    _, best = json.loads(Path("out/comparison.json").read_text())["methods"]
+    assert "out/best holds a run already" in best["failed"]
 
 
 def test_a_reward_model_that_was_trained_from_another_start_is_not_taken_as_it_is(
@@ -357,6 +432,7 @@ def test_what_was_reported_while_a_method_trained_is_on_the_page(
                 ("compute.dtype", "bfloat16", "float32"),
                 ("data.template", "none", "auto"),
                 ("data.max_length", "300", "null"),
+                ("data.date", '"2024-07-05"', "null"),
             )
         ),
         (SHARED + DPO + "  b: {reference: other}\n", "method b: reference is other, and a comp"),
@@ -366,9 +442,9 @@ def test_what_was_reported_while_a_method_trained_is_on_the_page(
             "error[UW109]: method b: rollout.responses is 32, and best_of_n does not read it: ppo, "
             "grpo, rloo and online_dpo do.\noptimizer.learning_rate is 1, and best_of_n does not",
         ),
-        (
-            "model: model\ndata: pairs.jsonl\nmethods:\n" + JUDGE,
-            "needs a method that answers prompts",
+        *(
+            (SHARED + methods, "a comparison needs a method that is trained and answers prompts: w")
+            for methods in (JUDGE, JUDGE + BEST, BEST.replace("method:judge", "vader"))
         ),
     ],
 )

@@ -113,6 +113,12 @@ def test_what_is_given_is_laid_over_what_is_shared(tmp_path: Path):
         ("methods:\n  b: {objective: best_of_n, reward: vader, num: abc}\n", 'num is "abc"'),
         ("methods:\n  b: {objective: best_of_n, reward: vader, num: 0}\n", "from 1 on"),
         ("methods:\n  b: {objective: best_of_n}\n", "method b needs reward"),
+        (
+            "methods:\n  judge: {objective: reward}\n"
+            "  b: {objective: best_of_n, reward: 'method:judge'}\n",
+            "compare.yaml:5: a comparison needs a method that is trained and answers prompts: what "
+            "all start from is measured before its first step. best_of_n trains nothing, and rew",
+        ),
         ("methods:\n  dpo: {num: 3}\n", "num is read by best_of_n alone"),
         ("methods:\n  dpo: {objective: dop}\n", "objective is dop; allowed: dpo"),
         ("methods:\n  a b: {}\n  A-B: {}\n", "would both be written to a-b"),

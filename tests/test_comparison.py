@@ -182,6 +182,7 @@ def test_a_record_from_before_reports_and_parts_were_kept_is_read(tmp_path: Path
     found = study(line("dpo", 0.1, 1), claim=Claim(None, "Not shown.", (pair,), 1))
     whole = json.loads(json.dumps(asdict(found)))
     del whole["methods"][0]["noticed"], whole["claim"]["pairs"][0]["in_part"]
+    del whole["claim"]["pairs"][0]["gained"]
     (tmp_path / "comparison.json").write_text(json.dumps(whole))
     assert read_study(tmp_path) == found
 
@@ -267,6 +268,9 @@ def test_a_claim_that_some_pairs_show_and_none_contradicts_is_said_to_be_shown_i
     methods = [line("dpo", 0.1, 2), line("ppo", 0.05, 2), line("ppo", 0.1, 2, half=0.3)]
     html = render(study(*methods, claim=claim(methods, START)))
     assert "Shown in part" in html and "The claim holds" not in html
+    nothing = Pair("dpo", "c", True, None, "without a gain, as is PPO's: none", gained=False)
+    html = render(study(claim=Claim(None, "None.", (nothing, nothing), 2)))
+    assert "Not shown either way" in html and "> without a gain</span>" in html
     above = [Pair("dpo", name, True, None, "above PPO's at KL 1", True) for name in ("a", "b")]
     for pairs in (above[:1], above):
         html = render(study(line("dpo", 0.1, 1), claim=Claim(None, "Above.", tuple(pairs), 2)))

@@ -463,6 +463,7 @@ def test_score_reads_beta_only_with_a_reference() -> None:
         (["objective=ppo", "passes=1", "value_clip=null"], "while a round is one step"),
         (["objective=grpo", "beta=0", "kl_estimator=k2"], "has no effect while loss.beta is 0"),
         (["objective=ppo", "beta=0", "kl_estimator=k3"], "has no effect while loss.beta is 0"),
+        (["objective=rloo", "beta=0", "renew_reference=2"], "has no effect while loss.beta is 0"),
     ],
 )
 def test_a_key_that_waits_for_another_is_refused_without_it(said: list[str], why: str) -> None:

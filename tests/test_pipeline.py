@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import upweight as uw
@@ -21,6 +22,7 @@ from upweight.config import load_run
 from upweight.errors import DataError
 from upweight.models.load import load
 from upweight.models.scalar import load_reward_model, one_response_at_a_time, tree_scores
+from upweight.recipes.online import values_of
 from upweight.recipes.prepare import load_policy, prepare
 from upweight.recipes.rewarding import make_scorer
 from upweight.training.checkpoint import load as load_checkpoint
@@ -584,10 +586,21 @@ def test_the_best_checkpoint_may_be_told_by_prompts_alone():
     assert f"step-{rewards.index(max(rewards)):08d}" in kept
 
 
-def test_a_value_model_may_have_the_reward_models_trunk():
+def test_a_value_model_has_the_reward_models_trunk_and_a_head_of_zeros():
     assert judge("judge") == 0
     assert online("run", "ppo", "--reward", "judge/model") == 0
-    assert records("run", "train")[-1]["value_loss"] >= 0
+    run = load_run("run/run.yaml").run
+    lm = load("model", dtype="float32")
+    values = values_of(run, lm, [2])
+    assert values is not None and values.critic is not None
+    found, theirs = values.critic.model.state_dict(), load_file("judge/model/model.safetensors")
+    head = {name for name in theirs if name.startswith("score.")}
+    assert found.keys() == theirs.keys() and head == {"score.weight"}
+    assert not found["score.weight"].any()
+    assert all(torch.equal(found[name], theirs[name]) for name in theirs.keys() - head)
+    # The policy's own would be another start: the reward model has learned since.
+    policy = lm.causal.state_dict()
+    assert not any(torch.equal(found[name], policy[name]) for name in theirs.keys() - head)
 
 
 def test_a_reward_model_says_the_same_of_a_cut_answer_wherever_it_is_asked():

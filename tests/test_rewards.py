@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import math
 import sys
 import threading
 from contextlib import contextmanager, suppress
@@ -47,6 +48,11 @@ def sampled(response, line=1, **row):
         ("a balance of $-5", -5),
         ("\u22127 degrees", -7),
         ("(4)-2", 2),
+        ("So the total is\n- 42", 42),
+        ("Answer - 18", 18),
+        ("16 - 3", 3),
+        ("Profit \u2212 $7", 7),
+        ("it fell by -.5", "-0.5"),
         ("about .5", "0.5"),
         ("wait...5", 5),
         ("3/4", "3/4"),
@@ -74,7 +80,10 @@ def test_the_final_number_is_the_marked_one_or_the_last(text, wanted):
     assert final_number(text) == (None if wanted is None else Fraction(wanted))
 
 
-WORDS = st.text(st.characters(exclude_categories=["N", "Cs"], exclude_characters="#/.-\u2212"))
+WORDS = st.text(
+    st.sampled_from("-\u2212 ")
+    | st.characters(exclude_categories=["N", "Cs"], exclude_characters="#/.$")
+)
 
 
 @given(
@@ -290,6 +299,14 @@ def test_an_endpoint_is_asked_in_batches_and_answers_in_order():
         "response": "é",
         "row": {"answer": "1", "seen": "x"},
     }
+
+
+def test_what_json_has_no_form_for_is_sent_as_its_text():
+    row = {"score": math.nan, "bounds": [-math.inf, 0.5, None], "in": {"most": math.inf, "n": True}}
+    with endpoint(lengths) as (url, bodies):
+        score_responses(url, [sampled("a", **row)])
+    wanted = {"score": "nan", "bounds": ["-inf", 0.5, None], "in": {"most": "inf", "n": True}}
+    assert bodies[0]["items"][0]["row"] == wanted
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,7 @@ _ALONE = "has no effect: score reads it only with a reference"
 _TRAINING = ("train", "check")
 _SAMPLED = of_section("evaluation", "max_new_tokens", "temperature", "true_reward")
 _CLIPS = of_section("policy", "clip_low", "clip_high", "value_clip", "kl_stop")
+_REFERRED = ("policy.kl_estimator", "rollout.renew_reference")
 _WATCHED = of_section("watch", "length", "repetition", "stopped", "kl", "below")
 
 NEEDS: tuple[Need, ...] = (
@@ -142,7 +143,7 @@ NEEDS: tuple[Need, ...] = (
     Need(_TRAINING, ("export.merge",), _has_adapter, _WHOLE),
     Need(_TRAINING, ("policy.value_coefficient",), _has_a_trunk_in_common, _APART),
     Need(_TRAINING, ("policy.kl_stop",), _logs_every_step, _UNLOGGED),
-    Need(_TRAINING, ("policy.kl_estimator",), _has_a_kl_term, _UNWEIGHED),
+    Need(_TRAINING, _REFERRED, _has_a_kl_term, _UNWEIGHED),
     Need(_TRAINING, _CLIPS, _moves_within_a_round, _ONE_STEP),
     Need(("score",), ("loss.beta",), _has_reference, _ALONE),
 )

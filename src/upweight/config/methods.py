@@ -35,6 +35,8 @@ from upweight.config.written import parse, settle
 from upweight.errors import ConfigError, nearest
 
 BEST_OF_N = "best_of_n"
+STARTLESS = (BEST_OF_N, "reward")
+"""Methods that do not measure what all of them start from."""
 TRAINED = "method:"
 """What stands before the name of a method whose reward model is meant."""
 
@@ -126,9 +128,9 @@ class Comparison:
 def load_comparison(file: Path, given: Mapping[str, Any]) -> Comparison:
     """The comparison in a file; `given` is laid over what its methods share.
 
-    Raises ConfigError with all that is wrong in the file: no methods, a method without a reward
-    that it needs or with the name of another one, a key that none of the methods reads. The values
-    of keys are looked at by `run_of`.
+    Raises ConfigError with all that is wrong in the file: no methods, none that measures what all
+    start from, a method without a reward that it needs or with the name of another one, a key that
+    none of the methods reads. The values of keys are looked at by `run_of`.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -158,10 +160,19 @@ def load_comparison(file: Path, given: Mapping[str, Any]) -> Comparison:
     )
     for i, method in enumerate(methods):
         _require_told_apart(method, methods[:i], layer, problems)
+    starts = any(m.objective not in STARTLESS for m in methods)
+    if not starts:
+        line = parsed.lines.get((METHODS,), 0)
+        said = (
+            f"{file}:{line}: a comparison needs a method that is trained and answers prompts: what "
+            f"all start from is measured before its first step. {BEST_OF_N} trains nothing, and "
+            "reward answers nothing."
+        )
+        problems.append(Problem(layer.rank, line, said))
     for setting in shared:
         if setting.leaf == "resume":
             problems.at(setting, f"{setting.shown} {NOT_OF_ONE['resume']}.")
-        elif setting.leaf and not any(m.reads(setting.leaf) for m in methods):
+        elif starts and setting.leaf and not any(m.reads(setting.leaf) for m in methods):
             objectives = ", ".join(dict.fromkeys(m.objective for m in methods))
             problems.at(
                 setting,

@@ -73,7 +73,7 @@ A key that no line names is read by every objective, in `train` and `check`.
 CHOOSING = frozenset(
     (
         *("objective", "model", "out", "resume", "seed", "rollout.reward", "batch.tokens_per_bin"),
-        *of_section("data", "template", "template_options", "max_length"),
+        *of_section("data", "template", "template_options", "date", "max_length"),
         *of_section(
             "evaluation", "prompt_files", "samples", "max_new_tokens", "temperature", "true_reward"
         ),

@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from upweight.config import Evaluation, Resolved, Run, leaf_values, write
-from upweight.config.methods import BEST_OF_N, Comparison
+from upweight.config.methods import BEST_OF_N, Comparison, Method
 from upweight.errors import ConfigError
 from upweight.recipes.beginnings import OF_THE_START, Beginnings
+from upweight.recipes.chosen import as_chosen, choice_began, is_chosen, require_chosen_as_asked
 from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.resume import (
     Beginning,
     as_begun,
     require_finished_as_asked,
+    require_same_beginning,
     require_unchanged,
 )
 from upweight.recipes.stages import is_finished, named
@@ -29,8 +31,6 @@ OF_THE_END = (
 def require_judged(runs: Mapping[str, Resolved]) -> str:
     """What judges every method. Raises ConfigError where their answers are not comparable."""
     asked = {name: r.run for name, r in runs.items() if KINDS[r.run.objective].answers}
-    if not asked:
-        raise ConfigError("a comparison needs a method that answers prompts; reward does not.")
     for name, run in asked.items():
         _require_answered(name, run.evaluation)
     (first, its), *others = asked.items()
@@ -71,30 +71,40 @@ def _require_alike(first: str, its: Run, name: str, run: Run) -> None:
 def require_finished_unchanged(comparison: Comparison, runs: Mapping[str, Resolved]) -> None:
     """Raises ConfigError where a method has finished with other settings, rows, models or rewards
     than there are now: what it measured would stand beside what is measured otherwise."""
-    finished = [
-        m for m in comparison.methods if m.objective != BEST_OF_N and _is_done(runs[m.name])
-    ]
+    finished = [m for m in comparison.methods if _is_done(m, runs[m.name].run)]
     for method in finished:
+        run = runs[method.name].run
         with named("method", method.name):
-            require_finished_as_asked(runs[method.name])
+            if method.objective == BEST_OF_N:
+                require_chosen_as_asked(method, run)
+            else:
+                require_finished_as_asked(runs[method.name])
             judge = method.judge
-            if judge is not None and not _is_done(runs[judge]):
+            if judge is not None and comparison.method(judge) not in finished:
                 raise ConfigError(
-                    f"the run in {runs[method.name].run.out} is finished, and its reward is the "
-                    f"model of method {judge}, which is to be trained first. Put "
-                    f"{runs[judge].run.out} back, remove {runs[method.name].run.out} to have it "
-                    "trained again, or choose another out."
+                    f"the run in {run.out} is finished, and its reward is the model of method "
+                    f"{judge}, which is to be trained first. Put {runs[judge].run.out} back, "
+                    f"remove {run.out} to have it {_done(method)} again, or choose another out."
                 )
     models = Beginnings()
     for method in finished:
         with named("method", method.name):
-            run = as_begun(runs[method.name]).run
-            require_unchanged(run, models.of(run))
+            if method.objective == BEST_OF_N:
+                run = as_chosen(runs[method.name].run)
+                now = models.of_choice(run)
+                require_same_beginning(run, choice_began(run), now, _done(method))
+            else:
+                run = as_begun(runs[method.name]).run
+                require_unchanged(run, models.of(run))
 
 
-def _is_done(resolved: Resolved) -> bool:
-    assert resolved.run.out is not None
-    return is_finished(Path(resolved.run.out))
+def _is_done(method: Method, run: Run) -> bool:
+    assert run.out is not None
+    return is_chosen(run) if method.objective == BEST_OF_N else is_finished(Path(run.out))
+
+
+def _done(method: Method) -> str:
+    return "drawn" if method.objective == BEST_OF_N else "trained"
 
 
 def require_same_start(first: str, its: Beginning, found: Beginning) -> None:

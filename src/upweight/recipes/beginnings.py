@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from upweight.config import Run, leaf_values
 from upweight.models.load import LanguageModel, fingerprint
-from upweight.recipes.kinds import KINDS
-from upweight.recipes.prepare import ended_answers, load_policy, prepare
+from upweight.recipes.kinds import KINDS, PROMPTS
+from upweight.recipes.prepare import ended_answers, load_asked, load_policy, prepare
 from upweight.recipes.reference import reference_model
-from upweight.recipes.resume import Beginning, data_digests, reward_digests
+from upweight.recipes.rendering import renderer_for
+from upweight.recipes.resume import (
+    Beginning,
+    data_digests,
+    digest_of,
+    digests_behind,
+    reward_digests,
+)
 from upweight.recipes.start import trained
+from upweight.types import Tree
 
 OF_THE_START = (
     *("model", "compute.dtype", "lora.quantize"),
-    *("data.template", "data.template_options", "data.max_length"),
+    *("data.template", "data.template_options", "data.date", "data.max_length"),
 )
 """Keys that decide which model is started from, and with which tokens it is asked."""
+
+
+def choice_of(run: Run, model: str, prompts: Sequence[Tree]) -> Beginning:
+    """What best of n begins with: the start by its fingerprint, the prompts of evaluations, what
+    chooses among the answers to them and what judges these."""
+    specs = {
+        "rollout.reward": run.rollout.reward,
+        "evaluation.true_reward": run.evaluation.true_reward,
+    }
+    digests = digests_behind(specs, prompts)
+    return Beginning(model, model, {PROMPTS: digest_of(prompts)}, digests)
 
 
 class Beginnings:
@@ -35,6 +56,12 @@ class Beginnings:
             with reference_model(run, lm) as reference:
                 against = fingerprint(reference)
         return Beginning(model, against, data_digests(prepared), reward_digests(run, prepared))
+
+    def of_choice(self, run: Run) -> Beginning:
+        """Of best of n, which reads no rows to learn from."""
+        lm, model = self._policy(run)
+        prompts, _, _ = load_asked(run, renderer_for(run, lm))
+        return choice_of(run, model, prompts)
 
     def _of_scorer(self, run: Run) -> Beginning:
         # Its head takes the place of the policy's, which others start with.

@@ -39,7 +39,9 @@ def told(method: Method) -> str:
 
 def measured(method: Method, run: Run, out: Path, failed: str | None = None) -> Measured:
     """What the records of a method's run say, also where it `failed` on its way."""
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    # Not there yet where the evaluation before step 1 failed.
+    metrics = out / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     records = [json.loads(line) for line in lines]
     points = [
         scored.Point(r["step"], **{key: math.nan if r[key] is None else r[key] for key in POINT})

@@ -156,17 +156,25 @@ def require_unchanged(run: Run, now: Beginning) -> None:
     """Raises ConfigError where a run that is finished began with something else than there is."""
     assert run.out is not None
     then = beginning_of(Path(run.out))
-    anew = f"remove {run.out} to have it trained again, or choose another out."
     if then is None:
         raise ConfigError(
             f"the run in {run.out} is finished, and nothing says what it began with: its "
-            f"environment.json does not, and it has no checkpoint. Put them back, {anew}"
+            "environment.json does not, and it has no checkpoint. Put them back, remove "
+            f"{run.out} to have it trained again, or choose another out."
         )
+    require_same_beginning(run, then, now)
+
+
+def require_same_beginning(
+    run: Run, then: Beginning, now: Beginning, again: str = "trained"
+) -> None:
+    """Raises ConfigError where what has finished in the run's folder began with something else than
+    there is; `again` is what would be done to it."""
     if said := _differing(then, now, run):
         raise ConfigError(
             f"the run in {run.out} is finished, and what it was made of has changed since: "
             f"{'; '.join(said)}. What it made and measured is not of what there is now. Put it "
-            f"back as it was, {anew}"
+            f"back as it was, remove {run.out} to have it {again} again, or choose another out."
         )
 
 
@@ -214,14 +222,21 @@ def require_same_models(saved: Position, run: Run, against: Against) -> None:
 
 
 def reward_digests(run: Run, prepared: Prepared) -> dict[str, str]:
-    """sha256 of what is behind the rewards of this run, as far as it is in files: by its key each
-    function's file or model's folder, and under "rows" the columns that functions may read."""
-    kind, found = KINDS[run.objective], dict[str, str]()
+    """`digests_behind` the rewards of this run."""
+    kind = KINDS[run.objective]
     read = answered_sets(run, prepared) if run.evaluation.samples else {}
     specs = {"evaluation.true_reward": run.evaluation.true_reward if kind.answers else None}
     if kind.draws:
         specs["rollout.reward"] = run.rollout.reward
         read = {**read, "train": prepared.trees["train"]}
+    return digests_behind(specs, [tree for trees in read.values() for tree in trees])
+
+
+def digests_behind(specs: Mapping[str, str | None], read: Sequence[Tree]) -> dict[str, str]:
+    """sha256 of what is behind rewards, as far as it is in files: by its key each function's file
+    or model's folder, and under "rows" the columns that functions may read of the rows that answers
+    to `read` are scored with."""
+    found = dict[str, str]()
     columns: set[str] | None = set()
     for key, spec in specs.items():
         if spec is None:
@@ -232,7 +247,7 @@ def reward_digests(run: Run, prepared: Prepared) -> dict[str, str]:
             continue
         columns = None if columns is None or spec not in COLUMNS else {*columns, *COLUMNS[spec]}
     if columns is None or columns:
-        wanted = {replace(t.ids[0].row, turn=None) for trees in read.values() for t in trees}
+        wanted = {replace(tree.ids[0].row, turn=None) for tree in read}
         found["rows"] = _rows_digest(wanted, columns)
     return found
 

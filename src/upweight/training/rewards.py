@@ -35,7 +35,8 @@ Unchecked = Callable[[str, str, Row], object]
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A response to score, with its prompt as text and the row of the data that it answers."""
+    """A response to score, with its prompt as text (of a conversation the last message before it)
+    and the row of the data that it answers."""
 
     prompt: str
     response: str
@@ -62,7 +63,8 @@ def score_responses(spec: str, items: Sequence[Sampled]) -> list[float]:
 def open_reward(spec: str, *, timeout_seconds: float = 60.0, batch_size: int = 64) -> Scorer:
     """A name in REWARDS, a user's "path/to/file.py:function", or "http://..." of an endpoint.
 
-    The file is run when it is opened, once. An endpoint gets POST {"items": [{"prompt",
+    Of a conversation `prompt` is the last message before the response alone: the whole of it stands
+    in the row. The file is run when it is opened, once. An endpoint gets POST {"items": [{"prompt",
     "response", "row"}, ...]}, at most `batch_size` at a time, what JSON has no form for as its
     text, and answers {"rewards": [...]} in that order. Raises RewardError, here for a spec that
     is not one of these, and when scoring for a reward that fails or is no finite number.
@@ -177,10 +179,10 @@ def _score_remotely(
 
 
 def _posted(url: str, timeout_seconds: float, batch: Sequence[Sampled]) -> list[object]:
-    items = [{"prompt": i.prompt, "response": i.response, "row": dict(i.row)} for i in batch]
+    items = [{"prompt": i.prompt, "response": i.response, "row": i.row} for i in batch]
     request = urllib.request.Request(
         url,
-        data=json.dumps({"items": items}, default=str).encode(),
+        data=json.dumps({"items": _as_json(items)}, allow_nan=False).encode(),
         headers={"Content-Type": "application/json"},
         method="POST",
     )
@@ -210,6 +212,21 @@ def _posted(url: str, timeout_seconds: float, batch: Sequence[Sampled]) -> list[
             f'{url} answered {_shown(body, 200)}, which is not {{"rewards": [...]}} in JSON.'
         )
     return rewards
+
+
+def _as_json(value: Any) -> Any:
+    """`value` with a text in the place of what JSON has no form for, as nan, infinity and dates."""
+    match value:
+        case Mapping():
+            return {str(key): _as_json(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_as_json(item) for item in value]
+        case float() if not math.isfinite(value):
+            return str(value)
+        case None | bool() | int() | float() | str():
+            return value
+        case _:
+            return str(value)
 
 
 def vader(prompt: str, response: str, row: Row) -> float:
@@ -261,10 +278,11 @@ def _answer(row: Row) -> str:
     return str(row["answer"])
 
 
-# A minus that follows a word or a number subtracts, as in 16-3; a comma belongs to a number only
-# before exactly three digits; a fraction has a denominator that is not 0.
+# A minus that follows a word or a number subtracts, as in 16-3, and one before a space is a dash;
+# a comma belongs to a number only before exactly three digits; a fraction has a denominator that is
+# not 0.
 _NUMBER = (
-    r"(?P<minus>(?<![\w.)\]])[-\u2212])?\s?\$?\s?"
+    r"(?P<minus>(?<![\w.)\]])[-\u2212](?=\$|\.?[0-9]))?\$?\s?"
     r"(?P<size>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9.])\.[0-9]+)"
     r"(?:/(?P<below>0*[1-9][0-9]*)(?![0-9]|\.[0-9]))?"
 )
@@ -277,7 +295,8 @@ def final_number(text: str) -> Fraction | None:
     """The number on the last line "#### 42", or else the last number of the text; None without.
 
     Thousands may have commas, a currency sign and a final dot do not matter, and a/b is a
-    fraction. "#### Step 2" is a heading and no answer. More than 1000 digits are no number.
+    fraction; a dash with a space behind it is no minus. "#### Step 2" is a heading and no answer.
+    More than 1000 digits are no number.
     """
     found = list(_MARKED.finditer(text)) or list(_ANYWHERE.finditer(text))
     if not found or found[-1].end() - found[-1].start() > _MOST_DIGITS:

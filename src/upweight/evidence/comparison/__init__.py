@@ -15,7 +15,7 @@ from upweight.evidence.comparison.nouns import (
     Taught,
 )
 from upweight.evidence.comparison.page import render, write_comparison
-from upweight.evidence.comparison.read import read_study
+from upweight.evidence.comparison.read import read_method, read_study
 
 __all__ = [
     "ROWS",
@@ -28,6 +28,7 @@ __all__ = [
     "Study",
     "Taught",
     "claim",
+    "read_method",
     "read_study",
     "render",
     "write_comparison",

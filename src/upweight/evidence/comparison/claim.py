@@ -45,9 +45,10 @@ class Facing:
 
 
 MARGIN = 0.1
-"""Of the rewards that both frontiers cover where they are compared, from the least to the greatest:
-who gains nine tenths of what another method gains, at the same KL, has not chosen wrongly. A share
-and no number, since rewards have no unit in common."""
+"""Of what the better of both gains where they are compared: who gains nine tenths of what another
+method gains, at the same KL, has not chosen wrongly. A share and no number, since rewards have no
+unit in common. Of a gain: where both lose reward, the range of what they lost is no room to lose
+more."""
 
 
 def claim(methods: Sequence[Method], start: Start | None = None) -> Claim:
@@ -57,8 +58,9 @@ def claim(methods: Sequence[Method], start: Start | None = None) -> Claim:
     at KL 0 if it is given; they are compared where either has an evaluation, within the KL that
     both reach. False: somewhere below, by the whole interval of the difference. True: nowhere
     below by more than MARGIN, by the whole interval at every place. None: neither is shown, though
-    one may be above at some KL, or there is nothing to compare. Of several runs of DPO or PPO every
-    pair is compared: False if one is, True if all are that can be compared.
+    one may be above at some KL, or neither gains anything, or there is nothing to compare. Of
+    several runs of DPO or PPO every pair is compared: False if one is, True if all are that can be
+    compared.
 
     The intervals hold at all places of all pairs together, in 95 of 100 comparisons. They have in
     them what the sampling of KL makes uncertain, as far as a frontier's slope turns it into reward.
@@ -103,6 +105,7 @@ _WHOSE = {
     "below": "below PPO's at equal KL",
     "not below": "not below PPO's at equal KL",
     "above at some KL": "above PPO's at some KL, and not shown either way elsewhere,",
+    "without a gain": "without a gain, as is PPO's,",
     "not shown to differ": "not shown to differ from PPO's at equal KL",
 }
 """What a pair shows, and how a sentence over several goes on with it."""
@@ -111,10 +114,10 @@ _WHOSE = {
 def _facing(dpo: Method, ppo: Method, start: Start | None) -> Facing:
     ours, theirs = knots(dpo, start), knots(ppo, start)
     gaps = compared(_with_kl(ours), _with_kl(theirs))
-    low, high = max(ours[0].kl, theirs[0].kl), min(ours[-1].kl, theirs[-1].kl)
-    places = [low, *(gap.kl for gap in gaps), high]
-    rewards = [at(frontier, kl).value for frontier in (ours, theirs) for kl in places]
-    return Facing(dpo, ppo, ours, theirs, gaps, MARGIN * (max(rewards) - min(rewards)))
+    low = max(ours[0].kl, theirs[0].kl)
+    places = [low, *(gap.kl for gap in gaps)]
+    gains = [at(f, kl).value - at(f, low).value for f in (ours, theirs) for kl in places]
+    return Facing(dpo, ppo, ours, theirs, gaps, MARGIN * max(gains))
 
 
 def _of_two(facing: Facing, times: float) -> Pair:
@@ -125,7 +128,7 @@ def _of_two(facing: Facing, times: float) -> Pair:
         return Pair(*names, False, None, said)
     gaps = [Gap(each.kl, _wider(each.gap, times)) for each in facing.gaps]
     holds, in_part, said = _said(gaps, max(ours[0].kl, theirs[0].kl), facing.margin)
-    return Pair(*names, True, holds, said, in_part)
+    return Pair(*names, True, holds, said, in_part, gained=facing.margin > 0)
 
 
 def _wider(found: Interval, times: float) -> Interval:
@@ -150,8 +153,17 @@ def _said(gaps: Sequence[Gap], low: float, margin: float) -> tuple[bool | None, 
             False,
             f"below PPO's: at KL {number(worst.kl)} its reward is {_by(worst)} lower{crossing}",
         )
+    widest = max(gaps, key=lambda g: abs(g.gap.value))
+    if not margin > 0:
+        return (
+            None,
+            False,
+            f"without a gain, as is PPO's: {where} neither earns more than where both begin, so "
+            f"that neither is worth its KL; the largest difference in reward is {_signed(widest)}, "
+            f"at KL {number(widest.kl)}",
+        )
     least = min(gaps, key=lambda g: g.gap.low)
-    allowed = f"{number(margin)} (a tenth of the rewards that both cover there)"
+    allowed = f"{number(margin)} (a tenth of what the better gains there)"
     if all(g.gap.low > -margin for g in gaps):
         higher = ""
         if best is not None:
@@ -168,7 +180,6 @@ def _said(gaps: Sequence[Gap], low: float, margin: float) -> tuple[bool | None, 
             f"difference is {_signed(least)}, and that it is lower by more than {allowed} is not "
             "ruled out",
         )
-    widest = max(gaps, key=lambda g: abs(g.gap.value))
     return (
         None,
         False,

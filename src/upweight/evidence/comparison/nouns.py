@@ -97,7 +97,7 @@ class Start:
 class Pair:
     """A run of DPO and one of PPO, by their names. `said` ends a sentence that begins "DPO's
     frontier is", or says why the two are not `compared`. `in_part`: DPO's is above at some KL, and
-    elsewhere nothing is shown."""
+    elsewhere nothing is shown. `gained`: one of them earns more somewhere than where both begin."""
 
     dpo: str
     ppo: str
@@ -105,10 +105,13 @@ class Pair:
     holds: bool | None
     said: str
     in_part: bool = False
+    gained: bool = True
 
     @property
     def way(self) -> str:
         """What is shown, in a few words."""
+        if self.holds is None and not self.gained:
+            return "without a gain"
         if self.holds is None:
             return "above at some KL" if self.in_part else "not shown to differ"
         return "not below" if self.holds else "below"

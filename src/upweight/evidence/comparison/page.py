@@ -177,6 +177,7 @@ _PAIR = {
     "not below": ("good", "▲"),
     "below": ("bad", "▼"),
     "above at some KL": ("unclear", "△"),
+    "without a gain": ("unclear", "◆"),
     "not shown to differ": ("unclear", "◆"),
 }
 _NOT_COMPARED = ("unknown", "○")
@@ -338,10 +339,10 @@ def _measured(study: Study) -> str:
         "What is uncertain of a KL is in the interval of a difference too: the slope of its "
         "frontier, over all its evaluations by the root of KL, turns it into reward.",
         "That DPO is not below PPO is said where the whole interval of the difference lies, at "
-        f"every place, above minus {percent(MARGIN)} of the rewards that both frontiers cover "
-        "where they are compared: rewards have no unit in common, and who has nine tenths of the "
-        "gain at the same KL has not chosen wrongly. That it is below is said where the whole "
-        "interval lies below 0, at one place or more.",
+        f"every place, above minus {percent(MARGIN)} of what the better of both gains where "
+        "they are compared: rewards have no unit in common, and who has nine tenths of the gain at "
+        "the same KL has not chosen wrongly. Where neither gains it is not said. That it is below "
+        "is said where the whole interval lies below 0, at one place or more.",
         "Every place that was looked at is a chance to be wrong, so the intervals of differences "
         "are widened (Bonferroni, by the normal distribution) until all of them hold together with "
         "95 % confidence. Intervals in the plot and the tables are of 95 % each for itself.",

@@ -34,7 +34,7 @@ def read_study(folder: Path) -> Study:
         title=whole.text("title"),
         reward=whole.text("reward"),
         start=Start(_number(start, "reward"), _number(start, "low"), _number(start, "high")),
-        methods=tuple(map(_method, whole.objects("methods"))),
+        methods=tuple(map(read_method, whole.objects("methods"))),
         budget=whole.text("budget"),
         machine=whole.text("machine"),
         seconds=whole.number("seconds"),
@@ -55,6 +55,7 @@ def _pair(entry: JsonObject) -> Pair:
         holds=_holds(entry),
         said=entry.text("said"),
         in_part=entry.fields.get("in_part") is True,
+        gained=entry.fields.get("gained") is not False,
     )
 
 
@@ -72,7 +73,8 @@ def _holds(entry: JsonObject) -> bool | None:
     return found
 
 
-def _method(entry: JsonObject) -> Method:
+def read_method(entry: JsonObject) -> Method:
+    """A method as `asdict` writes it, with null where a number is not known."""
     return Method(
         name=entry.text("name"),
         objective=entry.text("objective"),
