@@ -327,6 +327,14 @@ def test_pairs_are_too_easy_by_their_margins_where_labels_are_smoothed():
     assert codes(moving(), [record(step, **solved) for step in range(1, 20)]) == ["UW306"]
 
 
+def test_what_a_distance_costs_is_told_by_the_coefficient_that_a_round_was_made_with():
+    """policy.kl_target moves it: advice by the one that was set would be the opposite."""
+    (found,) = moving().after(evaluation(4, kl=80.0, kl_low=60.0, beta=0.001))
+    assert "loss.beta has come to 0.001 (policy.kl_target), at which" in found.said
+    (found,) = moving().after(evaluation(4, kl=80.0, kl_low=60.0, beta=0.9))
+    assert "which would hold it" in found.said
+
+
 def test_a_policy_far_from_its_reference_is_reported_by_the_lower_end_of_the_interval():
     assert codes(moving(), [evaluation(4, kl=80.0, kl_low=60.0)]) == ["UW308"]
     assert codes(moving(), [evaluation(4, kl=80.0, kl_low=40.0)]) == []

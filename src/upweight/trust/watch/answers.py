@@ -123,12 +123,15 @@ def far_from_the_reference(seen: Seen, record: Record) -> Finding | None:
     imitated ask for that."""
     if seen.told.imitates or not record.get("kl_low", math.nan) > seen.limits.kl:
         return None
-    beta, kl = seen.told.beta, record["kl"]
+    beta, kl = record.get("beta", seen.told.beta), record["kl"]
+    told = f"loss.beta is {beta:g}"
+    if beta != seen.told.beta:
+        told = f"loss.beta has come to {beta:g} (policy.kl_target)"
     # Below one nat of reward the objective hardly feels the distance.
     cause = (
-        f"loss.beta is {beta:g}, at which that distance costs {beta * kl:.2g} of reward: raise it"
+        f"{told}, at which that distance costs {beta * kl:.2g} of reward: raise it"
         if beta * kl < 1
-        else f"loss.beta is {beta:g}, which would hold it, so the steps are too large: lower "
+        else f"{told}, which would hold it, so the steps are too large: lower "
         "optimizer.learning_rate"
     )
     return Finding(
