@@ -7,7 +7,10 @@ from typing import Any
 
 from upweight.evidence.comparison import Claim, Method, Point, Start, Study
 
-START = Start(0.2, 0.15, 0.25)
+MANY = 10_000
+"""So many prompts that Student's distribution is the normal one, to a 5,000th."""
+
+START = Start(0.2, 0.15, 0.25, MANY)
 
 
 def point(
@@ -16,8 +19,8 @@ def point(
     kl, reward = float(kl), float(reward)
     kls = {"kl_low": kl - kl_half, "kl_high": kl + kl_half}
     rewards = {"reward_low": reward - half, "reward_high": reward + half}
-    return Point(**{"step": step, "kl": kl, "reward": reward, "length": 30.0 + step}
-                 | kls | rewards | rest)  # fmt: skip
+    base = {"step": step, "kl": kl, "reward": reward, "length": 30.0 + step, "num_prompts": MANY}
+    return Point(**base | kls | rewards | rest)
 
 
 def method(objective: str, *points: Point, **rest: Any) -> Method:

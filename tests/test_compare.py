@@ -65,6 +65,9 @@ def test_each_method_is_judged_on_the_same_prompts_from_the_same_start():
     (best,) = methods["best of 3"]["points"]
     assert best["kl"] == pytest.approx(math.log(3) - 2 / 3)
     assert found["start"]["low"] <= found["start"]["reward"] <= found["start"]["high"]
+    of_each = [found["start"], *(p for m in methods.values() for p in m["points"])]
+    assert [each["num_prompts"] for each in of_each] == [6] * 6 and found["claim"]["places"]
+    assert found["claim"]["num_prompts"] == 6
     assert all(methods[name]["tokens"] > 0 for name in ("dpo", "ppo", "best of 3"))
     page = Path("out/comparison.html").read_text()
     assert "Small letters" in page and "best of 3" in page

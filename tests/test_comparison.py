@@ -129,7 +129,9 @@ def test_every_text_is_escaped_and_the_page_loads_nothing():
 
 def test_bounds_that_are_not_known_are_left_out(tmp_path: Path):
     nan = dict.fromkeys(("kl_low", "kl_high", "reward_low", "reward_high"), math.nan)
-    found = study(method("dpo", point(1, 1.5, 0.4, **nan)), start=Start(0.2, math.nan, math.nan))
+    found = study(
+        method("dpo", point(1, 1.5, 0.4, **nan)), start=Start(0.2, math.nan, math.nan, 48)
+    )
     whole = json.loads(json.dumps(asdict(found)))
     for entry in (whole["start"], whole["methods"][0]["points"][0]):
         for key in entry:
@@ -225,6 +227,9 @@ def test_the_level_is_the_kl_that_dpo_and_ppo_both_reached():
         (lambda w: w["claim"].update(holds="yes"), "true, false or null"),
         (lambda w: w["methods"][0].update(tokens=-1), "tokens"),
         (lambda w: w["methods"][0]["points"][0].pop("kl"), "kl"),
+        (lambda w: w["methods"][0]["points"][0].pop("num_prompts"), "num_prompts"),
+        (lambda w: w["start"].update(num_prompts=8.5), "num_prompts"),
+        (lambda w: w["claim"].pop("num_prompts"), "num_prompts"),
     ],
 )
 def test_a_malformed_record_is_named(tmp_path: Path, change: Any, message: str):
@@ -381,7 +386,7 @@ def test_the_page_says_how_sure_the_verdict_is_below_it_and_that_training_was_on
     found = study(*methods, claim=claim(methods, START))
     head = render(found).split("<nav")[0]
     assert "compared at 3 places; the intervals, which have the sampling of rewards and" in head
-    assert "of KL in them, are 1.22 times as wide" in head
+    assert "of KL in them, are 1.22 times as wide as a bootstrap of 10,000 prompts alone" in head
     assert "trained once, with one seed" in head
     assert "Bonferroni" in render(found) and "prompt by prompt" in render(found)
 

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upweight.stats import accuracy_interval, mean_interval, sign_test, wilson_interval
+from upweight.stats import (
+    accuracy_interval,
+    mean_interval,
+    sign_test,
+    t_quantile,
+    wilson_interval,
+)
 
 
 def test_wilson_solves_its_own_equation():
@@ -110,6 +116,32 @@ def test_a_few_prompts_say_nothing_about_the_spread():
     assert interval.value == pytest.approx(7 / 3)
     six = mean_interval([*values, 3.0], [*prompts, 5])
     assert six.low < six.value < six.high
+
+
+@pytest.mark.parametrize(
+    ("freedom", "share", "t"),
+    [
+        # Abramowitz and Stegun 1964, table 26.10, has three decimals; those with more by closed
+        # forms: tan(pi (p - 1/2)) with one degree of freedom, (2p - 1) / sqrt(2p (1 - p)) with two.
+        (1, 0.975, math.tan(math.pi * 0.475)),
+        (2, 0.975, 0.95 / math.sqrt(2 * 0.975 * 0.025)),
+        (5, 0.975, 2.571),
+        (5, 0.9995, 6.869),
+        (7, 0.975, 2.365),
+        (7, 0.995, 3.499),
+        (8, 0.995, 3.355),
+        (15, 0.975, 2.131),
+        (30, 0.995, 2.750),
+        (120, 0.975, 1.980),
+        (20_000, 0.975, 1.959964),
+    ],
+)
+def test_students_quantiles_are_those_of_the_tables(freedom: int, share: float, t: float):
+    assert t_quantile(share, freedom) == pytest.approx(t, abs=5e-4 if freedom > 2 else 1e-9)
+
+
+def test_half_of_students_t_is_below_0():
+    assert [t_quantile(0.5, n) for n in (1, 2, 7)] == pytest.approx([0, 0, 0], abs=1e-12)
 
 
 def test_sign_test_is_the_binomial_tail():

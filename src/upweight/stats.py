@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -102,6 +103,35 @@ def wilson_interval(share: float, n: float | int, *, level: float = 0.95) -> Int
     low, high = max(0.0, centre - half), min(1.0, centre + half)
     # At 0 and 1 the bound equals the share; rounding must not push it past.
     return Interval(share, min(low, share), max(high, share))
+
+
+@lru_cache
+def t_quantile(share: float, freedom: int) -> float:
+    """What Student's t with so many degrees of freedom stays below with a probability `share` of
+    at least one half.
+
+    By halving the angle atan(t / sqrt(freedom)), in which |t|'s distribution is a finite sum:
+    Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        if _within(angle, freedom) < 2 * share - 1:
+            low = angle
+        else:
+            high = angle
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _within(angle: float, freedom: int) -> float:
+    """P(|t| <= sqrt(freedom) tan(angle))."""
+    squared, total = math.cos(angle) ** 2, 0.0
+    term = math.cos(angle) if freedom % 2 else 1.0
+    for power in range(freedom % 2, freedom - 1, 2):
+        total += term
+        term *= (power + 1) / (power + 2) * squared
+    total *= math.sin(angle)
+    return (angle + total) * 2 / math.pi if freedom % 2 else total
 
 
 def sign_test(num_better: int, num_worse: int) -> float:

@@ -147,7 +147,8 @@ def _drawn(method: Method, run: Run) -> Measured:
     bound = math.log(method.num) - (method.num - 1) / method.num
     times_read = 1 + is_judge(run.rollout.reward)
     length = sum(len(tree.responses[0]) for tree in best) / len(best)
-    point = scored.Point(method.num, bound, 0.0, bound, found.value, found.low, found.high, length)
+    reward = (found.value, found.low, found.high)
+    point = scored.Point(method.num, bound, 0.0, bound, *reward, length, len(asked))
     num, drew = len(trees), sum(len(tree.responses) for tree in trees)
     shown = scored.Method(
         method.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,15 @@ def told(method: Method) -> str:
 
 def measured(method: Method, run: Run, out: Path, failed: str | None = None) -> Measured:
     """What the records of a method's run say, also where it `failed` on its way."""
-    # Not there yet where the evaluation before step 1 failed.
-    metrics = out / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    records = [json.loads(line) for line in lines]
+    records = _lines_of(out / "metrics.jsonl")
+    answers = _lines_of(out / "samples.jsonl")
+    asked = Counter(answer["step"] for answer in answers if answer["set"] == PROMPTS)
     points = [
-        scored.Point(r["step"], **{key: math.nan if r[key] is None else r[key] for key in POINT})
+        scored.Point(
+            r["step"],
+            **{key: math.nan if r[key] is None else r[key] for key in POINT},
+            num_prompts=asked[r["step"]],
+        )
         for r in records
         if r["kind"] == "eval" and r["set"] == PROMPTS and "reward" in r and "kl" in r
     ]
@@ -62,8 +66,16 @@ def measured(method: Method, run: Run, out: Path, failed: str | None = None) -> 
         _taught(method, out, steps, spent) if steps else None,
         tuple(_noticed(r) for r in records if r["kind"] == "warning"),
     )
-    start = first and scored.Start(first.reward, first.reward_low, first.reward_high)
+    start = first and scored.Start(
+        first.reward, first.reward_low, first.reward_high, first.num_prompts
+    )
     return Measured(shown, start, beginning_of(out) if KINDS[run.objective].answers else None)
+
+
+def _lines_of(file: Path) -> list[dict[str, Any]]:
+    """No lines where the file is not there yet, as where the evaluation before step 1 failed."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def _noticed(record: Mapping[str, Any]) -> scored.Noticed:

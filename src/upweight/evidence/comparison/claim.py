@@ -62,8 +62,9 @@ def claim(methods: Sequence[Method], start: Start | None = None) -> Claim:
     several runs of DPO or PPO every pair is compared: False if one is, True if all are that can be
     compared.
 
-    The intervals hold at all places of all pairs together, in 95 of 100 comparisons. They have in
-    them what the sampling of KL makes uncertain, as far as a frontier's slope turns it into reward.
+    The intervals hold at all places of all pairs together, in 95 of 100 comparisons, also where few
+    prompts were asked. They have in them what the sampling of KL makes uncertain, as far as a
+    frontier's slope turns it into reward.
     """
     of = {name: _of(methods, name.lower()) for name in ("DPO", "PPO")}
     for name, found in of.items():
@@ -71,12 +72,19 @@ def claim(methods: Sequence[Method], start: Start | None = None) -> Claim:
             return Claim(None, f"DPO and PPO are not compared: {_why_not(methods, name)}.")
     facing = [_facing(dpo, ppo, start) for dpo in of["DPO"] for ppo in of["PPO"]]
     places = sum(len(each.gaps) for each in facing)
-    pairs = tuple(_of_two(each, widening(places)) for each in facing)
+    num_prompts = _fewest_asked([*of["DPO"], *of["PPO"]], start)
+    pairs = tuple(_of_two(each, widening(places, num_prompts)) for each in facing)
     if len(pairs) == 1:
-        return Claim(pairs[0].holds, _alone(pairs[0]), pairs, places)
+        return Claim(pairs[0].holds, _alone(pairs[0]), pairs, places, num_prompts)
     shown = {pair.holds for pair in pairs if pair.compared}
     holds = False if False in shown else (True if shown == {True} else None)
-    return Claim(holds, _of_all(pairs), pairs, places)
+    return Claim(holds, _of_all(pairs), pairs, places, num_prompts)
+
+
+def _fewest_asked(methods: Sequence[Method], start: Start | None) -> int:
+    """The prompts of the evaluation that has the fewest: no interval is known better."""
+    asked = [point.num_prompts for method in methods for point in method.points]
+    return min(asked if start is None else [*asked, start.num_prompts])
 
 
 def _alone(pair: Pair) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from upweight.stats import Interval
+from upweight.stats import FEWEST, Interval, t_quantile
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
     """A policy as it was evaluated after `step`: its true reward and its sampled KL, in nats per
-    answer, with their 95 % intervals (nan where not known), and its answers' mean tokens.
+    answer, with their 95 % bootstrap intervals over `num_prompts` prompts (nan where not known),
+    and its answers' mean tokens.
 
     The answers of best-of-n have `step` n, and their KL is no estimate but a bound from above.
     """
@@ -24,6 +26,7 @@ class Point:
     reward_low: float
     reward_high: float
     length: float
+    num_prompts: int
 
     @property
     def kl_interval(self) -> Interval:
@@ -86,11 +89,12 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What the policy that every method starts from earns, at KL 0."""
+    """What the policy that every method starts from earns, at KL 0, over `num_prompts` prompts."""
 
     reward: float
     low: float
     high: float
+    num_prompts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +121,20 @@ class Pair:
         return "not below" if self.holds else "below"
 
 
-def widening(places: int) -> float:
-    """z(1 - 0.05/(2m)) / z(1 - 0.05/2): how many times as wide as one of 95 % for itself each of m
-    intervals is where all m are to hold together in 95 of 100 cases; z is the normal quantile.
+def widening(places: int, num_prompts: int) -> float:
+    """sqrt(n/(n-1)) t(1 - 0.05/(2m)) / z(1 - 0.05/2): how many times as wide as a bootstrap of n
+    prompts has it for itself each of m intervals is where all m are to hold together in 95 of 100
+    cases; t is Student's quantile with n - 1 degrees of freedom, and z the normal one.
 
+    A percentile bootstrap's bounds are z of its own standard error away, which is too small by
+    sqrt((n-1)/n), and as uncertain as the spread of n prompts: Hesterberg 2015, "What teachers
+    should know about the bootstrap" (arXiv:1411.5279), who takes percentiles that are further out.
     Dunn 1961, "Multiple comparisons among means", JASA 56, with Bonferroni's inequality: it asks
     nothing of how the m estimates depend on each other, only that each is about normal.
     """
-    z = NormalDist().inv_cdf
-    return z(1 - 0.05 / (2 * max(1, places))) / z(1 - 0.05 / 2)
+    n = max(FEWEST, num_prompts)  # of fewer no bounds are known
+    together = t_quantile(1 - 0.05 / (2 * max(1, places)), n - 1)
+    return math.sqrt(n / (n - 1)) * together / NormalDist().inv_cdf(1 - 0.05 / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,28 +142,39 @@ class Claim:
     """Whether DPO's frontier is not below PPO's at equal KL; None where neither is shown.
 
     `said` is the verdict over all `pairs`; `places` is at how many evaluations they were compared,
-    which all hold together in 95 of 100 cases.
+    which all hold together in 95 of 100 cases, and `num_prompts` how many each was asked at least.
     """
 
     holds: bool | None
     said: str
     pairs: tuple[Pair, ...] = ()
     places: int = 0
+    num_prompts: int = 0
 
     @property
     def sure(self) -> str:
         """How sure the verdict is, as a sentence; '' where nothing was compared."""
         if not self.places:
             return ""
+        where = "one place" if self.places == 1 else f"{self.places} places"
+        if self.num_prompts < FEWEST:
+            return (
+                f"The frontiers were compared at {where}, by {self.num_prompts} prompts: of fewer "
+                f"than {FEWEST} no interval is known."
+            )
+        wider = (
+            f"{widening(self.places, self.num_prompts):.2f} times as wide as a bootstrap of "
+            f"{self.num_prompts:,} prompts alone"
+        )
         if self.places == 1:
             return (
-                "The frontiers were compared at one place, with an interval of 95 % that has the "
-                "sampling of rewards and of KL in it."
+                "The frontiers were compared at one place; the interval, which has the sampling of "
+                f"rewards and of KL in it, is {wider}, so that it holds with 95 % confidence."
             )
         return (
-            f"The frontiers were compared at {self.places} places; the intervals, which have the "
-            f"sampling of rewards and of KL in them, are {widening(self.places):.2f} times as wide "
-            "as one place alone would need, so that all of them hold together with 95 % confidence."
+            f"The frontiers were compared at {where}; the intervals, which have the sampling of "
+            f"rewards and of KL in them, are {wider}, so that all of them hold together with 95 % "
+            "confidence."
         )
 
     @property

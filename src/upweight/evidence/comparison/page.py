@@ -343,9 +343,11 @@ def _measured(study: Study) -> str:
         "they are compared: rewards have no unit in common, and who has nine tenths of the gain at "
         "the same KL has not chosen wrongly. Where neither gains it is not said. That it is below "
         "is said where the whole interval lies below 0, at one place or more.",
-        "Every place that was looked at is a chance to be wrong, so the intervals of differences "
-        "are widened (Bonferroni, by the normal distribution) until all of them hold together with "
-        "95 % confidence. Intervals in the plot and the tables are of 95 % each for itself.",
+        "Every place that was looked at is a chance to be wrong, and the spread of few prompts is "
+        "itself uncertain, so the intervals of differences are widened (Bonferroni, by Student's "
+        "distribution; Hesterberg 2015, arXiv:1411.5279) until all of them hold together with 95 % "
+        "confidence. Intervals in the plot and the tables are the bootstrap's, each for itself; "
+        "those of fewer than some 40 prompts are narrower than 95 % asks for.",
         *_below_zero(study),
         f"Budget: {study.budget}. Machine: {study.machine}. Training, in all: "
         f"{duration(study.seconds)}.",

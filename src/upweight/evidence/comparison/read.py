@@ -33,7 +33,12 @@ def read_study(folder: Path) -> Study:
     return Study(
         title=whole.text("title"),
         reward=whole.text("reward"),
-        start=Start(_number(start, "reward"), _number(start, "low"), _number(start, "high")),
+        start=Start(
+            _number(start, "reward"),
+            _number(start, "low"),
+            _number(start, "high"),
+            start.whole("num_prompts"),
+        ),
         methods=tuple(map(read_method, whole.objects("methods"))),
         budget=whole.text("budget"),
         machine=whole.text("machine"),
@@ -43,6 +48,7 @@ def read_study(folder: Path) -> Study:
             said.text("said"),
             tuple(map(_pair, said.objects("pairs"))),
             said.whole("places"),
+            said.whole("num_prompts"),
         ),
     )
 
@@ -114,6 +120,7 @@ def _point(entry: JsonObject) -> Point:
         reward_low=_number(entry, "reward_low"),
         reward_high=_number(entry, "reward_high"),
         length=_number(entry, "length"),
+        num_prompts=entry.whole("num_prompts"),
     )
 
 
