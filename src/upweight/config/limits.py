@@ -89,7 +89,7 @@ class Watch(Section):
     patience: Count = Field(
         default=64,
         description="Steps in which no answer earns more than those that it is compared with, or a "
-        "part of the value model stands still: then a run is refused (UW103).",
+        "layer of the value model stands still: then a run is refused (UW103).",
     )
     displaced: NotNegative = Field(
         default=0.5,

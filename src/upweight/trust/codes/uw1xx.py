@@ -108,9 +108,9 @@ PAGES: tuple[Page, ...] = (
             "updates were too small for the weights to hold. Refused as well: weights that move by "
             "their decay alone, and layers in which nothing has moved while `watch.moved` of what "
             "else can move has, which is looked at until it is so: the first factor of an adapter "
-            "stands still for as long as the second is 0. So are layers of a value model, or its "
-            "head, after `watch.patience` steps or at the last one: nothing reaches the layers "
-            "before the head, which starts as 0, has moved, nor while all values are clipped. And "
+            "stands still for as long as the second is 0. So is a value model whose head stands "
+            "still and, after `watch.patience` steps or at the last one, one with such layers: "
+            "what reaches these passes the head, which starts as 0. And "
             "a run that learns from its own answers, of which in so many steps none earned more "
             "than another to its prompt or, in PPO, than any other."
         ),

@@ -33,8 +33,9 @@ RECENT = 8
 LAYER = re.compile(r"\w+\.\d+(?=\.)")
 """The first part of a parameter's name that counts: layers.3, h.11, block.0."""
 
-VALUES = "value."
-"""What the names of a value model's parameters begin with."""
+VALUES, HEAD = "value.", "value.head"
+"""What the names of a value model's parameters begin with, and what is said of those that are in
+none of its layers."""
 
 FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 """What peft calls the two factors of an adapter."""
@@ -100,11 +101,11 @@ class Told:
 class Seen:
     """`moved` is the share of the policy's weights that have moved since `start`, None before the
     first step; neither those of `still` count, the layers in which none has, nor those that cannot
-    have moved. `still` has those of a value model too. `learns` says that some have, and `judged`
-    that the layers were looked at too. `start` are some of the weights of `trained` as they were.
-    `taught`: rewards have told answers apart, or the run has
-    none that could. `first` is the first training record. `own` are the policy's log-probs of a row
-    when they were asked for first."""
+    have moved. `still` has those of a value model too. `looks` is how often that was asked.
+    `learns` says that some have, and `judged` that the layers were looked at too. `start` are some
+    of the weights of `trained` as they were. `taught`: rewards have told answers apart, or the run
+    has none that could. `first` is the first training record. `own` are the policy's log-probs of a
+    row when they were asked for first."""
 
     lm: LanguageModel
     limits: Limits
@@ -114,6 +115,7 @@ class Seen:
     recent: deque[Record] = field(default_factory=lambda: deque[Record](maxlen=RECENT))
     orders: Orders = field(default_factory=Orders)
     moved: float | None = None
+    looks: int = 0
     still: list[str] = field(default_factory=list[str])
     learns: bool = False
     judged: bool = False
@@ -132,10 +134,11 @@ class Seen:
         if self.moved is None or not self.judged:
             now = some_weights(self.trained)
             self.moved, self.still = _share_moved(self.start, now)
+            self.looks += 1
 
     def look_again(self) -> None:
         """Whether the weights move is asked anew, of the next step."""
-        self.moved, self.start = None, some_weights(self.trained)
+        self.moved, self.start, self.looks = None, some_weights(self.trained), 0
 
     def says_something_else(self) -> bool:
         """Whether the policy gives most tokens of a row other log-probs than when this was asked
@@ -209,7 +212,7 @@ def _layer(name: str) -> str | None:
     found = LAYER.search(name)
     if not name.startswith(VALUES):
         return found.group() if found else None
-    return VALUES + (found.group() if found else "head")
+    return VALUES + found.group() if found else HEAD
 
 
 def _is_held(name: str, weights: Mapping[str, Tensor]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from upweight.trust.finding import Finding
-from upweight.trust.watch.seen import VALUES, Record, Seen
+from upweight.trust.watch.seen import HEAD, VALUES, Record, Seen
 
 
 def nothing_learns(seen: Seen, record: Record) -> Finding | None:
@@ -36,10 +36,11 @@ def _some_do_not(seen: Seen, record: Record) -> Finding | None:
     # looked at after the next steps too, which may be larger.
     if seen.still and seen.moved < seen.limits.moved:
         return None
-    # A value head starts as 0: nothing reaches the layers below it before it has moved, nor while
-    # it has moved beyond policy.value_clip.
-    waiting = _is_early(seen, record)
-    still = [layer for layer in seen.still if not (waiting and layer.startswith(VALUES))]
+    # Nothing reaches the layers below a value head, which starts as 0, before the step after it has
+    # moved, little at first, and nothing while all values are clipped.
+    heard = seen.looks > 1 and record.get("grad_norm/value", 0.0) > 0
+    judged = heard and not _is_early(seen, record)
+    still = [x for x in seen.still if judged or x == HEAD or not x.startswith(VALUES)]
     seen.judged = still == seen.still
     if not still:
         return None
