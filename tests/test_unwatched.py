@@ -51,6 +51,18 @@ def test_a_run_that_holds_nothing_out_says_what_nobody_looks_at(objective: str, 
     assert "Set evaluation.fraction" in said
 
 
+def test_prompts_alone_hold_no_pairs_out():
+    even_odds_to_stop()
+    write_rows("prompts.jsonl", [{"prompt": f"another question {i}"} for i in range(8)])
+    prompts = {"evaluation.prompt_files": ["prompts.jsonl"]}
+    (said,) = unwatched(**prompts)
+    assert said.startswith("no pairs are held out") and codes(said) == ["UW306"]
+    assert "Set evaluation.fraction" in said
+    said, few = unwatched(**prompts, **{"evaluation.samples": 3})
+    assert codes(said) == ["UW306"] and codes(few) == ["UW305", "UW308"]
+    assert unwatched(**prompts, **HELD_OUT) == unwatched(objective="sft", **prompts) == ()
+
+
 @pytest.mark.parametrize(
     ("options", "words", "unseen"),
     [

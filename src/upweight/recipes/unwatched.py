@@ -8,7 +8,7 @@ from dataclasses import replace
 from upweight.config import Run
 from upweight.models.sample import Sample
 from upweight.recipes.best import samples_are_the_policys
-from upweight.recipes.kinds import KINDS
+from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.prepare import Prepared
 from upweight.recipes.reference import answered_sets, sampled_trees
 from upweight.recipes.screen import Screen
@@ -33,14 +33,19 @@ def before_step_1(run: Run, prepared: Prepared) -> list[str]:
         unseen = of_answers if kind.answers else []
         unseen += [HELD_OUT] if kind.rows == "preferences" else []
         return [f"nothing is held out, and nobody looks at {_listed(unseen)}. {SET_APART}"]
+    said: list[str] = []
+    # Prompts are answered, and say nothing of pairs.
+    if kind.rows == "preferences" and not prepared.trees.keys() - {"train", PROMPTS}:
+        said.append(f"no pairs are held out, and nobody looks at {HELD_OUT}. {SET_APART}")
     if not kind.answers:
-        return []
+        return said
     if not answered:
         return [
+            *said,
             f"evaluation.samples is 0, and nobody looks at {_listed(of_answers)}. Set "
-            f"evaluation.samples, to {FEWEST} or more."
+            f"evaluation.samples, to {FEWEST} or more.",
         ]
-    said = [
+    said += [
         f"{num} prompts of {name} are answered at an evaluation, and of fewer than {FEWEST} there "
         f"is no interval: nobody can say of {_listed(of_answers)} that it is no chance. "
         f"{_more_prompts(run)}"
