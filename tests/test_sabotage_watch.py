@@ -288,16 +288,31 @@ def test_an_objective_that_takes_means_of_micro_batches_is_refused(
     assert "error[UW302]" in said and "micro-batches weigh 4" in said
 
 
+def losing(trees: list[Tree], capacity: int, *, splitting: bool) -> list[list[Tree]]:
+    return bins_of_step(trees, capacity, splitting=splitting)[:-1]
+
+
 def test_a_packing_that_loses_a_bin_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def losing(trees: list[Tree], capacity: int, *, splitting: bool) -> list[list[Tree]]:
-        return bins_of_step(trees, capacity, splitting=splitting)[:-1]
-
     monkeypatch.setattr(run_train, "bins_of_step", losing)
     assert train("run", "--tokens_per_bin", "120") == 2
     said = capsys.readouterr().err
-    assert "error[UW302]" in said and "its rows have 4 preferences" in said
+    assert "error[UW302]" in said and "its rows have 4 preferences and 8 responses" in said
+
+
+@pytest.mark.parametrize("objective", ["sft", "ppo"])
+def test_a_packing_that_loses_responses_without_preferences_is_refused(
+    objective: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(run_train, "bins_of_step", losing)
+    small = ("--tokens_per_bin", "80")
+    if objective == "sft":
+        assert train("run", "--objective", "sft", "--samples", "0", *small) == 2
+    else:
+        assert ppo(*small) == 2
+    said = capsys.readouterr().err
+    assert "error[UW302]: step 1: its rows have 0 preferences and 4 responses" in said
 
 
 def test_one_order_for_all_epochs_is_reported(monkeypatch: pytest.MonkeyPatch):

@@ -51,9 +51,9 @@ PAGES: tuple[Page, ...] = (
         ),
         found_by=(
             "Two ways, at every step. The bins that a step is packed into must hold as many "
-            "preferences as the step's rows have. And what the objective counted over all "
-            "micro-batches must equal, to one part in 100,000, the weight that each of them was "
-            "divided by."
+            "preferences and responses as the step's rows have. And what the objective counted "
+            "over all micro-batches must equal, to one part in 100,000, the weight that each of "
+            "them was divided by."
         ),
         guarded_by=(
             "The pairs of a step are chosen first and packed second. The weight of all of them is "
@@ -61,14 +61,14 @@ PAGES: tuple[Page, ...] = (
         ),
         causes=(
             "An objective of your own returns means, or counts pairs where rows carry weights.",
-            "A fault of the packing loses or repeats pairs.",
+            "A fault of the packing loses or repeats pairs or responses.",
         ),
         do=(
             "Return sums over the forest's pairs, and the sum of their weights as the count.",
             "Where the message names the packing, report it with a few rows.",
         ),
         detectors=(
-            "upweight.trust.watch.orders:require_every_pair",
+            "upweight.trust.watch.orders:require_whole_step",
             "upweight.training.guard:_refuse_miscounted",
         ),
     ),

@@ -29,7 +29,7 @@ from upweight.trust.watch.curves import (
     saturated,
     too_easy,
 )
-from upweight.trust.watch.orders import require_every_pair
+from upweight.trust.watch.orders import require_whole_step
 from upweight.trust.watch.rounds import answers_change
 from upweight.trust.watch.seen import RECENT, Record, Seen, Told, some_weights
 from upweight.trust.watch.weights import (
@@ -104,7 +104,7 @@ class Watch:
     ) -> None:
         """The trees of step `step` (from 0), the bins that they are packed into, and the plan that
         they are of, where they are rows. Raises Refusal UW302."""
-        require_every_pair(batch, forests, step + 1)
+        require_whole_step(batch, forests, step + 1)
         if plan is not None:
             self.seen.orders.saw(plan, batch)
 

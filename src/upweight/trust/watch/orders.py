@@ -1,4 +1,5 @@
-"""What steps are made of: each pair of a step once, each epoch in an order of its own."""
+"""What steps are made of: each pair and response of a step once, each epoch in an order of its
+own."""
 
 from __future__ import annotations
 
@@ -14,17 +15,22 @@ FEWEST_ROWS = 10
 """Below this two orders may well be the same by chance."""
 
 
-def require_every_pair(batch: Sequence[Tree], forests: Sequence[Forest], step: int) -> None:
-    """Raises Refusal UW302 when the bins of step `step` (from 1) do not hold its rows' pairs."""
-    wanted = sum(len(tree.preferences) for tree in batch)
-    packed = sum(forest.num_pairs for forest in forests)
+def require_whole_step(batch: Sequence[Tree], forests: Sequence[Forest], step: int) -> None:
+    """Raises Refusal UW302 when the bins of step `step` (from 1) do not hold its rows' pairs and
+    responses, of which many an objective has no pairs."""
+    wanted = _said(sum(len(t.preferences) for t in batch), sum(len(t.responses) for t in batch))
+    packed = _said(sum(f.num_pairs for f in forests), sum(f.num_responses for f in forests))
     if packed != wanted:
         raise Refusal(
             "UW302",
-            f"step {step}: its rows have {wanted} preferences, and the {len(forests)} bins that "
-            f"they are packed into have {packed}. What a step learns from depends on how it is "
-            "packed. This is a fault of the packing: report it, with your data's format.",
+            f"step {step}: its rows have {wanted}, and the {len(forests)} bins that they are "
+            f"packed into have {packed}. What a step learns from depends on how it is packed. This "
+            "is a fault of the packing: report it, with your data's format.",
         )
+
+
+def _said(pairs: int, responses: int) -> str:
+    return f"{pairs} preferences and {responses} responses"
 
 
 @dataclass
