@@ -171,11 +171,12 @@ def test_a_run_of_rounds_says_it_of_its_own_first_answers(capsys: pytest.Capture
 def test_lost_ends_of_rounds_are_said_to_be_watched_where_the_watch_can_fire():
     """However many answers a prompt has, it counts once."""
     run = load_run(None, values={"model": "m", "data": "d", "objective": "grpo"}).run
+    lm = loaded("llama")
     for num_prompts in (6, 8, 16, 64):
         for tenths in range(1, 11):
             first = wilson_interval(tenths / 10, num_prompts)
             none = wilson_interval(0.0, num_prompts)
-            seen = Seen(loaded("llama"), run.watch, Told(), {})
+            seen = Seen(lm, run.watch, Told(), lm.model, {})
             seen.first = {"stopped_low": first.low, "stopped": tenths / 10}
             later = {"step": 9.0, "reward": 0.0, "kl": 0.0, "stopped": 0.0}
             fires = answers_change(seen, later | {"stopped_high": none.high}) is not None

@@ -95,7 +95,7 @@ def _taught(
     if kind.rows == "preferences":
         there, seen = account["preferences"], sum(r["num_pairs"] for r in steps)
     else:
-        there = account["responses"] - account["left_out"].get("not_chosen", 0)
+        there = account["responses"]
         seen = round(last["epoch"] * there)
     return scored.Taught(kind.rows, there, seen, last["step"], 0, scored.ROWS)
 

@@ -314,8 +314,9 @@ PAGES: tuple[Page, ...] = (
             "`evaluation.fraction`, keys of samples while `evaluation.samples` is 0, "
             "`export.merge` without `lora`, `policy.clip_low`, `policy.clip_high`, "
             "`policy.value_clip` and `policy.kl_stop` where a round is one step, "
-            "`policy.kl_estimator` and `rollout.renew_reference` while `loss.beta` is 0, a variable "
-            "in `data.template_options`, or in a row's own, that the chat template never looks up, a "
+            "`policy.kl_estimator` and `rollout.renew_reference` while `loss.beta` is 0, a "
+            "variable in `data.template_options`, or in a row's own, that the chat template never "
+            "looks up, a "
             "`data.date` where it writes none, and `data.pairing` or "
             "`data.min_score_gap` where no row has scores."
         ),

@@ -40,7 +40,10 @@ def _some_do_not(seen: Seen, record: Record) -> Finding | None:
     # moved, little at first, and nothing while all values are clipped.
     heard = seen.looks > 1 and record.get("grad_norm/value", 0.0) > 0
     judged = heard and not _is_early(seen, record)
-    still = [x for x in seen.still if judged or x == HEAD or not x.startswith(VALUES)]
+    # The head itself has nothing to learn of answers that earn just what it says, such as 0.
+    wrong = record.get("value_loss", 0.0) > 0
+    asked = {x: wrong if x == HEAD else judged or not x.startswith(VALUES) for x in seen.still}
+    still = [x for x in seen.still if asked[x]]
     seen.judged = still == seen.still
     if not still:
         return None
