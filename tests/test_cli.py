@@ -11,8 +11,8 @@ import pytest
 
 import upweight as uw
 from runs import furnish, train, write_rows
-from upweight.cli import main
-from upweight.config import READS
+from upweight.cli import _resolve, main
+from upweight.config import READS, Resolved
 from upweight.config.keys import keys
 from upweight.errors import ConfigError, OutputError, Refusal
 
@@ -169,13 +169,39 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixt
     assert "Traceback" not in said and not Path("o").exists()
 
 
-def test_words_that_stand_apart_are_told_where_they_belong(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run.yaml steps=2 --out o --data a.jsonl b.jsonl beta=0.3",
+        "--data a.jsonl beta=0.3 --data b.jsonl steps=2 --out o run.yaml",
+        "steps=2 --data a.jsonl --out o run.yaml --data.path b.jsonl beta=0.3",
+    ],
+)
+def test_words_that_change_keys_may_stand_anywhere_and_files_add_up(
+    words: str, monkeypatch: pytest.MonkeyPatch
 ):
-    file = tmp_path / "run.yaml"
-    file.write_text("model: m\n")
-    assert main(["train", str(file), "beta=0.3", "--out", "x", "steps=2"]) == 2
-    assert "steps=2 stands apart from other words before it" in capsys.readouterr().err
+    Path("run.yaml").write_text("model: m\n")
+    asked: list[Resolved] = []
+    monkeypatch.setattr("upweight.cli._train", lambda given: asked.extend(_resolve(given)) or 0)
+    assert main(["train", *words.split()]) == 0
+    run = asked[0].run
+    assert ([*run.data.path], run.out) == (["a.jsonl", "b.jsonl"], "o")
+    assert (run.steps, run.loss.beta, run.model) == (2, 0.3, "m")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("check --model m --data a.jsonl learning_rte=1", "learning_rte is not a key of a run"),
+        ("check --model m --data steps=3", "--data.path is given no value before steps=3"),
+        ("compare c.yaml steps=2", "steps=2 is no argument of upweight compare: write keys in"),
+    ],
+)
+def test_words_that_cannot_be_meant_are_told_why(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(words.split()) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_the_result_of_check_is_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

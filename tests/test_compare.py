@@ -144,7 +144,7 @@ def test_what_a_method_was_given_is_counted():
         "judge": ("preferences", 24, 2 * 24, 2, 0, "the rows"),
         "ppo": ("prompts", 24, 4, 2, 4, "method:judge"),
         "best of 3": ("prompts", 6, 6, 0, 18, "method:judge"),
-        "sft": ("responses", 24, 24 + 24 * 3 // 5, 8, 0, "the rows"),
+        "sft": ("responses", 24, 24 + 3 * 5, 8, 0, "the rows"),
     }
 
 

@@ -489,7 +489,9 @@ def test_what_watches_rounds_needs_no_evaluation() -> None:
     watched = ("watch.kl=9", "watch.length=2", "repetition=.3", "stopped=.4")
     require_read("train", run_of("objective=grpo", *watched))
     require_read("train", run_of("objective=grpo", *watched, "fraction=.2", "samples=0"))
-    require_read("train", run_of("objective=ppo", *watched, "fraction=.2", "temperature=0"))
+    require_read(
+        "train", run_of("objective=ppo", *watched, "fraction=.2", "evaluation.temperature=0")
+    )
 
 
 def test_no_samples_may_be_asked_for_without_an_evaluation() -> None:

@@ -99,6 +99,21 @@ PAINS = {
         "loss_type=sigmoid",
         "Here that is objective: What is optimized. One of: dpo, sft,",
     ),
+    "a loss that is not here by its name elsewhere": (
+        "loss_type=ipo",
+        "ipo: It is none that upweight has.",
+    ),
+    "one name for two lengths": (
+        "max_completion_length=9",
+        "Here that is data.max_length: Most tokens of prompt and response together; null: the "
+        "model's limit. Or rollout.max_tokens",
+    ),
+    "answers to a prompt by trl's name": ("num_generations=4", "Here that is rollout.responses"),
+    "a term that is not here": ("rpo_alpha=1", "is no term of a loss here"),
+    "a temperature of rounds": (
+        "objective=grpo temperature=0.7",
+        "temperature would be that of evaluations: grpo learns from answers that the policy itself",
+    ),
     "the usual loss by its name elsewhere": ("objective=sigmoid", 'found "sigmoid". That is dpo.'),
     "a loss that is not here": ("objective=ipo", 'found "ipo". It is none that upweight has.'),
     "the rank by peft's name": ("lora.r=8", "Here that is lora.rank: Rank of every adapter."),
@@ -163,8 +178,8 @@ def test_a_mistake_gets_its_message(pain: str, capsys: pytest.CaptureFixture[str
 
 def test_names_of_other_programs_lead_to_a_key_and_are_none_here() -> None:
     assert set(ELSEWHERE) <= set(keys())
-    listed = [name for names in ELSEWHERE.values() for name in names]
-    assert len(listed) == len(set(listed))
+    assert all(len(names) == len(set(names)) for names in ELSEWHERE.values())
+    listed = {name for names in ELSEWHERE.values() for name in names}
     assert [name for name in listed if candidates(name)] == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import upweight as uw
 from oracles import loaded
 from runs import even_odds_to_stop, furnish, plain_rows, train, write_rows
+from test_recipes import after_step
 from upweight.cli import main
 from upweight.config import Watch, load_run
 from upweight.recipes.unwatched import by_first_round
@@ -145,7 +147,9 @@ def test_a_run_says_it_of_the_answers_that_its_reference_gave(capsys: pytest.Cap
     assert "to 280 for a start" in sentence
 
 
-def test_a_run_of_rounds_says_it_of_its_own_first_answers(capsys: pytest.CaptureFixture[str]):
+def test_a_run_of_rounds_says_it_of_its_own_first_answers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     Path("pays.py").write_text(
         "def score(prompt, response, row):\n    return response.count('e') + len(response)\n"
     )
@@ -164,6 +168,12 @@ def test_a_run_of_rounds_says_it_of_its_own_first_answers(capsys: pytest.Capture
     assert "the first round's answers" in sentence
     assert said("few", **few) == 0  # of which it is said that nobody sees anything
     assert said("off", **{"watch.stopped": 0.0}) == 0
+    with monkeypatch.context() as patched:
+        after_step(1, lambda: signal.raise_signal(signal.SIGINT), patched)
+        assert said("stopped") == 1
+    # A run that goes on writes its account anew, and its first round is over.
+    assert said("stopped", resume=True) == 1
+    assert json.loads(Path("stopped/account.json").read_text())["unwatched"] == [sentence]
     even_odds_to_stop()
     assert said("whole", **{"rollout.max_tokens": 64}) == 0
 

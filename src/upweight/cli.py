@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,11 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Rows hold letters that a terminal's encoding may lack.
             stream.reconfigure(errors="backslashreplace")
     parser = _parser()
-    arguments, unknown = parser.parse_known_args(argv)
-    if arguments.command is None and not unknown:
-        parser.print_help()
-        return 0
     try:
+        arguments, unknown = parser.parse_known_args(argv)
+        if arguments.command is None and not unknown:
+            parser.print_help()
+            return 0
+        if isinstance(words := getattr(arguments, "config", None), list):
+            # argparse gives up on words that flags stand between.
+            words += [word for word in unknown if not word.startswith("-")]
+            unknown = [word for word in unknown if word.startswith("-")]
         _refuse(unknown, arguments.command)
         return arguments.run(arguments)
     except UpweightError as error:
@@ -68,10 +73,10 @@ def _refuse(unknown: Sequence[str], command: str | None) -> None:
     if not unknown:
         return
     word = unknown[0].partition("=")[0]
-    if "=" in unknown[0] and not word.startswith("-"):
+    if command == "compare" and "=" in unknown[0]:
         raise UpweightError(
-            f"{unknown[0]} stands apart from other words before it: write the file and all "
-            "key=value words in one place, before the flags or behind them."
+            f"{unknown[0]} is no argument of upweight compare: write keys in the file, beside "
+            "methods for all of them or inside of one. --model and --out are flags."
         )
     known = [n for flag in flags() if flag.key in READS.get(str(command), ()) for n in flag.names]
     where = f"upweight {command}" if command else "upweight"
@@ -113,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="answers to prompts", allow_abbrev=False)
     sample.add_argument(
         "--prompts",
+        action="extend",
         nargs="+",
         required=True,
         dest="data.path",
@@ -207,6 +213,7 @@ def _add_config(parser: argparse.ArgumentParser, command: str, overrides: bool) 
         names += [n.replace("_", "-") for n in names if "_" in n]
         groups.get(flag.section, parser).add_argument(
             *names,
+            action="extend" if flag.many else "store",
             dest=flag.key,
             default=None,
             nargs="+" if flag.many else "?" if flag.switch else None,
@@ -219,6 +226,15 @@ def _add_config(parser: argparse.ArgumentParser, command: str, overrides: bool) 
 def _resolve(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> list[Resolved]:
     """What is asked for: a run, or the stages of a file that has some."""
     said: list[str] = list(getattr(arguments, "config", []))
+    for flag in flags():
+        words = getattr(arguments, flag.key, None)
+        if flag.many and words and hasattr(arguments, "config"):
+            # A list takes all words behind it, those that change keys too.
+            said += [word for word in words if _is_override(word)]
+            kept = [word for word in words if not _is_override(word)]
+            if not kept:
+                raise UpweightError(f"--{flag.key} is given no value before {words[0]}.")
+            setattr(arguments, flag.key, kept)
     files = [word for word in said if _is_file(word)]
     if len(files) > 1:
         raise UpweightError(f"one RUN.yaml at a time; found: {', '.join(files)}")
@@ -236,6 +252,14 @@ def _resolve(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> l
 def _is_file(word: str) -> bool:
     """Whether a word is RUN.yaml and not key=value: a folder's name may hold an equals sign."""
     return "=" not in word or "/" in word.partition("=")[0] or os.path.isfile(word)
+
+
+def _is_override(word: str) -> bool:
+    """Whether a word behind a flag that takes a list is key=value: no file, no text of another
+    kind."""
+    return (
+        not _is_file(word) and re.fullmatch(r"[A-Za-z][\w.-]*", word.partition("=")[0]) is not None
+    )
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -165,7 +165,7 @@ ELSEWHERE = {
     "resume": ("resume_from_checkpoint",),
     "track": ("report_to",),
     "log_every": ("logging_steps",),
-    "data.path": ("dataset", "dataset_name", "datasets", "train_file"),
+    "data.path": ("dataset", "dataset_name", "datasets", "train_file", "train_dataset"),
     "data.template": ("chat_template",),
     "data.template_options": ("chat_template_kwargs",),
     "data.max_length": ("max_prompt_length", "max_completion_length", "max_seq_length",
@@ -182,7 +182,7 @@ ELSEWHERE = {
     "optimizer.beta1": ("adam_beta1",),
     "optimizer.beta2": ("adam_beta2",),
     "optimizer.epsilon": ("adam_epsilon",),
-    "lora": ("use_peft", "finetuning_type"),
+    "lora": ("use_peft", "finetuning_type", "peft_config"),
     "lora.rank": ("lora_r", "lora_rank", "lora.r"),
     "lora.alpha": ("lora_alpha",),
     "lora.dropout": ("lora_dropout",),
@@ -196,30 +196,52 @@ ELSEWHERE = {
     "evaluation.sets": ("eval_dataset", "eval_file", "test_datasets"),
     "evaluation.fraction": ("val_size", "val_set_size"),
     "evaluation.every": ("eval_steps",),
+    "rollout.max_tokens": ("max_completion_length", "response_length"),
+    "rollout.reward": ("reward_funcs", "reward_model", "reward_model_path"),
+    "rollout.responses": ("num_generations",),
+    "rollout.passes": ("num_iterations", "num_ppo_epochs"),
     "checkpoint.every": ("save_steps",),
     "checkpoint.keep": ("save_total_limit",),
     "checkpoint.best": ("metric_for_best_model", "load_best_model_at_end"),
 }  # fmt: skip
-"""What the keys are called in other programs."""
+"""What the keys are called in other programs; one name may be that of two."""
+
+NOT_HERE = {
+    "rpo_alpha": "The likelihood of the chosen response is no term of a loss here.",
+    "scale_rewards": "Here policy.advantages says what a group's advantages are divided by.",
+    "use_vllm": "Answers are drawn by this process: generation by vLLM is not built.",
+    "precompute_ref_log_probs": "Here that is always so: leave it out.",
+    "reference_free": "Here log-probs are always held against a reference.",
+}
+"""What other programs have and no key says here."""
+
+
+def _meant(typed: str) -> list[str]:
+    whole = typed.replace("-", "_")
+    section, _, name = whole.rpartition(".")
+    return [
+        key
+        for key, names in ELSEWHERE.items()
+        if whole in names
+        or (name in names and (section not in SECTIONS or keys()[key].section == section))
+    ]
 
 
 def meant(typed: str) -> str | None:
     """The key that other programs have by this name; of one of our sections only a key of it."""
-    whole = typed.replace("-", "_")
-    section, _, name = whole.rpartition(".")
-    for key, names in ELSEWHERE.items():
-        here = section not in SECTIONS or keys()[key].section == section
-        if whole in names or (name in names and here):
-            return key
-    return None
+    return next(iter(_meant(typed)), None)
 
 
 def called_elsewhere(typed: str) -> str:
     """A trailing ' Here that is X: ...' for a name that other programs have, or ''."""
-    if (found := meant(typed)) is None:
+    if (said := NOT_HERE.get(typed.replace("-", "_"))) is not None:
+        return f" {said}"
+    found = [keys()[name] for name in _meant(typed)]
+    if not found:
         return ""
-    takes = f" One of: {', '.join(choices)}." if (choices := keys()[found].choices) else ""
-    return f" Here that is {found}: {keys()[found].description}{takes}"
+    takes = f" One of: {', '.join(choices)}." if (choices := found[0].choices) else ""
+    each = [f"{key.full}: {key.description}" for key in found]
+    return f" Here that is {' Or '.join(each)}{takes}"
 
 
 def unknown_key(typed: str, objective: str, unread: Collection[str] = ()) -> str:

@@ -93,7 +93,7 @@ COMPARING = ("grpo", "rloo", "online_dpo")
 
 def draws(objective: str) -> bool:
     """Whether it learns from answers that it draws, round by round."""
-    return "rollout" in OBJECTIVES[objective]
+    return "rollout" in OBJECTIVES.get(objective, ())
 
 
 def default_passes(objective: str) -> int:

@@ -15,7 +15,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from upweight.config.keys import SWITCHED, candidates, keys, meant, unknown_key
-from upweight.config.objectives import CALLED_ELSEWHERE, COMPARING, OBJECTIVES, unread
+from upweight.config.objectives import (
+    CALLED_ELSEWHERE,
+    COMPARING,
+    OBJECTIVES,
+    draws,
+    unread,
+)
 from upweight.config.rounds import Rollout
 from upweight.config.sections import SECTIONS, Run
 from upweight.config.settings import (
@@ -186,7 +192,11 @@ def _unnamed(setting: Setting, objective: object) -> str:
         return f"{setting.shown} may be {' or '.join(names)}: write one of these in full."
     said = str(objective)
     others = unread(said) if said in OBJECTIVES else ()
-    return setting.layer.prefix + unknown_key(setting.typed, said, others)
+    wrong = setting.layer.prefix + unknown_key(setting.typed, said, others)
+    if meant(setting.typed) == "objective":
+        loss = str(setting.value).lower()
+        wrong += f" {loss}:{CALLED_ELSEWHERE[loss]}" if loss in CALLED_ELSEWHERE else ""
+    return wrong
 
 
 def _wrong(setting: Setting) -> str:
@@ -240,6 +250,11 @@ def _contradictions(held: Mapping[str, Setting], problems: Problems) -> None:
         setting = held["lora.dropout"]
         said = f"{setting.shown} has no place in {objective}: answers are drawn without dropout,"
         problems.at(setting, f"{said} and their ratio to what is trained would measure it.")
+    asked = held.get("evaluation.temperature")
+    if asked is not None and asked.typed == "temperature" and draws(str(objective)):
+        said = f"{asked.shown} would be that of evaluations: {objective} learns from answers that "
+        said += "the policy itself draws, at temperature 1. Write evaluation.temperature for those."
+        problems.at(asked, said)
     parts, prompts = given("rollout.minibatches"), given("rollout.prompts_per_round")
     prompts = Rollout().prompts_per_round if prompts is None else prompts
     if isinstance(parts, int) and isinstance(prompts, int) and parts > prompts:

@@ -96,7 +96,7 @@ def _taught(
         there, seen = account["preferences"], sum(r["num_pairs"] for r in steps)
     else:
         there = account["responses"]
-        seen = round(last["epoch"] * there)
+        seen = sum(round(r["num_scored"] / r["tokens/response"]) for r in steps)
     return scored.Taught(kind.rows, there, seen, last["step"], 0, scored.ROWS)
 
 

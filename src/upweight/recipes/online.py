@@ -49,7 +49,7 @@ from upweight.training.rollout import (
     ranked,
     texts_of,
 )
-from upweight.training.round import Round, Spent, write_round
+from upweight.training.round import Round, Spent, read_round, round_file, write_round
 from upweight.training.rundir import replacing
 from upweight.types import Forest, Tree
 
@@ -125,7 +125,8 @@ def online(state: State) -> Work:
             lambda: rollouts.beta,
         )
     objective = of_round(objective, _shown(rollouts, start))
-    return Work(objective, rollouts.trees, rounds=Session(rollouts, start))
+    session = Session(rollouts, start, functools.partial(_say_unwatched, state))
+    return Work(objective, rollouts.trees, rounds=session)
 
 
 def _shown(rollouts: Rollouts, start: Reference) -> Callable[[], Mapping[str, float]]:
@@ -254,12 +255,18 @@ def _draw(
         ),
     )
     if number == 1:
-        said = by_first_round(run, made.num_stopped / len(logps), len(prompts))
-        state.begun = replace(state.begun, prepared=told(state.begun.prepared, said, state.screen))
+        _say_unwatched(state, made)
         write_account(state)
     if run.objective == "online_dpo":
         return ranked(made)
     return credited(made, _credit(run))
+
+
+def _say_unwatched(state: State, first: Round) -> None:
+    """What the first round's answers leave unseen of later ones."""
+    num_prompts = len({name.row for name in first.logps})
+    said = by_first_round(state.run, first.num_stopped / len(first.logps), num_prompts)
+    state.begun = replace(state.begun, prepared=told(state.begun.prepared, said, state.screen))
 
 
 def _times_read(state: State) -> int:
@@ -354,10 +361,12 @@ class Reference:
 
 @dataclass(frozen=True)
 class Session:
-    """What a checkpoint has to know of rounds and reference."""
+    """What a checkpoint has to know of rounds and reference. `look` is for the first round, which
+    a run that is resumed reads again."""
 
     rollouts: Rollouts
     reference: Reference
+    look: Callable[[Round], None]
 
     def after(self, record: Record) -> None:
         self.rollouts.after(record)
@@ -373,6 +382,8 @@ class Session:
 
     def go_back(self, where: Mapping[str, Any]) -> None:
         self.rollouts.go_back(where)
+        if where["round"] and round_file(self.rollouts.folder, 1).is_file():
+            self.look(read_round(self.rollouts.folder, 1))
         self.reference.go_back(where["renewed"], where["drew"])
 
     def tidy(self, kept: Sequence[Mapping[str, Any]]) -> None:

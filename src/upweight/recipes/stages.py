@@ -46,7 +46,10 @@ def train_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Re
             screen.note(said)
             result = train_model(_going_on(stage, number == 1), screen)
         if not result.finished:
-            screen.note("The stages after it:  the same command with resume=true")
+            screen.note(
+                "That is this stage alone. It and the stages after it:  the command that began "
+                "them, with resume=true"
+            )
             return result
         gc.collect()  # the model of one stage is gone before that of the next is there
     screen.note(f"stage {len(stages)} of {len(stages)}, {_name(last)}")
