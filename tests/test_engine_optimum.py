@@ -124,18 +124,17 @@ def test_dpo_reaches_the_optimum_and_the_reward_model_its_reward():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "rate"), [("rloo", 3e-3), ("grpo", 1.5e-3), ("ppo", 3e-3)])
+@pytest.mark.parametrize(("objective", "rate"), [("rloo", 4e-3), ("grpo", 3e-3), ("ppo", 3e-3)])
 def test_a_run_from_its_own_answers_reaches_the_optimum(objective: str, rate: float):
-    """From a total variation of 0.49. 512 answers a round estimate each share to 0.02 or so, and
-    a falling rate averages over rounds: 0.005 was left with rloo, 0.012 with grpo, which divides
-    by a spread that differs from round to round, 0.008 with ppo, whose values have to be learned
-    too."""
+    """From a total variation of 0.49. 448 answers a round estimate each share to 0.02 or so, and
+    a falling rate averages over rounds: 0.010 was left with rloo, 0.009 with grpo and with ppo,
+    whose values have to be learned too."""
     taught()
     write_rows("prompts.jsonl", [{"prompt": "say"}])
     Path("pays.py").write_text(SCORE)
     more: dict[str, Any] = {
-        "rollout.reward": "pays.py:score", "prompts_per_round": 1, "responses": 512,
-        "rollout.max_tokens": 3, "steps": 150, "learning_rate": rate, "loss.beta": BETA,
+        "rollout.reward": "pays.py:score", "prompts_per_round": 1, "responses": 448,
+        "rollout.max_tokens": 3, "steps": 120, "learning_rate": rate, "loss.beta": BETA,
         "passes": 1,
     }  # fmt: skip
     run("run", "start", "prompts.jsonl", objective, **more)

@@ -21,11 +21,13 @@ PAIRS = DATA / "truthfulqa_pairs.jsonl"
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("UPWEIGHT_CACHE", str(tmp_path / "cache"))
     try:
-        return resolve(demo_model_path())
+        folder = resolve(demo_model_path())
     except ModelError as error:
         pytest.skip(str(error))
+    # The model is read once for all tests; log-probs that another run kept would hide a fault.
+    monkeypatch.setenv("UPWEIGHT_CACHE", str(tmp_path / "cache"))
+    return folder
 
 
 def require(file: Path) -> str:
