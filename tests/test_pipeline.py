@@ -464,6 +464,8 @@ def test_a_reward_that_tells_nothing_apart_ends_online_dpo(capsys: pytest.Captur
         rows = pq.read_table(f"run/rollouts/round-{number:06d}.parquet").to_pylist()
         assert {row["score"] for row in rows} == {1.0} and len({r["line"] for r in rows}) == 4
         assert all(row["prompt"] and row["response"] and row["text"] is not None for row in rows)
+        asked = rows_of("prompts.jsonl")
+        assert all(asked[row["line"] - 1]["prompt"] in row["prompt_text"] for row in rows)
 
 
 @pytest.mark.parametrize(
