@@ -684,6 +684,10 @@ def test_score_gives_a_reward_models_scores_of_each_preference(
     words = "score --model run/model --data scored.jsonl --dtype float32 --out"
     assert main([*words.split(), "scores.jsonl"]) == 0
     rows = rows_of("scores.jsonl")
+    right = sum(row["margin"] > 0 for row in rows)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "by the reward model's score: " in said
+    assert said.endswith(f", {right} of 4 preferences of 3 prompts")
     assert [(r["row"], r["chosen"], r["rejected"]) for r in rows] == [
         ("scored.jsonl:1", 0, 1),
         ("scored.jsonl:2", 0, 2),
