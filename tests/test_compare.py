@@ -16,6 +16,7 @@ from runs import furnish, rows_of, write_rows
 from tiny import save_tiny
 from upweight.cli import main
 from upweight.errors import ConfigError
+from upweight.evidence.report.markup import number
 from upweight.recipes.alike import JUDGE as TRUE_REWARD
 from upweight.recipes.alike import require_same_start
 from upweight.recipes.resume import Beginning
@@ -102,6 +103,31 @@ def test_the_terminal_ends_in_a_verdict_and_one_line_for_each_pair(
     assert first.startswith("  dpo against ppo: ") and second.startswith("  closer against ppo: ")
     assert took.startswith("4 methods in ") and took.endswith(" s")
     assert page.startswith("comparison: ")
+
+
+def test_the_terminal_has_a_line_for_each_method_also_where_nothing_is_claimed(
+    capsys: pytest.CaptureFixture[str],
+):
+    found = compared(DPO + JUDGE + BEST)
+    said = capsys.readouterr().err.splitlines()
+    *table, empty, verdict, _, _ = said[said.index(next(x for x in said if "KL, nats" in x)) :]
+    assert (empty, verdict) == ("", "DPO and PPO are not compared: PPO was not run.")
+    cells = [re.split(r"\s{2,}", line.strip()) for line in table]
+    assert cells[0] == ["method", "after", "letters.py:score", "KL, nats", "tokens", "training"]
+    start, *methods = cells[2:]
+    assert start == ["start", reward(found["start"], ""), "0"]
+    dpo, judge, best = found["methods"]
+    last = dpo["points"][-1]
+    assert methods[0][:4] == ["dpo", "step 2", reward(last), number(last["kl"])]
+    assert methods[0][4] == f"{dpo['tokens']:,}" and methods[0][5].endswith(" s")
+    assert methods[1][:3] == ["judge", "–", "–"]
+    assert methods[2][:4] == ["best of 3", "n = 3", reward(best["points"][0]), "≤ 0.432"]
+    assert f"{judge['tokens']:,}" == methods[1][3]
+
+
+def reward(point: dict, of: str = "reward_") -> str:
+    low, high = (number(point[f"{of}{end}"]) for end in ("low", "high"))
+    return f"{number(point['reward'])}\u00a0[{low}, {high}]"
 
 
 def test_a_method_that_has_finished_is_not_run_again():
