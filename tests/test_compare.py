@@ -16,7 +16,6 @@ from runs import furnish, rows_of, write_rows
 from tiny import save_tiny
 from upweight.cli import main
 from upweight.errors import ConfigError
-from upweight.evidence.report.markup import number
 from upweight.recipes.alike import JUDGE as TRUE_REWARD
 from upweight.recipes.alike import require_same_start
 from upweight.recipes.resume import Beginning
@@ -118,16 +117,15 @@ def test_the_terminal_has_a_line_for_each_method_also_where_nothing_is_claimed(
     assert start == ["start", reward(found["start"], ""), "0"]
     dpo, judge, best = found["methods"]
     last = dpo["points"][-1]
-    assert methods[0][:4] == ["dpo", "step 2", reward(last), number(last["kl"])]
+    assert methods[0][:4] == ["dpo", "step 2", reward(last), f"{last['kl']:.2f}"]
     assert methods[0][4] == f"{dpo['tokens']:,}" and methods[0][5].endswith(" s")
     assert methods[1][:3] == ["judge", "–", "–"]
-    assert methods[2][:4] == ["best of 3", "n = 3", reward(best["points"][0]), "≤ 0.432"]
+    assert methods[2][:4] == ["best of 3", "n = 3", reward(best["points"][0]), "≤ 0.43"]
     assert f"{judge['tokens']:,}" == methods[1][3]
 
 
 def reward(point: dict, of: str = "reward_") -> str:
-    low, high = (number(point[f"{of}{end}"]) for end in ("low", "high"))
-    return f"{number(point['reward'])}\u00a0[{low}, {high}]"
+    return f"{point['reward']:.3f} [{point[f'{of}low']:.3f}, {point[f'{of}high']:.3f}]"
 
 
 def test_a_method_that_has_finished_is_not_run_again():

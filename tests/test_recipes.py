@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -381,6 +382,17 @@ def test_lora_exports_an_adapter_and_on_request_the_merged_model():
     ]
     assert changed and all("proj" in name for name in changed)
     assert Path("run/adapter/adapter_model.safetensors").is_file()
+
+
+def test_how_many_prompts_are_held_out_is_said(capsys: pytest.CaptureFixture[str]):
+    twice = [{**row, "prompt": f"question {i // 2}"} for i, row in enumerate(PAIRS[:20])]
+    write_rows("few.jsonl", twice)
+    words = "check --model model --data few.jsonl --fraction 0.2 --samples 0 --dtype float32"
+    assert main(words.split()) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"heldout: (\d+) rows read .*?; (\d+) of 10 prompts held out", said)
+    assert found and int(found[1]) == 2 * int(found[2])
+    assert "(evaluation.fraction 0.2: each prompt as a whole, and by a draw of its own)" in said
 
 
 def test_score_writes_one_object_per_preference_and_leaves_the_reference_open(

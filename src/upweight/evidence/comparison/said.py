@@ -29,9 +29,9 @@ def when(method: Method, point: Point) -> str:
 
 def in_short(study: Study) -> tuple[Sequence[str], list[Sequence[str]]]:
     """The headings and lines of a table with a line for the start and for each method: its last
-    evaluation, and what it cost."""
+    evaluation, rounded as the line that a terminal had of it, and what it cost."""
     start = Interval(study.start.reward, study.start.low, study.start.high)
-    lines: list[Sequence[str]] = [("start", "", shown(start), "0", "", "")]
+    lines: list[Sequence[str]] = [("start", "", _reward(start), "0", "", "")]
     for method in study.methods:
         name = method.name if method.failed is None else f"{method.name} (failed)"
         cost = (f"{method.tokens:,}", duration(method.seconds))
@@ -40,6 +40,12 @@ def in_short(study: Study) -> tuple[Sequence[str], list[Sequence[str]]]:
             lines.append((name, "", "–", "–", *cost))
             continue
         last = points[-1]
-        said = (when(method, last), shown(last.reward_interval), at_most(method, last))
-        lines.append((name, *said, *cost))
+        most = "" if method.is_path else "≤ "
+        kl = f"{most}{last.kl:.{1 if last.kl >= 10 else 2}f}"
+        lines.append((name, when(method, last), _reward(last.reward_interval), kl, *cost))
     return ("method", "after", study.reward, "KL, nats", "tokens", "training"), lines
+
+
+def _reward(found: Interval) -> str:
+    known = math.isfinite(found.low + found.high)
+    return f"{found.value:.3f}" + (f" [{found.low:.3f}, {found.high:.3f}]" if known else "")
