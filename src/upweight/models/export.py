@@ -112,13 +112,17 @@ def export(
     return [_write(folder, lm, merged, same), adapter, *beside]
 
 
-def export_reward_model(lm: LanguageModel, folder: Path, probes: Sequence[Tree]) -> Path:
+def export_reward_model(
+    lm: LanguageModel, folder: Path, trees: Sequence[Tree], renderer: Renderer | None = None
+) -> Path:
     """Write a reward model as a sequence-classification folder, its adapter merged if it has one.
 
-    As `export`: it appears whole, and only if plain transformers reads the same scores from it.
+    As `export`: it appears whole, and only if plain transformers reads the same scores from it. It
+    has no log-probs to probe; probes.json says the day that its prompts were of, if `renderer`
+    writes one.
     """
     with evaluation_mode(lm):
-        trained = [score for scores in tree_scores(lm, probes) for score in scores]
+        trained = [score for scores in tree_scores(lm, trees) for score in scores]
     # Frozen matrices may be kept in half precision, where a product of LoRA factors would be lost,
     # or in four bits.
     model = lm.causal.float()
@@ -129,20 +133,23 @@ def export_reward_model(lm: LanguageModel, folder: Path, probes: Sequence[Tree])
     merge_adapters(model)
 
     def same(written: Path) -> None:
-        _require_same_scores(lm, written, probes, trained)
+        _require_same_scores(lm, written, trees, trained)
+        if renderer and renderer.date is not None:
+            dated = replace(probes.make_probes(renderer), probes=())
+            probes.write_probes(written, dated, lm.tokenizer)
 
     return _write(folder, lm, model, same, padding_tokenizer(lm))
 
 
 def _require_same_scores(
-    lm: LanguageModel, written: Path, probes: Sequence[Tree], trained: Sequence[float]
+    lm: LanguageModel, written: Path, trees: Sequence[Tree], trained: Sequence[float]
 ) -> None:
     again = load_weights(str(written), str(written), lm.trust_remote_code, scalar=True).eval()
     tokenizer = load_tokenizer(str(written), str(written), lm.trust_remote_code)
-    read = {"": [s for tree in probes for s in one_response_at_a_time(again, tree)]}
+    read = {"": [s for tree in trees for s in one_response_at_a_time(again, tree)]}
     if tokenizer.pad_token_id is not None:
         # Users score batches, which transformers reads at the last token that is not padding.
-        batched = [s for tree in probes for s in in_one_batch(again, tokenizer, tree)]
+        batched = [s for tree in trees for s in in_one_batch(again, tokenizer, tree)]
         read[" in padded batches"] = batched
     # A score is one product of the width more: it is off by as much as a log-prob is.
     tolerance = TOLERANCE_NATS[lm.compute_dtype]
