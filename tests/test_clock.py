@@ -127,6 +127,16 @@ def test_an_export_is_checked_and_trained_on_as_of_its_own_day(
     assert settings("third")["data.date"] == (SATURDAY, "flag")
 
 
+def test_a_reward_model_scores_as_of_its_own_day(monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, Any] = {"data": "pairs.jsonl", "dtype": "float32"}
+    uw.train(**asked, model="model", objective="reward", steps=2, out="judge")
+    assert f"| date in the prompts | {FRIDAY} |" in Path("judge/model/README.md").read_text()
+    asked |= {"model": "judge/model"}
+    scores = uw.score(**asked)
+    it_is(SATURDAY, monkeypatch)
+    assert uw.score(**asked) == scores != uw.score(**asked, date=SATURDAY)
+
+
 def test_stages_that_go_on_the_next_day_are_of_the_first_day(monkeypatch: pytest.MonkeyPatch):
     file = written(TWO)
     assert main(["train", file]) == 0

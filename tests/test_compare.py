@@ -104,6 +104,30 @@ def test_the_terminal_ends_in_a_verdict_and_one_line_for_each_pair(
     assert page.startswith("comparison: ")
 
 
+def test_the_terminal_has_a_line_for_each_method_also_where_nothing_is_claimed(
+    capsys: pytest.CaptureFixture[str],
+):
+    found = compared(DPO + JUDGE + BEST)
+    said = capsys.readouterr().err.splitlines()
+    *table, empty, verdict, _, _ = said[said.index(next(x for x in said if "KL, nats" in x)) :]
+    assert (empty, verdict) == ("", "DPO and PPO are not compared: PPO was not run.")
+    cells = [re.split(r"\s{2,}", line.strip()) for line in table]
+    assert cells[0] == ["method", "after", "letters.py:score", "KL, nats", "tokens", "training"]
+    start, *methods = cells[2:]
+    assert start == ["start", reward(found["start"], ""), "0"]
+    dpo, judge, best = found["methods"]
+    last = dpo["points"][-1]
+    assert methods[0][:4] == ["dpo", "step 2", reward(last), f"{last['kl']:.2f}"]
+    assert methods[0][4] == f"{dpo['tokens']:,}" and methods[0][5].endswith(" s")
+    assert methods[1][:3] == ["judge", "–", "–"]
+    assert methods[2][:4] == ["best of 3", "n = 3", reward(best["points"][0]), "≤ 0.43"]
+    assert f"{judge['tokens']:,}" == methods[1][3]
+
+
+def reward(point: dict, of: str = "reward_") -> str:
+    return f"{point['reward']:.3f} [{point[f'{of}low']:.3f}, {point[f'{of}high']:.3f}]"
+
+
 def test_a_method_that_has_finished_is_not_run_again():
     before = compared(DPO)
     written = Path("out/dpo/metrics.jsonl").stat().st_mtime_ns

@@ -88,6 +88,43 @@ def test_a_converted_start_is_written_beside_the_adapter_and_the_cache_is_not_na
     same(by_peft(tmp_path / "run" / "model"), wanted)
 
 
+def test_a_base_that_runs_beside_each_other_have_is_one_file(tmp_path, monkeypatch):
+    def exported(run, seed=0):
+        (tmp_path / run).mkdir()
+        lm = adapted(started(save_tiny(str(tmp_path / "cached"), seed=seed)))
+        lm.name = "model.gguf"
+        export(lm, tmp_path / run / "model")
+        return (tmp_path / run / "base" / "model.safetensors").stat().st_ino
+
+    first = exported("1-dpo")
+    assert exported("2-ppo") == first != exported("3-other", seed=1)
+
+    def refuse(*names):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    assert exported("4-dpo") != first
+    written = {p.name for p in (tmp_path / "4-dpo" / "base").iterdir()}
+    assert written == {p.name for p in (tmp_path / "1-dpo" / "base").iterdir()}
+
+
+def test_a_run_that_was_moved_has_its_base_beside_the_adapter(tmp_path):
+    lm = adapted(started(save_tiny(str(tmp_path / "cached"))))
+    lm.name = "model.gguf"
+    (tmp_path / "run").mkdir()
+    wanted = score(lm)
+    export(lm, tmp_path / "run" / "model")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    torch.testing.assert_close(score(started(moved / "model")), wanted, rtol=1e-4, atol=1e-4)
+    (moved / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelError) as caught:
+        started(moved / "model")
+    assert f"there is no folder {tmp_path}/run/base. It is the base of the adapter" in str(
+        caught.value
+    )
+    assert f"and there is no {moved}/base either: put it there, or write" in str(caught.value)
+
+
 def test_an_adapter_names_a_local_base_by_its_whole_path(tmp_path, monkeypatch):
     save_tiny(str(tmp_path / "start"))
     monkeypatch.chdir(tmp_path)

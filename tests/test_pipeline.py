@@ -464,6 +464,8 @@ def test_a_reward_that_tells_nothing_apart_ends_online_dpo(capsys: pytest.Captur
         rows = pq.read_table(f"run/rollouts/round-{number:06d}.parquet").to_pylist()
         assert {row["score"] for row in rows} == {1.0} and len({r["line"] for r in rows}) == 4
         assert all(row["prompt"] and row["response"] and row["text"] is not None for row in rows)
+        asked = rows_of("prompts.jsonl")
+        assert all(asked[row["line"] - 1]["prompt"] in row["prompt_text"] for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -682,6 +684,10 @@ def test_score_gives_a_reward_models_scores_of_each_preference(
     words = "score --model run/model --data scored.jsonl --dtype float32 --out"
     assert main([*words.split(), "scores.jsonl"]) == 0
     rows = rows_of("scores.jsonl")
+    right = sum(row["margin"] > 0 for row in rows)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "by the reward model's score: " in said
+    assert said.endswith(f", {right} of 4 preferences of 3 prompts")
     assert [(r["row"], r["chosen"], r["rejected"]) for r in rows] == [
         ("scored.jsonl:1", 0, 1),
         ("scored.jsonl:2", 0, 2),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from upweight.models.logprobs import token_logps
 from upweight.recipes import train_model
 from upweight.recipes.best import metrics
 from upweight.recipes.screen import Silent
+from upweight.stats import wilson_interval
 from upweight.training import objectives
 from upweight.training.checkpoint import load as load_checkpoint
 from upweight.types import Forest
@@ -382,7 +384,20 @@ def test_lora_exports_an_adapter_and_on_request_the_merged_model():
     assert Path("run/adapter/adapter_model.safetensors").is_file()
 
 
-def test_score_writes_one_object_per_preference_and_leaves_the_reference_open():
+def test_how_many_prompts_are_held_out_is_said(capsys: pytest.CaptureFixture[str]):
+    twice = [{**row, "prompt": f"question {i // 2}"} for i, row in enumerate(PAIRS[:20])]
+    write_rows("few.jsonl", twice)
+    words = "check --model model --data few.jsonl --fraction 0.2 --samples 0 --dtype float32"
+    assert main(words.split()) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"heldout: (\d+) rows read .*?; (\d+) of 10 prompts held out", said)
+    assert found and int(found[1]) == 2 * int(found[2])
+    assert "(evaluation.fraction 0.2: each prompt as a whole, and by a draw of its own)" in said
+
+
+def test_score_writes_one_object_per_preference_and_leaves_the_reference_open(
+    capsys: pytest.CaptureFixture[str],
+):
     score = [
         "score",
         "--model",
@@ -397,6 +412,10 @@ def test_score_writes_one_object_per_preference_and_leaves_the_reference_open():
     assert main(score) == 0
     rows = rows_of("new/s.jsonl")
     assert len(rows) == 24 and rows[0]["margin"] is None and rows[0]["logp_chosen"] < 0
+    assert capsys.readouterr().err.splitlines()[-1] == last_line(
+        "log-prob (without a reference)",
+        [row["logp_chosen"] - row["logp_rejected"] for row in rows],
+    )
     save_tiny("other", seed=1)
     assert main([*score, "--reference", "other", "--beta", "0.5", "--overwrite"]) == 0
     theirs = uw.score(model="other", data="pairs.jsonl", dtype="float32")
@@ -407,6 +426,21 @@ def test_score_writes_one_object_per_preference_and_leaves_the_reference_open():
             ratio = row[f"logp_{side}"] - other[f"logp_{side}"]
             assert row[f"reward_{side}"] == pytest.approx(0.5 * ratio, abs=1e-4)
         assert row["margin"] == row["reward_chosen"] - row["reward_rejected"]
+    margins = [row["margin"] for row in rows_of("new/s.jsonl")]
+    assert capsys.readouterr().err.splitlines()[-1] == last_line("implicit reward", margins)
+    # A policy is as good as itself.
+    assert main([*score, "--reference", "model", "--overwrite"]) == 0
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "50.0% [" in said and "0 of 24 preferences and 24 ties, which count half, of" in said
+
+
+def last_line(by: str, margins: list[float]) -> str:
+    num = sum(margin > 0 for margin in margins)
+    assert 0 < num < len(margins) == 24
+    found = wilson_interval(num / 24, 24)  # a prompt each
+    share, low, high = (100 * x for x in (found.value, found.low, found.high))
+    said = f"{share:.1f}% [{low:.1f}, {high:.1f}], {num} of 24 preferences of 24 prompts"
+    return f"chosen above rejected by {by}: {said}"
 
 
 def test_sample_writes_the_k_responses_layout():

@@ -312,7 +312,8 @@ def test_answers_to_prompts_of_their_own_are_the_verdict_and_not_missed():
     tiles = key_numbers(imitated)
     assert f"[1.60, 2.40], per answer, {where}" in tiles and f"reference 41.0, {where}" in tiles
     assert "reference 0.400, set prompts" in tiles
-    longer = tuple(replace(r, values={**r.values, "length": 82.0}) for r in answered)
+    ratio = {"length_ratio": 2.0, "length_ratio_low": 1.5, "length_ratio_high": 2.7}
+    longer = tuple(replace(r, values={**r.values, "length": 82.0, **ratio}) for r in answered)
     said = verdict(replace(imitated, evals={"heldout": loss, "prompts": longer}))
     assert f"Sampled answers are 100\u202f% longer than the reference's, {where}." in said.cautions
     # What is of the headline's own set is not said to be of another.

@@ -116,6 +116,10 @@ def test_a_measure_that_is_missing_is_said_to_be_missing():
     assert said.facts == ("The distance from the reference (sampled KL) was not measured.",)
 
 
+def ratio(value: float, low: float, high: float) -> dict[str, float]:
+    return {"length_ratio": value, "length_ratio_low": low, "length_ratio_high": high}
+
+
 CAUTIONS: dict[str, Callable[[], Records]] = {
     "The run had not finished when this page was written: the last recorded step is 20.": lambda: (
         evaluated(eval_line(20), environment={"upweight": "0.1.0"})
@@ -133,10 +137,10 @@ CAUTIONS: dict[str, Callable[[], Records]] = {
         eval_line(20, **{"logratios/chosen": -3.0, "logratios/rejected": 1.0})
     ),
     "Sampled answers are 50\u202f% longer than the reference's.": lambda: evaluated(
-        eval_line(20, length=66.0)
+        eval_line(20, length=66.0, **ratio(1.5, 1.2, 1.8))
     ),
     "Sampled answers are 50\u202f% shorter than the reference's.": lambda: evaluated(
-        eval_line(20, length=22.0)
+        eval_line(20, length=22.0, **ratio(0.5, 0.3, 0.8))
     ),
     "10\u202f% of the training rows were not used: see Rows.": lambda: evaluated(
         eval_line(20), accounts={"train": set_account(used=90, dropped={"empty": 10})}
@@ -154,6 +158,15 @@ CAUTIONS: dict[str, Callable[[], Records]] = {
 @pytest.mark.parametrize("caution", CAUTIONS)
 def test_what_is_worth_knowing_is_said(caution: str):
     assert any(caution in said for said in verdict(CAUTIONS[caution]()).cautions)
+
+
+@pytest.mark.parametrize("length", [22.0, 66.0])
+def test_a_length_that_has_no_interval_or_one_with_the_references_in_it_is_not_claimed(
+    length: float,
+):
+    for known in ({"length_ratio": length / 44}, ratio(length / 44, 0.4, 1.6)):
+        said = verdict(evaluated(eval_line(20, length=length, **known))).cautions
+        assert not any("Sampled answers are" in caution for caution in said)
 
 
 def test_the_length_rule_is_compared_prompt_by_prompt():

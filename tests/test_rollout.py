@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import tempfile
 from copy import deepcopy
@@ -36,7 +37,7 @@ from upweight.training.rollout import (
     num_rounds,
     ranked,
 )
-from upweight.training.round import Round, Spent, read_round, spent_on, write_round
+from upweight.training.round import SCHEMA, Round, Spent, read_round, spent_on, write_round
 from upweight.types import ResponseId, RowId, Step, Tree
 
 LISTS = ("logps", "reference_logps", "advantages", "values", "returns")
@@ -152,11 +153,18 @@ def test_what_rounds_took_is_added_up_and_of_an_older_file_counted(tmp_path):
     assert spent_on(tmp_path) == Spent(12 + 2, 36 + 6, 450)
 
 
+def test_every_column_of_a_rounds_file_is_documented():
+    page = Path(__file__).parents[1].joinpath("docs", "rollouts.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert re.findall(r"`(\w+)`", " ".join(cells)) == SCHEMA.names
+
+
 def test_the_file_of_a_round_has_every_answer_that_was_drawn(tmp_path: Path):
     """Also those that are not learned from, which a person may ask about."""
     trees = random_trees([(3, 4, 1, 2), (2, 5, 5, 1)], seed=2)
     texts = {name: str(name) for tree in trees for name in tree.ids}
-    made = ranked(replace(round_of(trees), texts=texts))
+    asked = {tree.ids[0].row: f"the prompt of {tree.ids[0].row.line}" for tree in trees}
+    made = ranked(replace(round_of(trees), texts=texts, prompt_texts=asked))
     assert sum(len(tree.ids) for tree in made.trees) < len(texts)
     write_round(tmp_path, made)
     rows = pq.read_table(tmp_path / "round-000001.parquet").to_pylist()
@@ -167,6 +175,7 @@ def test_the_file_of_a_round_has_every_answer_that_was_drawn(tmp_path: Path):
         for response, stopped in zip(tree.responses, tree.stopped, strict=True)
     ]
     assert [row["text"] for row in rows] == list(texts.values())
+    assert [row["prompt_text"] for row in rows] == [f"the prompt of {r['line']}" for r in rows]
     assert sum(row["tree"] is not None for row in rows) == sum(len(t.ids) for t in made.trees)
 
 

@@ -221,6 +221,19 @@ def test_stages_that_are_gone_on_with_must_be_the_same(capsys: pytest.CaptureFix
     assert "optimizer.learning_rate is 0.0001 here and was 0.001" in said
 
 
+def test_stages_that_are_all_finished_are_left_as_they_are(capsys: pytest.CaptureFixture[str]):
+    file = written(SHARED + "steps: 2\nstages: [{{objective: sft}}, {{objective: dpo}}]\n")
+    result = uw.train(file)
+    before = {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")}
+    assert main(["train", file, "resume=true"]) == 0
+    *_, first, last, model, report = capsys.readouterr().err.splitlines()
+    assert first == "stage 1 of 2, 1-sft: finished before"
+    assert last == "stage 2 of 2, 2-dpo: finished before"
+    assert (model, report) == (f"model:  {result.model}", f"report: {result.report}")
+    assert uw.train(file, resume=True) == result
+    assert {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")} == before
+
+
 def test_a_finished_stage_is_of_the_rows_and_models_that_there_are(
     capsys: pytest.CaptureFixture[str],
 ):

@@ -1,4 +1,5 @@
 import io
+import json
 import math
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from upweight.data.trees import Shown, ShownResponse
-from upweight.demo.run import Outcome
+from upweight.demo.run import Outcome, final_accuracy
 from upweight.recipes import Result
 from upweight.recipes.kinds import KINDS
 from upweight.terminal import Terminal, show_outcome
@@ -49,6 +50,13 @@ def test_an_accuracy_below_chance_is_not_rounded_to_chance():
     alone = dict.fromkeys(("rewards/accuracies_low", "rewards/accuracies_high"), math.nan)
     (said,) = lines({**EVAL, "step": 3, **alone})
     assert said == "heldout, step 3: loss 0.690, accuracy 50.0%"
+
+
+def test_the_demos_table_has_the_last_accuracy_as_its_line_has_it(tmp_path: Path):
+    last = {**EVAL, "step": 3, "rewards/accuracies": 0.4715}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(last) + "\n")
+    (said,) = lines(last)
+    assert said.endswith(f"accuracy {final_accuracy(tmp_path)}")
 
 
 PAIRS = {"rewards/margins": -12.345, "rewards/accuracies": 0.625}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -40,6 +41,16 @@ class Terminal:
 
     def note(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=self.live is None)
+
+    def table(self, head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for i, heading in enumerate(head):
+            # Where the terminal is narrow all fold, and none goes.
+            side = "right" if i else "left"
+            table.add_column(Text(heading), justify=side, min_width=4, overflow="fold")
+        for line in lines:
+            table.add_row(*map(Text, line))
+        self.console.print(table)
 
     def row(self, shown: Shown) -> None:
         if self.live is None:

@@ -199,7 +199,9 @@ class Evaluation(Section):
         description="Named evaluation sets: a name and its file or files.",
     )
     fraction: Share = Field(
-        default=0.0, description='Share of the prompts held out of training as the set "heldout".'
+        default=0.0,
+        description='Share of the prompts held out of training as the set "heldout", each drawn by '
+        "itself: of few it may be more or fewer.",
     )
     prompt_files: Texts | None = Field(
         default=None,

@@ -97,7 +97,7 @@ def demo(model: str | None, out: str, screen: Screen) -> Outcome | None:
     drawn = [s for _, s in flat]
     kl = kl_record(sample_logps(policy, of, drawn), sample_logps(reference, of, drawn))
     before, after = scores(reference, theirs), scores(policy, ours)
-    accuracy = _final_accuracy(result.out)
+    accuracy = final_accuracy(result.out)
     rows = [
         (
             "mean VADER sentiment",
@@ -111,7 +111,7 @@ def demo(model: str | None, out: str, screen: Screen) -> Outcome | None:
             f"{kl['kl']:.2f} [{kl['kl_low']:.2f}, {kl['kl_high']:.2f}]",
             "nats per answer",
         ),
-        ("implicit-reward accuracy", "0.500", accuracy, "held-out preferences, a tie is one half"),
+        ("implicit-reward accuracy", "50.0%", accuracy, "held-out preferences, a tie is one half"),
         (
             "mean answer length",
             f"{_length(theirs):.1f}",
@@ -212,8 +212,9 @@ def _stopped(drawn: list[list[Sample]]) -> float:
     return sum(stopped) / len(stopped)
 
 
-def _final_accuracy(out: Path) -> str:
+def final_accuracy(out: Path) -> str:
+    """That of the last evaluation, rounded as its line in the terminal."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     last = [r for r in map(json.loads, lines) if r["kind"] == "eval"][-1]
     low, high = last["rewards/accuracies_low"], last["rewards/accuracies_high"]
-    return f"{last['rewards/accuracies']:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{last['rewards/accuracies']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -159,6 +159,34 @@ def rank_trees(
     ]
 
 
+def higher(rows: Sequence[Row], trees: Sequence[Tree]) -> str:
+    """In how many of the preferences the chosen response is worth more, with the share's 95 %
+    interval, as a sentence that says by what.
+
+    By the implicit reward, without a reference by the log-prob, of a reward model by its score.
+    """
+    first = rows[0]
+    by = "score" if "score_chosen" in first else "logp" if first["margin"] is None else "reward"
+    margins = [row[f"{by}_chosen"] - row[f"{by}_rejected"] for row in rows]
+    prompts = _prompts(trees)
+    found, ties = accuracy_interval(margins, prompts), sum(margin == 0 for margin in margins)
+    num_prompts = len(set(prompts))
+    return (
+        f"chosen above rejected by {_MEASURES[by]}: {found.value:.1%} "
+        f"[{100 * found.low:.1f}, {100 * found.high:.1f}], "
+        f"{sum(margin > 0 for margin in margins):,} of {len(rows):,} preferences"
+        + (f" and {ties:,} ties, which count half," if ties else "")
+        + f" of {num_prompts:,} prompt{'' if num_prompts == 1 else 's'}"
+    )
+
+
+_MEASURES = {
+    "reward": "implicit reward",
+    "logp": "log-prob (without a reference)",
+    "score": "the reward model's score",
+}
+
+
 def summary(
     rows: Sequence[Row], trees: Sequence[Tree], beta: float, loss: Callable[[PairLogps], Tensor]
 ) -> tuple[Row, Losses]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -29,7 +32,13 @@ from upweight.models.scalar import (
     padding_tokenizer,
     tree_scores,
 )
-from upweight.models.weights import load_as_served, load_tokenizer, load_weights, quiet_peft
+from upweight.models.weights import (
+    BASE,
+    load_as_served,
+    load_tokenizer,
+    load_weights,
+    quiet_peft,
+)
 from upweight.types import Example, Forest, Tree
 
 KEPT = "Nothing was exported; the run's last checkpoint has the trained weights."
@@ -58,8 +67,9 @@ def export(
     Full fine-tuning: weights, config, tokenizer, template. LoRA: the adapter, and with `merge` the
     merged model in `folder` and the adapter beside it in `adapter/`. An adapter needs its base: a
     start that no other program finds by name (an adapter that was merged, a converted GGUF file)
-    is written beside it in `base/`. Of a base in four bits the adapter says so (nf4.FILE), and is
-    merged into the rounded weights, in fp32: with others it would be another model.
+    is written beside it in `base/`, whose weights the runs of a folder share. Of a base in four
+    bits the adapter says so (nf4.FILE), and is merged into the rounded weights, in fp32: with
+    others it would be another model.
 
     Each folder appears whole or not at all, and only if it is the trained model when it is read
     back, and with `renderer` writes `rows` and the probes as training did. The probes travel with
@@ -90,7 +100,8 @@ def export(
     beside: list[Path] = []
     if base is None:
         whole = load_weights(lm.name, lm.folder, lm.trust_remote_code)
-        beside.append(_write(folder.parent / "base", lm, whole))
+        beside.append(_write(folder.parent / BASE, lm, whole))
+        _share(beside[0])
         base = str(beside[0].resolve())
     lm.model.peft_config["default"].base_model_name_or_path = base  # pyright: ignore
     if not merge:
@@ -101,13 +112,17 @@ def export(
     return [_write(folder, lm, merged, same), adapter, *beside]
 
 
-def export_reward_model(lm: LanguageModel, folder: Path, probes: Sequence[Tree]) -> Path:
+def export_reward_model(
+    lm: LanguageModel, folder: Path, trees: Sequence[Tree], renderer: Renderer | None = None
+) -> Path:
     """Write a reward model as a sequence-classification folder, its adapter merged if it has one.
 
-    As `export`: it appears whole, and only if plain transformers reads the same scores from it.
+    As `export`: it appears whole, and only if plain transformers reads the same scores from it. It
+    has no log-probs to probe; probes.json says the day that its prompts were of, if `renderer`
+    writes one.
     """
     with evaluation_mode(lm):
-        trained = [score for scores in tree_scores(lm, probes) for score in scores]
+        trained = [score for scores in tree_scores(lm, trees) for score in scores]
     # Frozen matrices may be kept in half precision, where a product of LoRA factors would be lost,
     # or in four bits.
     model = lm.causal.float()
@@ -118,20 +133,23 @@ def export_reward_model(lm: LanguageModel, folder: Path, probes: Sequence[Tree])
     merge_adapters(model)
 
     def same(written: Path) -> None:
-        _require_same_scores(lm, written, probes, trained)
+        _require_same_scores(lm, written, trees, trained)
+        if renderer and renderer.date is not None:
+            dated = replace(probes.make_probes(renderer), probes=())
+            probes.write_probes(written, dated, lm.tokenizer)
 
     return _write(folder, lm, model, same, padding_tokenizer(lm))
 
 
 def _require_same_scores(
-    lm: LanguageModel, written: Path, probes: Sequence[Tree], trained: Sequence[float]
+    lm: LanguageModel, written: Path, trees: Sequence[Tree], trained: Sequence[float]
 ) -> None:
     again = load_weights(str(written), str(written), lm.trust_remote_code, scalar=True).eval()
     tokenizer = load_tokenizer(str(written), str(written), lm.trust_remote_code)
-    read = {"": [s for tree in probes for s in one_response_at_a_time(again, tree)]}
+    read = {"": [s for tree in trees for s in one_response_at_a_time(again, tree)]}
     if tokenizer.pad_token_id is not None:
         # Users score batches, which transformers reads at the last token that is not padding.
-        batched = [s for tree in probes for s in in_one_batch(again, tokenizer, tree)]
+        batched = [s for tree in trees for s in in_one_batch(again, tokenizer, tree)]
         read[" in padded batches"] = batched
     # A score is one product of the width more: it is off by as much as a log-prob is.
     tolerance = TOLERANCE_NATS[lm.compute_dtype]
@@ -162,6 +180,20 @@ def _findable_base(lm: LanguageModel) -> str | None:
     if Path(lm.name).suffix == ".gguf" or (folder / "adapter_config.json").is_file():
         return None
     return str(folder.resolve()) if folder.is_dir() else lm.folder
+
+
+def _share(base: Path) -> None:
+    """Weights that a run beside this one has in its base too are one file on the disk, where the
+    disk can."""
+    base = base.resolve()
+    for file in base.glob("*.safetensors"):
+        for other in base.parent.parent.glob(f"*/{base.name}/{file.name}"):
+            with contextlib.suppress(OSError):
+                if not other.samefile(file) and filecmp.cmp(other, file, shallow=False):
+                    linked = file.with_name(f".{file.name}")
+                    os.link(other, linked)
+                    linked.replace(file)
+                    break
 
 
 def _write(

@@ -40,6 +40,9 @@ from upweight.models.named import (
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
+BASE = "base"
+"""The folder beside an adapter's that its base is exported to, where that has no other name."""
+
 SCORING = "ForSequenceClassification"
 """How the architecture of a reward model is called."""
 
@@ -126,12 +129,13 @@ def _load_merged(
             f"model: {name} is an adapter that does not say which model it is for. Write its name "
             "as base_model_name_or_path into adapter_config.json."
         )
+    base_name, moved = _found_again(base_name, Path(folder))
     try:
         base = load_weights(
             base_name, resolve(base_name), trust_remote_code, loading=(*loading, here)
         )
     except ModelError as error:
-        raise ModelError(f"{error} It is the base of the adapter {name}.") from error
+        raise ModelError(f"{error} It is the base of the adapter {name}{moved}.") from error
     if nf4.is_for_quantized(folder):
         # Merged into weights that are not rounded it would be another model.
         nf4.round_layers(base, nf4.computing_device())
@@ -156,6 +160,20 @@ def _load_merged(
     # peft froze the base, and leaves it so: merged, it may be trained as any other model.
     merged.requires_grad_(True)  # pyright: ignore[reportUnknownMemberType]
     return merged
+
+
+def _found_again(base: str, adapter: Path) -> tuple[str, str]:
+    """Where the base of an adapter is, and what is to be said of one that is gone: an adapter names
+    its base by its whole path, and an exported one stands beside it still when both were moved."""
+    if not Path(base).is_absolute() or Path(base).exists():
+        return base, ""
+    beside = adapter.resolve().parent / BASE
+    if beside.is_dir():
+        return str(beside), ""
+    return base, (
+        f", and there is no {beside} either: put it there, or write where it is as "
+        "base_model_name_or_path into adapter_config.json"
+    )
 
 
 def load_as_served(folder: Path, device: torch.device, trust_remote_code: bool) -> nn.Module:

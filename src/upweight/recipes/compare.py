@@ -102,6 +102,8 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> C
     )
     page = scored.write_comparison(folder)
     screen.note("")
+    screen.table(*scored.in_short(study))
+    screen.note("")
     screen.note(claim.said)
     for line in filter(None, (claim.sure, *claim.lines, *study.noticed)):
         screen.note(f"  {line}")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from upweight.config import Run
+from upweight.data.trees import text_after
 from upweight.errors import DataError, OutputError, Refusal
 from upweight.models.finite import finite
 from upweight.models.frozen import Frozen
@@ -248,6 +249,7 @@ def _draw(
             for tree in trees
             for name, text in zip(tree.ids, texts_of(lm, tree), strict=True)
         },
+        prompt_texts={p.ids[0].row: text_after((), p.prompt, lm.tokenizer) for p in prompts},
         spent=Spent(
             asked=len(prompts),
             drawn=len(logps),

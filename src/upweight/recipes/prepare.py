@@ -49,7 +49,8 @@ class Prepared:
     was measured before step 1, is suspicious, and will not be watched.
 
     `examples` are the trees' rows as text, for who compares the two, and `rows` a few of those
-    trained on: what an export is asked to render.
+    trained on: what an export is asked to render. `split` says how many prompts were held out of
+    the data.
     """
 
     def __repr__(self) -> str:
@@ -64,6 +65,7 @@ class Prepared:
     examples: dict[str, list[Example]] = field(default_factory=dict[str, list[Example]])
     figures: Mapping[str, Figures] = field(default_factory=dict[str, Figures])
     unwatched: tuple[str, ...] = ()
+    split: str | None = None
 
     def noticed(self, figures: Mapping[str, Figures], findings: Sequence[Finding]) -> Prepared:
         """With more figures of its sets, and more findings."""
@@ -138,7 +140,14 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     sets: dict[str, tuple[list[Example], Account]] = {}
     key = opening_key if every_turn else prompt_key
     train, heldout = split_by_prompt(train, run.evaluation.fraction, run.seed, key)
+    split = None
     if heldout:
+        held, kept = ({key(row) for row in rows} for rows in (heldout, train))
+        split = (
+            f"{len(held):,} of {counted(len(held) + len(kept), 'prompt')} held out "
+            f"(evaluation.fraction {run.evaluation.fraction:g}: each prompt as a whole, and by a "
+            "draw of its own)"
+        )
         account, held_account = split_account(account, len(heldout))
         sets["heldout"] = (taken(heldout, held_account), held_account)
     train = taken(train, account)
@@ -169,7 +178,9 @@ def prepare(run: Run, lm: LanguageModel) -> Prepared:
     held = {name: rows for name, (rows, _) in sets.items()}
     near = tuple(nearly_apart(train, {**held, PROMPTS: asked}))
     texts = {"train": train, **held, **({PROMPTS: asked} if asked else {})}
-    return Prepared(trees, accounts, renderer, repeats, near, rows=rows, examples=texts)
+    return Prepared(
+        trees, accounts, renderer, repeats, near, rows=rows, examples=texts, split=split
+    )
 
 
 def load_asked(run: Run, renderer: Renderer) -> tuple[list[Tree], list[Example], Account]:
@@ -294,6 +305,8 @@ def account_lines(prepared: Prepared) -> list[str]:
             if account.responses
             else "prompts alone",
         ]
+        if name == "heldout" and prepared.split is not None:
+            parts.append(prepared.split)
         if account.earlier_turns:
             parts.append(f"earlier turns of other rows: {account.earlier_turns:,}")
         if account.left_out:

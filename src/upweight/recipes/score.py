@@ -12,7 +12,7 @@ from upweight.data.stream import load_prompts
 from upweight.data.supervised import plant
 from upweight.data.trees import text_after
 from upweight.errors import ConfigError, DataError, Refusal
-from upweight.evidence.evaluate import rank_trees, score_trees
+from upweight.evidence.evaluate import higher, rank_trees, score_trees
 from upweight.models.named import resolve
 from upweight.models.sample import sample, sample_trees, tree_logps
 from upweight.models.scalar import is_reward_model
@@ -38,7 +38,8 @@ def score_file(
     run: Run, screen: Screen | None = None, *, overwrite: bool = False
 ) -> list[dict[str, object]]:
     """Log-probs, implicit rewards and margins per preference, in nats; written to run.out if set.
-    Of a reward model's folder its scores and margins.
+    Of a reward model's folder its scores and margins. In how many the chosen is worth more is said
+    last.
 
     Without run.reference the ref_ and reward fields are None. Raises ConfigError for settings that
     scoring does not read, OutputError for a file that holds something, unless it is to `overwrite`.
@@ -77,6 +78,8 @@ def score_file(
                 reference = fill_reference(run, model, trees, screen)
         rows = score_trees(lm, trees, reference, run.loss.beta, at_once, smaller)
     _write(run, rows, screen)
+    if rows:
+        screen.note(higher(rows, trees))
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from upweight.data.trees import Shown
@@ -27,6 +27,10 @@ class Screen(Protocol):
         """One line that stays."""
         ...
 
+    def table(self, head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+        """A table that stays; its first column names the lines, the others are numbers."""
+        ...
+
     def row(self, shown: Shown) -> None:
         """A row as it is scored."""
         ...
@@ -42,6 +46,8 @@ class Silent:
     def progress(self, done: int, total: int) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def table(self, head: Sequence[str], lines: Sequence[Sequence[str]]) -> None: ...
 
     def row(self, shown: Shown) -> None: ...
 

@@ -30,31 +30,35 @@ def train_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Re
     if len(stages) == 1:
         return train_model(stages[0], screen)
     screen = screen or Silent()
+    result: Result | None = None
     for stage in stages:
         with named("stage", _name(stage)):
             require_read("train", stage.run)
             if not stage.run.resume:
                 require_run_dir(_folder(stage), False)
-    *earlier, last = stages
-    for number, stage in enumerate(earlier, 1):
+    for number, stage in enumerate(stages, 1):
         said = f"stage {number} of {len(stages)}, {_name(stage)}"
         with named("stage", _name(stage)):
             if stage.run.resume and is_finished(_folder(stage)):
                 _require_unchanged(stage)
                 screen.note(f"{said}: finished before")
+                result = _finished(_folder(stage))
+                if number == len(stages):
+                    screen.note(f"model:  {result.model}")
+                    screen.note(f"report: {result.report}")
                 continue
             screen.note(said)
             result = train_model(_going_on(stage, number == 1), screen)
         if not result.finished:
-            screen.note(
-                "That is this stage alone. It and the stages after it:  the command that began "
-                "them, with resume=true"
-            )
-            return result
+            if number < len(stages):
+                screen.note(
+                    "That is this stage alone. It and the stages after it:  the command that began "
+                    "them, with resume=true"
+                )
+            break
         gc.collect()  # the model of one stage is gone before that of the next is there
-    screen.note(f"stage {len(stages)} of {len(stages)}, {_name(last)}")
-    with named("stage", _name(last)):
-        return train_model(_going_on(last, False), screen)
+    assert result is not None
+    return result
 
 
 def check_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Checked:
@@ -84,6 +88,13 @@ def is_finished(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return bool(record.get("finished")) and (folder / "model").is_dir()
+
+
+def _finished(out: Path) -> Result:
+    """What the run in this folder returned when it came to its end."""
+    records = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [r["step"] for r in map(json.loads, records) if r["kind"] == "train"]
+    return Result(out, out / "model", out / "report.html", True, steps[-1])
 
 
 def _require_unchanged(stage: Resolved) -> None:

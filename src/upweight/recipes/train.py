@@ -351,9 +351,9 @@ def _finish(state: State, progress: Progress) -> Result:
             start=state.start,
         )
     else:
-        probes = prepared.trees["train"][:PROBES]
-        written = [export_reward_model(state.lm, state.rundir.file("model"), probes)]
-    write_card(written[0], state.run, progress.step)
+        trees, folder = prepared.trees["train"][:PROBES], state.rundir.file("model")
+        written = [export_reward_model(state.lm, folder, trees, prepared.renderer)]
+    write_card(written[0], state.run, progress.step, prepared.renderer.date)
     write_environment(state, finished=True)
     if KINDS[state.run.objective].by_reference:
         write_suspects(state)

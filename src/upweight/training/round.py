@@ -45,8 +45,9 @@ class Round:
     """What was drawn, by response; `beta` is the weight of the KL term that it was made with, and
     `stop_penalty` what answers that do not stop by themselves pay. `spent` is what it took, with
     the rounds before it in which there was nothing to learn from. `drawn` are the prompts with all
-    of their answers where `trees` has but some of them, and `texts` what the answers say: both are
-    for whoever reads the round's file, and are not read back from it."""
+    of their answers where `trees` has but some of them, `prompt_texts` and `texts` what prompts and
+    answers say: these are for whoever reads the round's file (docs/rollouts.md), and are not read
+    back from it."""
 
     number: int
     beta: float
@@ -62,6 +63,7 @@ class Round:
     spent: Spent = Spent()
     drawn: tuple[Tree, ...] = ()
     texts: Mapping[ResponseId, str] = field(default_factory=dict[ResponseId, str])
+    prompt_texts: Mapping[RowId, str] = field(default_factory=dict[RowId, str])
 
     def experience(self, forest: Forest) -> Experience:
         """What is known of the forest's tokens, in their order."""
@@ -177,16 +179,17 @@ class Round:
 
 
 _LISTS = ("logps", "reference_logps", "advantages", "values", "returns")
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [("source", pa.string()), ("line", pa.int64()), ("index", pa.int64()), ("score", pa.float64())]
     + [("tree", pa.int64()), ("chosen", pa.bool_()), ("rejected", pa.bool_())]
     + [("stopped", pa.bool_()), ("beta", pa.float64()), ("num_stopped", pa.int64())]
     + [("stop_penalty", pa.float64())]
     + [(name, pa.int64()) for name in asdict(Spent())]
-    + [("prompt", pa.list_(pa.int32())), ("response", pa.list_(pa.int32())), ("text", pa.string())]
+    + [("prompt", pa.list_(pa.int32())), ("response", pa.list_(pa.int32()))]
+    + [("prompt_text", pa.string()), ("text", pa.string())]
     + [(name, pa.list_(pa.float32())) for name in _LISTS]
 )
-"""One row for each response; `tree` is null for those that are not learned from."""
+"""One row for each response: docs/rollouts.md."""
 
 
 def round_file(folder: Path, number: int) -> Path:
@@ -203,6 +206,7 @@ def write_round(folder: Path, made: Round) -> None:
             "line": name.row.line,
             "index": name.index,
             "score": score,
+            "prompt_text": made.prompt_texts.get(name.row),
             "text": made.texts.get(name),
             "beta": made.beta,
             "num_stopped": made.num_stopped,
@@ -227,7 +231,7 @@ def write_round(folder: Path, made: Round) -> None:
             }
         rows.append(row)
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
     folder.mkdir(exist_ok=True)
     write_atomic(round_file(folder, made.number), sink.getvalue().to_pybytes())
 
@@ -245,7 +249,7 @@ def read_round(folder: Path, number: int) -> Round:
     """A round as `write_round` wrote it, to the last bit. Raises OutputError without its file."""
     file = round_file(folder, number)
     try:
-        rows = pq.read_table(file, schema=_SCHEMA).to_pylist()
+        rows = pq.read_table(file, schema=SCHEMA).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise OutputError(
             f"{file} cannot be read ({next(iter(str(error).splitlines()), '')}), and the run "
@@ -283,7 +287,7 @@ def spent_on(folder: Path) -> Spent:
     """What all the rounds of a run took, by their files."""
     columns, found = ["source", "line", *asdict(Spent())], Spent()
     for file in folder.glob("round-*.parquet"):
-        rows = pq.read_table(file, schema=_SCHEMA, columns=columns).to_pylist()
+        rows = pq.read_table(file, schema=SCHEMA, columns=columns).to_pylist()
         found = found.plus(_spent(rows))
     return found
 

@@ -16,6 +16,7 @@ from upweight.evidence.comparison.nouns import (
 )
 from upweight.evidence.comparison.page import render, write_comparison
 from upweight.evidence.comparison.read import read_method, read_study
+from upweight.evidence.comparison.said import in_short
 
 __all__ = [
     "ROWS",
@@ -28,6 +29,7 @@ __all__ = [
     "Study",
     "Taught",
     "claim",
+    "in_short",
     "read_method",
     "read_study",
     "render",

@@ -10,6 +10,7 @@ from upweight.evidence.comparison.claim import MARGIN, knots
 from upweight.evidence.comparison.given import given
 from upweight.evidence.comparison.nouns import Claim, Method, Point, Study
 from upweight.evidence.comparison.read import read_study
+from upweight.evidence.comparison.said import at_most, measured_points, shown_kl, when
 from upweight.evidence.report.document import document, write_page
 from upweight.evidence.report.frontier import (
     MARKERS,
@@ -184,7 +185,7 @@ _NOT_COMPARED = ("unknown", "○")
 
 
 def _frontier(study: Study) -> str:
-    drawn = [method for method in study.methods if _measured_points(method)]
+    drawn = [method for method in study.methods if measured_points(method)]
     trails = [_trail(method, study, i) for i, method in enumerate(drawn)]
     if not drawn:
         return '<p class="empty">No method was evaluated.</p>'
@@ -201,10 +202,6 @@ def _frontier(study: Study) -> str:
     )
 
 
-def _measured_points(method: Method) -> list[Point]:
-    return [p for p in method.points if math.isfinite(p.kl + p.reward)]
-
-
 def _origin(study: Study) -> Spot:
     start = Interval(study.start.reward, study.start.low, study.start.high)
     return Spot(_exact(0.0), start, "KL 0")
@@ -213,7 +210,7 @@ def _origin(study: Study) -> Spot:
 def _trail(method: Method, study: Study, index: int) -> Trail:
     points = [p for p in method.points if p.step > 0 or not method.is_path]
     path = method.is_path
-    spots = [Spot(_kl(method, p), p.reward_interval, _when(method, p), not path) for p in points]
+    spots = [Spot(_kl(method, p), p.reward_interval, when(method, p), not path) for p in points]
     texts = ["" for _ in points[:-1]] + [method.name] if path else [f"{p.step}" for p in points]
     return Trail(
         method.name,
@@ -232,20 +229,8 @@ def _kl(method: Method, point: Point) -> Interval:
     return point.kl_interval if method.is_path else Interval(point.kl, 0.0, point.kl)
 
 
-def _shown_kl(method: Method, point: Point) -> str:
-    return shown(point.kl_interval) if method.is_path else _at(method, point)
-
-
-def _at(method: Method, point: Point) -> str:
-    return f"{'' if method.is_path else '≤ '}{number(point.kl)}"
-
-
 def _exact(value: float) -> Interval:
     return Interval(value, math.nan, math.nan)
-
-
-def _when(method: Method, point: Point) -> str:
-    return f"{'step' if method.is_path else 'n ='} {count(point.step)}"
 
 
 def _methods(study: Study) -> str:
@@ -273,16 +258,20 @@ def _methods(study: Study) -> str:
 def _line(method: Method, level: float | None) -> Sequence[str]:
     note = f"<small>failed: {esc(method.failed)}</small>" if method.failed is not None else ""
     name = f"<bdi>{esc(method.name)}</bdi>{note}"
-    points = _measured_points(method)
+    points = measured_points(method)
     if not points:
         return (name, "–", "–", *(["–"] if level is not None else []), "–")
     last = points[-1]
     below = [p for p in points if level is not None and p.kl <= level]
     best = max(below, key=lambda p: p.reward, default=None)
-    cells = [esc(shown(last.reward_interval)), esc(_shown_kl(method, last))]
+    cells = [esc(shown(last.reward_interval)), esc(shown_kl(method, last))]
     if level is not None:
         said = "–" if best is None else f"{esc(shown(best.reward_interval))}"
-        at = "" if best is None else f"<small>{_when(method, best)}, KL {_at(method, best)}</small>"
+        at = (
+            ""
+            if best is None
+            else f"<small>{when(method, best)}, KL {at_most(method, best)}</small>"
+        )
         cells.append(said + at)
     return (name, *cells, esc(number(last.length)))
 
@@ -291,9 +280,9 @@ def common_kl(methods: Sequence[Method]) -> float | None:
     """The largest KL that all compared methods reached: DPO and PPO, or all where one is missing;
     None where nothing is above 0."""
     reached = {
-        (m.objective, m.name): max(p.kl for p in _measured_points(m))
+        (m.objective, m.name): max(p.kl for p in measured_points(m))
         for m in methods
-        if m.is_path and m.failed is None and _measured_points(m)
+        if m.is_path and m.failed is None and measured_points(m)
     }
     compared = {key: kl for key, kl in reached.items() if key[0] in ("dpo", "ppo")}
     if {objective for objective, _ in compared} != {"dpo", "ppo"}:
@@ -357,7 +346,7 @@ def _measured(study: Study) -> str:
 
 
 def _below_zero(study: Study) -> list[str]:
-    found = [f"{m.name}, {_when(m, p)}" for m in study.methods for p in m.points if p.kl_high < 0]
+    found = [f"{m.name}, {when(m, p)}" for m in study.methods for p in m.points if p.kl_high < 0]
     if not found:
         return []
     return [
@@ -375,8 +364,8 @@ def _evaluations(study: Study) -> str:
     lines = [
         (
             f"<bdi>{esc(method.name)}</bdi>",
-            esc(_when(method, p)),
-            esc(_shown_kl(method, p)),
+            esc(when(method, p)),
+            esc(shown_kl(method, p)),
             esc(shown(p.reward_interval)),
             esc(number(p.length)),
         )

@@ -233,11 +233,14 @@ def _displacement(records: Records, set_name: str) -> Iterator[str]:
 def _lengths(records: Records, set_name: str) -> Iterator[str]:
     rows = rows_with(records, "length")
     length, reference = latest(rows, "length"), latest(rows, "reference_length")
+    by_prompt = latest(rows, "length_ratio")
     if length is not None and reference is not None and reference.value > 0:
         ratio, where = length.value / reference.value, elsewhere(records, rows)
-        if ratio > _NOTEWORTHY_LENGTH:
+        # Of few prompts there is no interval, and nothing to claim.
+        low, high = (by_prompt.bounds if by_prompt is not None else None) or (1.0, 1.0)
+        if ratio > _NOTEWORTHY_LENGTH and low > 1:
             yield f"Sampled answers are {percent(ratio - 1)} longer than the reference's{where}."
-        elif ratio < 1 / _NOTEWORTHY_LENGTH:
+        elif ratio < 1 / _NOTEWORTHY_LENGTH and high < 1:
             yield f"Sampled answers are {percent(1 - ratio)} shorter than the reference's{where}."
     rule, found = length_rule(ledger_of(records, set_name)), accuracy(records, set_name)
     if rule is None or found is None or found.step == 0:

@@ -31,7 +31,8 @@ PAGES: tuple[Page, ...] = (
             "Each folder of the export appears whole or not at all. An adapter is merged into its "
             "base in float32. Where the start has no name that an adapter could give for its base "
             "(an adapter that was merged, a .gguf file), it is written into a folder beside the "
-            "adapter. An adapter on a matrix that is embedding and head at once is an error."
+            "adapter, and found there after both were moved. An adapter on a matrix that "
+            "is embedding and head at once is an error."
         ),
         causes=(
             "The base model, which an adapter is read back on, was moved, changed or cleared from "
