@@ -44,8 +44,9 @@ def records(run: str, kind: str) -> list[dict]:
 
 
 def online(out: str, objective: str, *more: str) -> int:
+    data = "" if "--data" in more else "--data prompts.jsonl"
     words = (
-        f"train --model model --data prompts.jsonl --objective {objective} --out {out} --dtype "
+        f"train --model model {data} --objective {objective} --out {out} --dtype "
         "float32 --learning-rate 3e-3 --reward count.py:score --prompts_per_round 4 --max_tokens 8 "
         "--fraction 0.2 --samples 2 --max_new_tokens 8 --steps 4 --beta 0.05"
     )
