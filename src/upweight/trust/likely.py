@@ -101,7 +101,8 @@ def swapped(examined: Examined, asked: Sequence[Asked]) -> Seen:
         if found.high < limit:
             worst = sorted(asked, key=lambda one: one.chosen - one.rejected)
             said = "the reference finds the chosen response likelier by the token"
-            return Seen(figures, _swapped(examined, said, found, [one.row for one in worst]))
+            rows = [one.row for one in worst]
+            return Seen(figures, _swapped(examined, said, found, rows, _BY_REFERENCE))
     measured = longer(examined)
     if measured is None or agrees or not measured.high < limit:
         return Seen(figures)
@@ -111,15 +112,25 @@ def swapped(examined: Examined, asked: Sequence[Asked]) -> Seen:
     )
     rows = [str(tree.ids[p.chosen].row) for _, _, tree, p in by_length]
     said = "the longer response is the chosen one"
-    return Seen(figures, _swapped(examined, said, measured, rows))
+    return Seen(figures, _swapped(examined, said, measured, rows, _BY_LENGTH))
 
 
-def _swapped(examined: Examined, said: str, found: Interval, rows: Sequence[str]) -> Finding:
+_BY_REFERENCE = "What people chose may well be what this model would not write."
+_BY_LENGTH = (
+    "This is a guess from their lengths alone: people and judges mostly take the longer answer, and "
+    "where short ones were wanted it says nothing."
+)
+
+
+def _swapped(
+    examined: Examined, said: str, found: Interval, rows: Sequence[str], doubt: str
+) -> Finding:
     return Finding(
         "UW207",
         f"{examined.name}: {said} in only {found.value:.0%} of preferences [{found.low:.0%}, "
         f"{found.high:.0%}] (preflight.swapped is {examined.limits.swapped:.0%}): chosen and "
-        "rejected may be swapped. Read these.",
+        f"rejected may be swapped. {doubt} Read a few rows: if the rejected response is mostly the "
+        "better one, they are.",
         tuple(dict.fromkeys(rows))[:5],
     )
 
