@@ -41,6 +41,9 @@ class Terminal:
     def note(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=self.live is None)
 
+    def warn(self, text: str) -> None:
+        self.note(text)
+
     def row(self, shown: Shown) -> None:
         if self.live is None:
             self.console.print(Text(str(shown)), soft_wrap=True)

@@ -190,7 +190,7 @@ def ask_rewards(run: Run, prepared: Prepared, screen: Screen) -> None:
         )
         own = [reward for reward, (_, has_one) in zip(rewards, found, strict=True) if has_one]
         if len(own) > 1 and min(own) == max(own):
-            screen.note(
+            screen.warn(
                 f"warning: {key}: {spec} gives {own[0]:.4g} to each of the {len(own)} answers that "
                 "rows have of their own. Where they are equally good, as correct solutions are, "
                 "that is right; else read it, and the columns that it compares with."

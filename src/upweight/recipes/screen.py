@@ -27,6 +27,10 @@ class Screen(Protocol):
         """One line that stays."""
         ...
 
+    def warn(self, text: str) -> None:
+        """A line that stays, of what may be wrong."""
+        ...
+
     def row(self, shown: Shown) -> None:
         """A row as it is scored."""
         ...
@@ -36,12 +40,33 @@ class Screen(Protocol):
         ...
 
 
+class AtEnd:
+    """Another screen, which is warned of everything together, behind the rest."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.stage, self.progress, self.note = screen.stage, screen.progress, screen.note
+        self.row, self.record, self._last = screen.row, screen.record, screen.warn
+        self.warned: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+    def __enter__(self) -> AtEnd:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for text in self.warned:
+            self._last(text)
+
+
 class Silent:
     def stage(self, name: str) -> None: ...
 
     def progress(self, done: int, total: int) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
 
     def row(self, shown: Shown) -> None: ...
 

@@ -122,7 +122,7 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     for line in account_lines(prepared):
         screen.note(line)
     for finding in prepared.findings:
-        screen.note(str(finding))
+        screen.warn(str(finding))
     prepared = _noticed(prepared, _texts(run, prepared, lm), screen)
     prepared = _noticed(
         prepared, {e.name: examine(e) for e in examined_sets(run, prepared)}, screen
@@ -332,7 +332,7 @@ def _noticed(
     findings = [finding for _, warned in found.values() for finding in warned]
     for finding in findings:
         if not isinstance(finding, Refused):
-            screen.note(str(finding))
+            screen.warn(str(finding))
     return prepared.noticed(figures, findings)
 
 

@@ -63,6 +63,10 @@ _ADVICE = {
 _logger = logging.getLogger(__name__)
 
 
+class HoldsRun(OutputError):
+    """There is a run in the folder, and none is resumed."""
+
+
 @dataclass(frozen=True)
 class RunDir:
     """An open run directory; a context manager that gives it back.
@@ -207,7 +211,7 @@ def _require_startable(path: Path, resume: bool, ours: bool) -> tuple[str, ...]:
     if not ours or checkpoints or not entries.isdisjoint(FINISHED):
         choices = "Choose another out, or remove the folder if you do not need it."
         found = "Set resume: true to continue it." if resumable else "It has no checkpoint."
-        raise OutputError(f"{path} holds a run already. {found} {choices}")
+        raise HoldsRun(f"{path} holds a run already. {found} {choices}")
     return tuple(sorted(entries.intersection(RECORDS)))
 
 
