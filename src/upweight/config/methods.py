@@ -84,12 +84,12 @@ class Method:
             return leaf in CHOOSING
         return leaf not in unread(self.objective)
 
-    def require_read(self, run: Run) -> None:
+    def require_read(self, resolved: Resolved) -> None:
         """Raises Refusal UW109 for what its run, or what it says itself, has and nobody reads."""
         if self.objective == BEST_OF_N:
             require_read_to_choose(self.own)
         else:
-            require_read("train", run)
+            require_read("train", resolved.run, resolved.places)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> C
     judge = require_judged(runs)
     for method in comparison.methods:
         with named("method", method.name):
-            method.require_read(runs[method.name].run)
+            method.require_read(runs[method.name])
             require_rewards(runs[method.name].run, later=method.judge is not None)
     require_finished_unchanged(comparison, runs)
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ def train_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Re
     screen = screen or Silent()
     for stage in stages:
         with named("stage", _name(stage)):
-            require_read("train", stage.run)
+            require_read("train", stage.run, stage.places)
             if not stage.run.resume:
                 require_run_dir(_folder(stage), False)
     *earlier, last = stages

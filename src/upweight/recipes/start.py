@@ -93,7 +93,7 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
 
     `saved` is where the run that is resumed was. Raises UpweightError children.
     """
-    require_read("train", resolved.run)
+    require_read("train", resolved.run, resolved.places)
     if saved is not None:
         resolved = as_begun(resolved)
     resolved = _with_rates(resolved)
