@@ -198,7 +198,10 @@ def test_many_rows_without_a_word_in_a_response_are_reported():
     assert "empty chosen and rejected response and 1 of 60 rows have an empty chosen" in said
     texts = [{"text": text, "score": i} for i, text in enumerate(("a b", "", "c d e"))]
     write_rows("pairs.jsonl", [{"prompt": f"q {i}", "responses": texts} for i in range(9)])
-    assert "train: 9 of 27 responses are empty, without a word" in check(**{"preflight.shortcut": 0.99})["UW210"]
+    assert (
+        "train: 9 of 27 responses are empty, without a word"
+        in check(**{"preflight.shortcut": 0.99})["UW210"]
+    )
 
 
 @pytest.mark.parametrize(

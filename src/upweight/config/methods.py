@@ -29,7 +29,6 @@ from upweight.config.commands import require_read, require_read_to_choose
 from upweight.config.keys import METHODS, keys
 from upweight.config.objectives import CHOOSING, OBJECTIVES, unread
 from upweight.config.resolve import Resolved, resolve
-from upweight.config.sections import Run
 from upweight.config.settings import Layer, Problem, Problems, Setting, collect, show
 from upweight.config.written import parse, settle
 from upweight.errors import ConfigError, nearest

@@ -9,7 +9,7 @@ from typing import Any
 
 from upweight.data.trees import TreeNotes
 from upweight.errors import DataError, Refusal
-from upweight.types import Dropped, RowId, Tree
+from upweight.rows import Dropped, RowId, Tree
 
 REASONS: dict[str, str] = {
     "bad_unicode": "text that is not Unicode: half of a surrogate pair",

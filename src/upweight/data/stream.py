@@ -29,7 +29,7 @@ from upweight.data.read import read_rows
 from upweight.data.render import Renderer
 from upweight.data.trees import trees
 from upweight.errors import ConfigError, DataError, nearest
-from upweight.types import Dropped, Example, RowId, Tree
+from upweight.rows import Dropped, Example, RowId, Tree
 
 
 def load_examples(

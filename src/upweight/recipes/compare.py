@@ -17,11 +17,12 @@ from upweight.evidence import comparison as scored
 from upweight.evidence.report.markup import duration
 from upweight.recipes.alike import require_finished_unchanged, require_judged, require_same_start
 from upweight.recipes.chosen import best_of
+from upweight.recipes.look import named
 from upweight.recipes.measured import Measured, measured, told
 from upweight.recipes.resume import Beginning
 from upweight.recipes.rewarding import require_rewards
 from upweight.recipes.screen import Screen, Silent, counted
-from upweight.recipes.stages import is_finished, named
+from upweight.recipes.stages import is_finished
 from upweight.recipes.train import train_model
 from upweight.training.records import finite
 from upweight.training.rundir import write_atomic

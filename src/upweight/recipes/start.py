@@ -51,6 +51,7 @@ from upweight.recipes.prepare import (
 from upweight.recipes.reference import require_same_tokens
 from upweight.recipes.resume import as_begun, require_same_settings
 from upweight.recipes.screen import Screen
+from upweight.recipes.sets import read_sets
 from upweight.recipes.unwatched import before_step_1, by_reference_answers, told
 from upweight.stats import Interval
 from upweight.training.loop import Plan
@@ -102,6 +103,8 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     if resolved.run.lora is not None:
         require_quantizer(resolved.run.lora.quantize)
     _require_offload_has_effect(resolved.run)
+    screen.stage("rows")
+    sets = read_sets(resolved.run)
     screen.stage("model")
     lm = load_policy(resolved.run)
     require_start_as_exported(resolved.run, resolved.run.model, lm)
@@ -112,7 +115,8 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
         tokenizer = load_tokenizer(run.reference, trust_remote_code=trusted)
         require_same_tokens(run, lm, tokenizer)
     screen.stage("rows")
-    prepared = prepare(run, lm)
+    prepared = prepare(run, lm, sets)
+    del sets  # the texts are with what was prepared, and go with it
     if run.data.template == "auto":
         resolved = resolved.with_value("data.template", prepared.renderer.template, INHERITED)
     if run.data.date is None and prepared.renderer.date is not None:

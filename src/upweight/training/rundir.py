@@ -160,6 +160,18 @@ def require_run_dir(path: Path, resume: bool) -> None:
             raise PermissionError(errno.EACCES, "", str(path))
 
 
+def is_in_use(path: Path) -> bool:
+    """Whether a living process has this run directory."""
+    try:
+        with (path / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def require_file(path: Path, *, overwrite: bool = True) -> None:
     """Raises OutputError where `write_atomic` could not put a file at `path`, and without
     `overwrite` where one is that holds anything; for use before the work that ends there. The

@@ -117,8 +117,8 @@ def swapped(examined: Examined, asked: Sequence[Asked]) -> Seen:
 
 _BY_REFERENCE = "What people chose may well be what this model would not write."
 _BY_LENGTH = (
-    "This is a guess from their lengths alone: people and judges mostly take the longer answer, and "
-    "where short ones were wanted it says nothing."
+    "This is a guess from their lengths alone: people and judges mostly take the longer answer, "
+    "and where short ones were wanted it says nothing."
 )
 
 
