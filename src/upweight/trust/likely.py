@@ -10,7 +10,7 @@ import numpy as np
 
 from upweight.models.load import LanguageModel
 from upweight.models.reference import Reference
-from upweight.models.sample import sample, sample_trees, tree_logps
+from upweight.models.sample import sample
 from upweight.stats import Interval, accuracy_interval, mean_interval
 from upweight.trust.finding import Finding
 from upweight.trust.preflight import Examined, Figures, Seen, longer, settle
@@ -25,18 +25,13 @@ nat, and data that are far from a model lie several below it."""
 def own_nats(
     reference: LanguageModel, trees: Sequence[Tree], stop_ids: Collection[int], seed: int
 ) -> Interval:
-    """What the model gives a token of its own text: the mean log-prob in nats, over its answers to
-    a few of the prompts at temperature 1."""
+    """What the model gives a token of its own text: the mean log-prob in nats, as it was drawn,
+    over its answers to a few of the prompts at temperature 1."""
     prompts = spread(list(dict.fromkeys(tree.prompt for tree in trees)), OWN_ANSWERS)
     drawn = sample(
         reference, prompts, max_new_tokens=OWN_TOKENS, seed=seed, stop_token_ids=stop_ids
     )
-    logps = tree_logps(reference, sample_trees(prompts, drawn))
-    means = [
-        logp / len(answer.tokens)
-        for answers, of in zip(drawn, logps, strict=True)
-        for answer, logp in zip(answers, of, strict=True)
-    ]
+    means = [sum(answer.logps) / len(answer.logps) for answers in drawn for answer in answers]
     return mean_interval(means, num_resamples=500)
 
 
