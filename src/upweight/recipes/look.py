@@ -29,8 +29,9 @@ def look(command: str, stages: Sequence[Resolved]) -> None:
             require_read(command, stage.run, stage.places)
             if stage.run.out is not None and not stage.run.resume:
                 _require_out(command, Path(stage.run.out))
-            for name in {stage.run.model, stage.run.reference} - {None, *made}:
-                placed(str(name))
+            for name in (stage.run.model, stage.run.reference):
+                if name is not None and name not in made:
+                    placed(name)
             _require_first_rows(stage.run)
 
 
