@@ -64,6 +64,8 @@ class Stopwatch(Silent):
         if text.startswith("model: "):
             print(text)
 
+    def warn(self, text: str) -> None: ...
+
     def record(self, record: Mapping[str, object], total_steps: int) -> None:
         now = time.perf_counter()
         self.emit(

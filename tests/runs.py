@@ -67,8 +67,8 @@ def rows_of(name: str | Path) -> list[dict[str, Any]]:
 
 
 def train(out: str, *more: str, command: str = "train") -> int:
-    words = "" if "--data" in more else "--data pairs.jsonl"
-    words += " --model model --pairs_per_step 4 --learning-rate 1e-3 --dtype"
+    words = "--model model --pairs_per_step 4 --learning-rate 1e-3 --dtype"
     sampled = "" if "--samples 0" in " ".join(more) else " --samples 2 --max_new_tokens 8"
-    words += f" float32 --fraction 0.2{sampled} --out"
+    words += " float32" + ("" if "--data" in more else " --data pairs.jsonl")
+    words += f" --fraction 0.2{sampled} --out"
     return main([command, *words.split(), out, *more])

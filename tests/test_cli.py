@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import upweight as uw
-from runs import furnish, train, write_rows
+from runs import furnish, plain_rows, train, write_rows
 from upweight.cli import _resolve, main
 from upweight.config import READS, Resolved
 from upweight.config.keys import keys
@@ -76,6 +78,50 @@ def test_a_users_mistake_is_one_message_and_exit_2(
     assert main(shlex.split(words)) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
+
+
+def test_what_needs_no_model_is_refused_without_torch() -> None:
+    Path("bad.jsonl").write_text("{not json\n")
+    Path("same.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "a"}\n')
+    write_rows("odd.jsonl", [{"question": "p", "good": "a"}])
+    Path("out").mkdir()
+    Path("out/mine").touch()
+    words = {
+        "--data gone.jsonl": "gone.jsonl does not exist",
+        "--data bad.jsonl": "bad.jsonl:1",
+        "--data odd.jsonl": "odd.jsonl:1 is of no known layout",
+        "--data same.jsonl": "data same.jsonl: none of 1 rows can be used.",
+        "--data pairs.jsonl 'evaluation.sets={a: gone.jsonl}'": "gone.jsonl does not exist",
+        "--data pairs.jsonl --model none/of/it": "there is no folder none/of/it",
+        "--data pairs.jsonl --reference none/of/it": "there is no folder none/of/it",
+        "--data pairs.jsonl --out out": "out holds files that are not a run's",
+        "--data pairs.jsonl --objective sft --beta 1": "loss.beta is 1.0, and objective sft does",
+    }
+    script = (
+        "import json, sys\n"
+        "from upweight.cli import main\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    for command in ('check', 'train'):\n"
+        "        assert main([command, '--model', 'model', '--out', 'new', *words]) == 2\n"
+        "        assert 'torch' not in sys.modules, words\n"
+    )
+    split = [shlex.split(said) for said in words]
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(split)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.split("error")[1:]
+    for i, said in enumerate(words.values()):
+        assert said in lines[2 * i] and lines[2 * i] == lines[2 * i + 1]
+
+
+def test_rows_are_read_before_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bare").mkdir()
+    Path("bare/config.json").write_bytes(Path("model/config.json").read_bytes())
+    write_rows("pairs.jsonl", [*plain_rows(200), {"prompt": "p", "chosen": "a"}])
+    for command in ("check", "train"):
+        assert main(f"{command} --model bare --data pairs.jsonl --out o".split()) == 2
+        assert "pairs.jsonl:201" in capsys.readouterr().err
 
 
 def test_a_command_refuses_what_it_does_not_read_and_names_those_that_do(

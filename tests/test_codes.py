@@ -227,7 +227,6 @@ def test_numbers_on_the_pages_are_those_of_the_code() -> None:
     ("typed", "meant"),
     [
         ("UW10", "UW101"),
-        ("101", "UW101"),
         ("UW213", "UW212"),
         ("UW110", "UW109"),
         ("UW-304", "UW304"),
@@ -238,8 +237,8 @@ def test_the_nearest_code_is_of_the_same_family(typed: str, meant: str) -> None:
         page(typed)
 
 
-def test_a_code_is_found_in_any_case() -> None:
-    assert page("uw107") is page(" UW107 ") is CODES["UW107"]
+def test_a_code_is_found_in_any_case_and_by_its_number() -> None:
+    assert page("uw107") is page(" UW107 ") is page("107") is CODES["UW107"]
 
 
 def test_an_unknown_code_is_answered_by_the_nearest_and_the_list() -> None:
@@ -270,6 +269,14 @@ def test_only_a_page_without_a_detector_says_how_to_look_by_hand(found: Page) ->
 def test_the_severity_says_what_happens_to_the_run() -> None:
     assert effect(CODES["UW107"]) == "stops the run"
     assert effect(CODES["UW304"]) == "warns, and the run goes on"
+
+
+def test_a_code_that_refuses_and_of_some_cases_only_warns_says_both() -> None:
+    said = " ".join(as_text(CODES["UW103"]).split())
+    assert "Stops the run. Only warns of a plan whose learning rates" in said
+    assert effect(CODES["UW103"]) == "stops the run, or warns"
+    warned = {code for code, found in CODES.items() if found.warns_of}
+    assert warned == {"UW101", "UW103", "UW208", "UW209", *(f"UW20{i}" for i in range(1, 5))}
 
 
 def test_markdown_links_papers_and_other_codes() -> None:

@@ -92,7 +92,7 @@ def test_every_method_of_the_embedded_comparison_has_the_settings_that_it_reads(
         found = load_comparison(file, given)
     made = {method.name: found.run_of(method, tmp_path) for method in found.methods}
     for method in found.methods:
-        method.require_read(made[method.name].run)
+        method.require_read(made[method.name])
     assert require_judged(made) == "vader"
     assert {m.objective for m in found.methods} == {
         "sft", "dpo", "reward", "ppo", "grpo", "best_of_n"

@@ -424,9 +424,14 @@ GRPO = ["objective=grpo", "rollout.reward=number"]
         ("train", ["max_tokens=5"], None),
         ("score", ["max_tokens=5"], None),
         ("train", ["max_new_tokens=5"], None),
+        ("train", [*GRPO, "pairs_per_step=5"], "rollout.prompts_per_round"),
+        ("train", ["prompts_per_round=5"], "batch.pairs_per_step"),
+        ("train", ["rollout.reward=number", "fraction=0.1"], "evaluation.true_reward"),
+        ("train", ["rollout.reward=number"], None),
+        ("train", ["value_learning_rate=0.1"], "optimizer.learning_rate"),
     ],
 )
-def test_the_longest_answer_by_its_name_elsewhere_is_answered_with_its_name_here(
+def test_a_key_that_is_meant_for_another_place_is_answered_with_its_name_here(
     command: str, given: list[str], instead: str | None
 ) -> None:
     with pytest.raises(Refusal) as caught:
@@ -434,6 +439,17 @@ def test_the_longest_answer_by_its_name_elsewhere_is_answered_with_its_name_here
     (first, _) = str(caught.value).splitlines()
     assert first.endswith(f". Here that is {instead}.") == (instead is not None)
     assert ("Here that" in first) == (instead is not None)
+
+
+def test_a_value_that_nobody_reads_is_refused_where_it_was_written(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: d.jsonl\nobjective: sft\nloss:\n  beta: 0.2\n")
+    resolved = load_run(file, ["watch.kl=9"]).with_value("seed", 3, "here")
+    with pytest.raises(Refusal) as caught:
+        require_read("train", resolved.run, resolved.places)
+    first, second, _ = str(caught.value).splitlines()
+    assert first.startswith(f"{file}:5: loss.beta is 0.2, and objective sft does not read it")
+    assert second.startswith("watch.kl is 9.0, and ")
 
 
 def test_score_reads_beta_only_with_a_reference() -> None:

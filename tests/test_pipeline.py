@@ -44,13 +44,13 @@ def records(run: str, kind: str) -> list[dict]:
 
 
 def online(out: str, objective: str, *more: str) -> int:
-    data = "" if "--data" in more else "--data prompts.jsonl"
     words = (
-        f"train --model model {data} --objective {objective} --out {out} --dtype "
+        f"train --model model --objective {objective} --out {out} --dtype "
         "float32 --learning-rate 3e-3 --reward count.py:score --prompts_per_round 4 --max_tokens 8 "
         "--fraction 0.2 --samples 2 --max_new_tokens 8 --steps 4 --beta 0.05"
     )
-    return main([*words.split(), *more])
+    data = [] if "--data" in more else ["--data", "prompts.jsonl"]
+    return main([*words.split(), *data, *more])
 
 
 def judge(out: str, *more: str) -> int:
@@ -305,10 +305,21 @@ def test_check_says_from_where_to_where_the_rewards_of_rows_reach(
     words = "check --model model --objective rloo --data"
     assert main([*words.split(), "prompts.jsonl", "--reward", "number"]) == 0
     said = capsys.readouterr().out
-    assert 'rollout.reward: number gives 0 to 1 to the answers of 8 rows ("a" where a' in said
+    assert "rollout.reward: number gives 0 to 1 to the answers of 8 rows\n" in said
     write_rows("alone.jsonl", [{"prompt": row["prompt"]} for row in rows[:3]])
     assert main([*words.split(), "alone.jsonl", "--reward", "count.py:score"]) == 0
-    assert "count.py:score gives 0.125 to the answers of 3 rows" in capsys.readouterr().out
+    said = 'count.py:score gives 0.125 to the answers of 3 rows ("a" where a row has none)'
+    assert said in capsys.readouterr().out
+    # What is made up is asked about only where there is no answer to be had.
+    Path("seen.py").write_text("def score(prompt, response, row):\n    return len(response)\n")
+    known = {"prompt": "how", "completion": "known"}
+    for beside, said in (
+        (known, "5 to the answers of 2 rows (that of another row where a row has none)"),
+        ({"prompt": "how", "answer": "it"}, '1 to 2 to the answers of 2 rows ("a", its column'),
+    ):
+        write_rows("some.jsonl", [{"prompt": "what"}, beside])
+        assert main([*words.split(), "some.jsonl", "--reward", "seen.py:score"]) == 0
+        assert said in capsys.readouterr().out
     # Nobody answers there.
     address = "http://127.0.0.1:9/score"
     assert main([*words.split(), "alone.jsonl", "--reward", address]) == 0
@@ -378,7 +389,7 @@ def test_a_reward_reads_any_column_of_a_parquet_file(capsys: pytest.CaptureFixtu
     rows = [{"prompt": f"what is {i}", "answer": i} for i in range(6)]
     pq.write_table(pa.Table.from_pylist(rows), "prompts.parquet")
     assert online("run", "grpo", "--data", "prompts.parquet", "--reward", "contains") == 0
-    assert "rollout.reward: contains gives 0 to the answers of" in capsys.readouterr().err
+    assert "rollout.reward: contains gives 1 to the answers of" in capsys.readouterr().err
 
 
 def test_a_parquet_column_that_no_reward_reads_may_hold_what_python_cannot(

@@ -350,7 +350,6 @@ def test_check_writes_nothing_and_trains_nothing():
         ("--reference nowhere/at/all", "no folder nowhere/at/all"),
         ("--reference foreign", "another vocabulary"),
         ("--lora.targets [qproj]", "match no layer"),
-        ("--out run", "run holds a run already"),
         ("--out pairs.jsonl/run", "pairs.jsonl/run cannot be written"),
         ("--checkpoint.best heldout/lost", "Did you mean heldout/loss?"),
         ("--checkpoint.best kl --temperature 0.5", "checkpoint.best is kl, which no evaluation"),
@@ -361,7 +360,6 @@ def test_check_raises_what_train_would(more: str, said: str, capsys: pytest.Capt
     tokenizer = AutoTokenizer.from_pretrained("foreign")
     tokenizer.add_tokens(["word"])
     tokenizer.save_pretrained("foreign")
-    assert train("run", "--steps", "1") == 0
     errors: list[str] = []
     for command in ("check", "train"):
         capsys.readouterr()
@@ -369,6 +367,21 @@ def test_check_raises_what_train_would(more: str, said: str, capsys: pytest.Capt
         assert train("new", *more.split(), command=command) == 2
         errors.append(capsys.readouterr().err.partition("error")[2])
     assert errors[0] == errors[1] and said in errors[0]
+
+
+def test_check_passes_over_a_run_in_out_and_ends_in_a_verdict(capsys: pytest.CaptureFixture[str]):
+    assert train("run", "--steps", "1") == 0
+    capsys.readouterr()
+    assert train("run", command="check") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("ready to train with another out, or with resume=true: nothing refused")
+    assert train("new", "--learning_rate", "1e-9", command="check") == 0
+    said = capsys.readouterr().out.splitlines()
+    codes = "UW103, UW207, UW211"
+    assert said[-1] == f"ready to train: nothing refused, 3 warnings ({codes}), 1 not watched"
+    begins = [line.partition("[")[0].partition(":")[0] for line in said]
+    assert sorted(begins[-5:-1]) == ["not watched", "warning", "warning", "warning"]
+    assert not {"warning", "not watched"} & set(begins[:-5])
 
 
 def test_lora_exports_an_adapter_and_on_request_the_merged_model():

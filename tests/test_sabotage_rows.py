@@ -187,12 +187,21 @@ def test_many_rows_without_a_word_in_a_response_are_reported():
             enumerate(plain_rows())]  # fmt: skip
     write_rows("pairs.jsonl", rows)
     said = check()["UW210"]
-    assert "4 of 60 rows and 0 of 112 responses are not used because a response has no" in said
+    assert "train: 4 of 60 rows have an empty rejected response, without a word, and are" in said
     assert "Rows: pairs.jsonl:1, pairs.jsonl:2" in said
     assert check(**{"preflight.empty": 0.1}) == {}
+    for i, row in enumerate(rows):
+        rows[i] = row | ({"chosen": ""} if i in (2, 3, 4) else {})
+    write_rows("pairs.jsonl", rows)
+    said = check()["UW210"]
+    assert "2 of 60 rows have an empty rejected response and 2 of 60 rows have an empty" in said
+    assert "empty chosen and rejected response and 1 of 60 rows have an empty chosen" in said
     texts = [{"text": text, "score": i} for i, text in enumerate(("a b", "", "c d e"))]
     write_rows("pairs.jsonl", [{"prompt": f"q {i}", "responses": texts} for i in range(9)])
-    assert "0 of 9 rows and 9 of 27 responses" in check(**{"preflight.shortcut": 0.99})["UW210"]
+    assert (
+        "train: 9 of 27 responses are empty, without a word"
+        in check(**{"preflight.shortcut": 0.99})["UW210"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -269,6 +278,7 @@ def test_columns_that_are_swapped_by_the_length_of_what_they_hold():
     write_rows("pairs.jsonl", lengths("rejected", "chosen"))
     said = check(**{"preflight.shortcut": 0.99})["UW207"]
     assert "the longer response is the chosen one in only" in said and "pairs.jsonl:" in said
+    assert "a guess from their lengths alone" in said and "Read a few rows: if the rej" in said
     assert check(**{"preflight.shortcut": 0.99, "preflight.swapped": 0.0}) == {}
     judged = check(**{"preflight.shortcut": 0.99}, objective="reward")["UW207"]
     assert "the longer response is the chosen one in only" in judged

@@ -11,6 +11,8 @@ from upweight.models import sample as sampling
 from upweight.models.adapter import add_lora
 from upweight.models.load import checkpoint_layers
 from upweight.models.sample import _Draw, sample, sample_trees, tree_logps
+from upweight.trust.likely import OWN_TOKENS, own_nats
+from upweight.types import Tree
 
 PROMPTS = [(5, 6, 7), (9,), (200, 100, 50, 25, 12)]
 
@@ -139,6 +141,20 @@ def test_the_log_probs_that_tokens_were_drawn_with_are_the_models(family: str):
     for answers, wanted in zip(drawn, sums, strict=True):
         assert all(len(s.logps) == len(s.tokens) for s in answers)
         assert [sum(s.logps) for s in answers] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_how_likely_a_model_finds_its_own_answers_is_known_once_they_are_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    lm = loaded()
+    trees = [Tree(prompt, (), (), (), ()) for prompt in PROMPTS]
+    drawn = sample(lm, PROMPTS, max_new_tokens=OWN_TOKENS, seed=3, stop_token_ids=range(60))
+    sums = tree_logps(lm, sample_trees(PROMPTS, drawn))
+    means = [sum_ / len(s.tokens) for (s,), (sum_,) in zip(drawn, sums, strict=True)]
+    # Asked once more, it would have to be read by the trainer's pass.
+    monkeypatch.delattr(sampling, "token_logps")
+    own = own_nats(lm, trees, range(60), seed=3)
+    assert own.value == pytest.approx(sum(means) / len(means), abs=1e-5)
 
 
 NEAR_THE_END = [tuple(range(10, 130)) * 4, tuple(range(20, 131)) * 4, (9,)]  # 480, 444, 1 tokens

@@ -274,7 +274,7 @@ def test_an_error_in_the_middle_names_its_stage(capsys: pytest.CaptureFixture[st
     assert "error: stage 2-dpo: gone.jsonl does not exist" in capsys.readouterr().err
     unread = SHARED + "stages: [{{objective: sft}}, {{objective: dpo, centering: 1}}]\n"
     assert main(["train", written(unread)]) == 2
-    assert "error[UW109]: stage 2-dpo: loss.centering is 1" in capsys.readouterr().err
+    assert "error[UW109]: stage 2-dpo: run.yaml:9: loss.centering is 1" in capsys.readouterr().err
     assert not Path("run").exists()
 
 

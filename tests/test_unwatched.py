@@ -18,7 +18,7 @@ from upweight.config import Watch, load_run
 from upweight.recipes.unwatched import by_first_round
 from upweight.stats import wilson_interval
 from upweight.trust.watch.answers import sees_lost_ends
-from upweight.trust.watch.rounds import answers_change
+from upweight.trust.watch.rounds import rounds_do_not_stop
 from upweight.trust.watch.seen import Seen, Told
 
 
@@ -189,7 +189,7 @@ def test_lost_ends_of_rounds_are_said_to_be_watched_where_the_watch_can_fire():
             seen = Seen(lm, run.watch, Told(), lm.model, {})
             seen.first = {"stopped_low": first.low, "stopped": tenths / 10}
             later = {"step": 9.0, "reward": 0.0, "kl": 0.0, "stopped": 0.0}
-            fires = answers_change(seen, later | {"stopped_high": none.high}) is not None
+            fires = rounds_do_not_stop(seen, later | {"stopped_high": none.high}) is not None
             quiet = not by_first_round(run, tenths / 10, num_prompts)
             assert fires <= quiet
             # Of very few prompts nothing is seen, whatever the first round says.

@@ -376,6 +376,15 @@ def test_the_answers_of_a_round_are_held_against_those_of_the_first(values, code
     assert codes(moving(), [a_round(1), alone]) == []
 
 
+def test_answers_that_grow_do_not_silence_that_they_repeat_themselves_and_no_longer_end():
+    longer = {"length": (120.0, 110.0, 130.0)}
+    worse = {**longer, "repetition": (0.5, 0.4, 0.6), "stopped": (0.2, 0.1, 0.35)}
+    watch = moving()
+    rows = [a_round(1), a_round(2, **longer), a_round(3, **worse), a_round(4, **worse)]
+    said = [[finding.metric for finding in watch.after(row)] for row in rows]
+    assert said == [[], ["length"], ["repetition", "stopped"], []]
+
+
 def test_values_learn_from_rewards_that_differ_between_rounds():
     def last(*rewards: float, **more: float) -> None:
         watch = Watch(loaded(), Limits(), Told(total_steps=len(rewards)))

@@ -9,6 +9,7 @@ from typing import Any
 from upweight.config import load_run, load_stages
 from upweight.recipes import Result, check_stages, sample_file, score_file, train_stages
 from upweight.recipes.check import Checked
+from upweight.recipes.look import look
 from upweight.terminal import default_screen
 
 __all__ = ["check", "sample", "score", "train"]
@@ -21,16 +22,20 @@ def train(config: str | Path | None = None, **values: Any) -> Result:
     of the last, or of the one that was stopped. Raises UpweightError.
     """
 
+    stages = load_stages(config, values=values, required=("out",))
+    look("train", stages)
     with default_screen() as screen:
-        return train_stages(load_stages(config, values=values, required=("out",)), screen)
+        return train_stages(stages, screen)
 
 
 def check(config: str | Path | None = None, **values: Any) -> Checked:
     """What can be known before step 1: the account of the rows, what was measured of them and is
     suspicious, the first rows as they are scored. Raises UpweightError for what train refuses."""
 
+    stages = load_stages(config, values=values)
+    look("check", stages)
     with default_screen() as screen:
-        return check_stages(load_stages(config, values=values), screen)
+        return check_stages(stages, screen)
 
 
 def score(*, overwrite: bool = False, **values: Any) -> list[dict[str, object]]:

@@ -264,6 +264,9 @@ def _is_override(word: str) -> bool:
 
 def _train(arguments: argparse.Namespace) -> int:
     stages = _resolve(arguments, required=("out",))
+    from upweight.recipes.look import look
+
+    look("train", stages)
     from upweight.recipes import train_stages
     from upweight.terminal import default_screen
 
@@ -282,6 +285,9 @@ def _check(arguments: argparse.Namespace) -> int:
             _check_model(arguments, screen)
         return 0
     stages = _resolve(arguments)
+    from upweight.recipes.look import look
+
+    look("check", stages)
     from upweight.recipes import check_stages
     from upweight.terminal import default_screen
 
@@ -325,6 +331,9 @@ def _check_as_json(arguments: argparse.Namespace) -> int:
             }
         else:
             stages = _resolve(arguments)
+            from upweight.recipes.look import look
+
+            look("check", stages)
             from upweight.recipes import check_stages
 
             record = check_stages(stages).to_json()

@@ -52,6 +52,9 @@ class Terminal:
             table.add_row(*map(Text, line))
         self.console.print(table)
 
+    def warn(self, text: str) -> None:
+        self.note(text)
+
     def row(self, shown: Shown) -> None:
         if self.live is None:
             self.console.print(Text(str(shown)), soft_wrap=True)

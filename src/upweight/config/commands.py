@@ -5,7 +5,7 @@ A value that nobody reads is refused: it would change nothing (UW109).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from upweight.config.keys import keys
@@ -151,19 +151,26 @@ NEEDS: tuple[Need, ...] = (
 ALIKE = {
     "rollout.max_tokens": "evaluation.max_new_tokens",
     "evaluation.max_new_tokens": "rollout.max_tokens",
+    "rollout.prompts_per_round": "batch.pairs_per_step",
+    "batch.pairs_per_step": "rollout.prompts_per_round",
+    "rollout.reward": "evaluation.true_reward",
+    "policy.value_learning_rate": "optimizer.learning_rate",
 }
-"""Keys for the same thing in different places: the longest answer, in training and elsewhere."""
+"""Keys for the same thing in different places: the longest answer, how much is learned from at
+once, what scores answers, in training and in evaluations, and how fast is learned."""
 
 
-def require_read(command: str, run: Run) -> None:
+def require_read(command: str, run: Run, places: Mapping[str, str] | None = None) -> None:
     """Raises Refusal UW109 with a line for each value that is not the default and that nobody
-    reads: not `command`, not the run's objective, or not while another key is as it is."""
+    reads: not `command`, not the run's objective, or not while another key is as it is. A line
+    begins with the place in `places` where the value was written, if it is there."""
     defaults = leaf_values(Run(model=run.model, data=Data(path=run.data.path)))
     # Any key of the section switches LoRA on, and none of them has a say without it.
     values = leaf_values(run.model_copy(update={"lora": None}))
     values["lora"] = None if run.lora is None else True
     lines = [
-        f"{key} is {write(value)}, and {why}.{_instead(command, run, key)}"
+        f"{(places or {}).get(key, '')}{key} is {write(value)}, and {why}."
+        f"{_instead(command, run, key)}"
         for key, value in values.items()
         if value != defaults[key] and (why := _unread(command, run, key))
     ]
@@ -176,7 +183,7 @@ def require_read_to_choose(said: Sequence[Setting]) -> None:
     not read. `lora` alone rounds nothing, and with lora.quantize it says no more."""
     read = CHOOSING | ({"lora"} if any(s.leaf == "lora.quantize" for s in said) else set[str]())
     lines = [
-        f"{setting.leaf} is {show(setting.value)}, and best_of_n does not read it: "
+        f"{setting.place}{setting.leaf} is {show(setting.value)}, and best_of_n does not read it: "
         f"{_do(objectives_reading(setting.leaf))}."
         for setting in said
         if setting.leaf and setting.leaf not in read

@@ -29,7 +29,6 @@ from upweight.config.commands import require_read, require_read_to_choose
 from upweight.config.keys import METHODS, keys
 from upweight.config.objectives import CHOOSING, OBJECTIVES, unread
 from upweight.config.resolve import Resolved, resolve
-from upweight.config.sections import Run
 from upweight.config.settings import Layer, Problem, Problems, Setting, collect, show
 from upweight.config.written import parse, settle
 from upweight.errors import ConfigError, nearest
@@ -84,12 +83,12 @@ class Method:
             return leaf in CHOOSING
         return leaf not in unread(self.objective)
 
-    def require_read(self, run: Run) -> None:
+    def require_read(self, resolved: Resolved) -> None:
         """Raises Refusal UW109 for what its run, or what it says itself, has and nobody reads."""
         if self.objective == BEST_OF_N:
             require_read_to_choose(self.own)
         else:
-            require_read("train", run)
+            require_read("train", resolved.run, resolved.places)
 
 
 @dataclass(frozen=True)

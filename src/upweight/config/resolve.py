@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,14 @@ FILLED_IN = frozenset({RESOLVED, INHERITED, PROBED})
 
 @dataclass(frozen=True)
 class Resolved:
-    """A complete Run, and for each of its leaves (by full name) where the value came from."""
+    """A complete Run, for each of its leaves (by full name) where the value came from, and for
+    those that stand in a file the `places`, such as "run.yaml:3: "."""
 
     run: Run
     origins: Mapping[str, str]
+    places: Mapping[str, str] = field(
+        default_factory=dict[str, str], repr=False, compare=False, kw_only=True
+    )
 
     def with_value(self, key: str, value: object, origin: str) -> Resolved:
         """A copy with one leaf set later, such as a learning rate that the recipe chose.
@@ -69,7 +73,7 @@ class Resolved:
         if self.run.lora is not None:
             before.append(Setting(SWITCHED, SWITCHED, True, Layer(0, DEFAULT)))
         after = collect({key: value}, Layer(1, origin), problems)
-        return resolve([*before, *after], problems)
+        return replace(resolve([*before, *after], problems), places=self.places)
 
 
 def load_run(
@@ -145,7 +149,8 @@ def resolve(
     origins = {
         leaf: held[leaf].layer.origin if leaf in held else DEFAULT for leaf in leaf_values(run)
     }
-    return Resolved(run, origins)
+    places = {leaf: setting.place for leaf, setting in held.items() if setting.place}
+    return Resolved(run, origins, places=places)
 
 
 def _overlay(settings: Iterable[Setting], problems: Problems) -> dict[str, Setting]:

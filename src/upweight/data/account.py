@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from upweight.data.trees import TreeNotes
 from upweight.errors import DataError, Refusal
-from upweight.types import Dropped, RowId, Tree
+from upweight.rows import Dropped, RowId, Tree
 
 REASONS: dict[str, str] = {
     "bad_unicode": "text that is not Unicode: half of a surrogate pair",
@@ -57,7 +57,8 @@ class Account:
     `pairing` passes over. `shared_prompts` are the rows whose prompt is what the texts of chosen
     and rejected begin with alike, `unprompted` those of texts that have none where other rows of
     their file have one. `rated` counts pairs beside which stand scores or a margin, and `against`
-    are the rows of those that say the rejected response is the better one.
+    are the rows of those that say the rejected response is the better one. `empty` counts the rows
+    of chosen and rejected that are dropped for an empty response by which of the two it is.
     `lengths` are in tokens: each prompt, the two sides of each preference, and the responses of
     rows that have none.
     """
@@ -89,6 +90,7 @@ class Account:
         default_factory=lambda: {"prompt": [], "chosen": [], "rejected": [], "response": []}
     )
     unused_columns: dict[str, int] = field(default_factory=dict[str, int])
+    empty: dict[str, int] = field(default_factory=dict[str, int])
 
     def drop(self, dropped: Dropped) -> None:
         assert dropped.reason in REASONS, dropped
@@ -96,6 +98,11 @@ class Account:
         shown = self.examples.setdefault(dropped.reason, [])
         if len(shown) < _NUM_EXAMPLES:
             shown.append((str(dropped.row), dropped.detail))
+
+    def blank(self, responses: Collection[int]) -> None:
+        """Counts a pair of which these are without a word: 0 is the chosen one, 1 the rejected."""
+        which = " and ".join(("chosen", "rejected")[i] for i in sorted(responses))
+        self.empty[which] = self.empty.get(which, 0) + 1
 
     def rate(self, agreed: Sequence[bool], row: RowId) -> None:
         """Counts preferences of the row of which scores say whether they are right."""

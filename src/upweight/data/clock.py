@@ -9,11 +9,14 @@ from __future__ import annotations
 import copy
 import json
 from datetime import date
-from typing import TypeVar
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from upweight.data.variables import template_variables
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+else:
+    PreTrainedTokenizerBase = Any
 
 ASKED = "strftime_now"
 """What transformers calls the function that tells a template the time."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from upweight.errors import DataError, nearest
-from upweight.types import Message, RowId, Text
+from upweight.rows import Message, RowId, Text
 
 Row = Mapping[str, Any]
 

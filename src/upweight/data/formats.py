@@ -45,7 +45,7 @@ from upweight.data.columns import (
 from upweight.data.preferences import Pairing, clipped, with_preferences
 from upweight.data.prompts import explicit, implicit
 from upweight.errors import DataError
-from upweight.types import Dropped, Example, Preference, Response, RowId, Text
+from upweight.rows import Dropped, Example, Preference, Response, RowId, Text
 
 
 def pair(row: Row, row_id: RowId) -> Example | Dropped:

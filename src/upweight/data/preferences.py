@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from upweight.types import Dropped, Example, Preference, Text
+from upweight.rows import Dropped, Example, Preference, Text
 
 Pairing = Literal["all", "adjacent", "extremes"]
 

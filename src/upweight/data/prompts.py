@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from upweight.data.columns import printable
-from upweight.types import Dropped, Message, RowId, Text
+from upweight.rows import Dropped, Message, RowId, Text
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 

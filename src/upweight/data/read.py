@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from upweight.data.columns import COLUMNS, LOOKED_AT, READ, Row, json_value, shown
 from upweight.errors import DataError, nearest
-from upweight.types import RowId
+from upweight.rows import RowId
 
 Lines = Iterator[tuple[int, Row]]
 

@@ -21,7 +21,7 @@ from upweight.data.clock import on_day, reads_clock, today
 from upweight.data.columns import texts_in
 from upweight.data.preferences import clipped, is_empty
 from upweight.errors import ConfigError, DataError, ModelError
-from upweight.types import Dropped, Example, Message, Response, Text
+from upweight.rows import Dropped, Example, Message, Response, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -18,12 +18,18 @@ from typing import Any, Literal
 from upweight.data.account import Account
 from upweight.data.columns import Row, agrees, detect, printable, unread
 from upweight.data.formats import FORMATS, example_of, prompt_of
-from upweight.data.preferences import Pairing, by_scores, unusable, weights_inside
+from upweight.data.preferences import (
+    Pairing,
+    by_scores,
+    left_out,
+    unusable,
+    weights_inside,
+)
 from upweight.data.read import read_rows
 from upweight.data.render import Renderer
 from upweight.data.trees import trees
 from upweight.errors import ConfigError, DataError, nearest
-from upweight.types import Dropped, Example, RowId, Tree
+from upweight.rows import Dropped, Example, RowId, Tree
 
 
 def load_examples(
@@ -75,6 +81,8 @@ def load_examples(
                 account.rate(by_scores(example), row_id)
             states = row.get("preferences") not in (None, "") and not (pairing != "auto" and scored)
             out = unusable(example, require_preferences=require_preferences, states=states)
+            if found == "pair" and out is not None and out.reason == "empty_response":
+                account.blank([i for i, why in left_out(example).items() if why == out.reason])
             example = out or example
         if isinstance(example, Dropped):
             account.drop(example)

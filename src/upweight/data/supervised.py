@@ -11,7 +11,7 @@ from upweight.data.preferences import clipped, left_out, said_other
 from upweight.data.render import Renderer
 from upweight.data.stream import prompt_key
 from upweight.data.trees import prompt_ids
-from upweight.types import Dropped, Example, Message, Response, ResponseId, Tree
+from upweight.rows import Dropped, Example, Message, Response, ResponseId, Tree
 
 
 def each_turn(examples: Sequence[Example], account: Account) -> list[Example]:

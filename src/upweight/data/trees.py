@@ -14,7 +14,7 @@ from itertools import islice
 
 from upweight.data.preferences import clipped, left_out
 from upweight.data.render import Answer, Problem, Renderer, Rendering, Tokenizer, render
-from upweight.types import Dropped, Example, ResponseId, Tree
+from upweight.rows import Dropped, Example, ResponseId, Tree
 
 Ids = tuple[int, ...]
 _ROWS_AT_ONCE = 256

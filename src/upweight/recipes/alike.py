@@ -11,6 +11,7 @@ from upweight.errors import ConfigError
 from upweight.recipes.beginnings import OF_THE_START, Beginnings
 from upweight.recipes.chosen import as_chosen, choice_began, is_chosen, require_chosen_as_asked
 from upweight.recipes.kinds import KINDS, PROMPTS
+from upweight.recipes.look import named
 from upweight.recipes.resume import (
     Beginning,
     as_begun,
@@ -18,7 +19,7 @@ from upweight.recipes.resume import (
     require_same_beginning,
     require_unchanged,
 )
-from upweight.recipes.stages import is_finished, named
+from upweight.recipes.stages import is_finished
 
 JUDGE = "evaluation.true_reward"
 

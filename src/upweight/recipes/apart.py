@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from upweight.data.stream import overlap
 from upweight.errors import Refusal
 from upweight.recipes.screen import counted
+from upweight.rows import Example
 from upweight.trust.finding import Finding
 from upweight.trust.near import shared_prompts
-from upweight.types import Example
 
 
 def require_apart(name: str, train: Sequence[Example], rows: Sequence[Example]) -> None:

@@ -27,12 +27,12 @@ from upweight.recipes.prepare import (
 )
 from upweight.recipes.reference import has_a_say, probe_reference
 from upweight.recipes.rewarding import ask_rewards, require_rewards
-from upweight.recipes.screen import Screen, Silent
+from upweight.recipes.screen import AtEnd, Screen, Silent, counted
 from upweight.recipes.start import start, with_answers, with_reference
 from upweight.training import checkpoint
 from upweight.training.loop import Plan
 from upweight.training.memory import MemoryPlan
-from upweight.training.rundir import require_run_dir
+from upweight.training.rundir import HoldsRun, require_run_dir
 from upweight.trust.finding import Finding
 from upweight.trust.preflight import Figures
 from upweight.types import Tree
@@ -41,13 +41,16 @@ from upweight.types import Tree
 @dataclass(frozen=True)
 class Checked:
     """What is known before step 1, of a run or of the first of several stages; `later` are the
-    others. Prints as what the terminal says of it."""
+    others. `warned` are the lines of what may be wrong, and `elsewhere` says that train would need
+    another out. Prints as what the terminal says of it."""
 
     prepared: Prepared
     model: Mapping[str, str]
     plan: Plan
     memory: MemoryPlan
     shown: tuple[Shown, ...]
+    warned: tuple[str, ...] = ()
+    elsewhere: bool = False
     later: tuple[Checked, ...] = ()
 
     @property
@@ -68,9 +71,19 @@ class Checked:
 
     def __repr__(self) -> str:
         lines = account_lines(self.prepared) + figure_lines(self.figures)
-        lines += [f"not watched: {line}" for line in self.prepared.unwatched]
-        lines += [*map(str, self.findings), *map(str, self.shown), *map(repr, self.later)]
+        lines += [*map(str, self.shown), *self.warned, self.verdict, *map(repr, self.later)]
         return "\n".join(lines)
+
+    @property
+    def verdict(self) -> str:
+        """The last line."""
+        where = " with another out, or with resume=true" if self.elsewhere else ""
+        num = len(self.warned) - len(self.prepared.unwatched)
+        codes = ", ".join(sorted({finding.code for finding in self.findings}))
+        said = counted(num, "warning") if num else "no warnings"
+        said += f" ({codes})" if codes else ""
+        said += f", {num} not watched" if (num := len(self.prepared.unwatched)) else ""
+        return f"ready to train{where}: nothing refused, {said}"
 
     def to_json(self) -> dict[str, Any]:
         """What figures.FIELDS describes."""
@@ -94,11 +107,22 @@ def check(
     Raises what training would raise for it.
     """
     screen = screen or Silent()
-    run, saved = resolved.run, None
+    with AtEnd(screen) as held:
+        checked = _checked(resolved, held, num_shown, ask)
+    screen.note(checked.verdict)
+    return checked
+
+
+def _checked(resolved: Resolved, screen: AtEnd, num_shown: int, ask: bool) -> Checked:
+    run, saved, elsewhere = resolved.run, None, False
     clients(run.track)
     if run.out is not None:
         out = Path(run.out)
-        require_run_dir(out, run.resume)
+        try:
+            require_run_dir(out, run.resume)
+        except HoldsRun:
+            # Nothing is written there, and what is asked about may be the run that it holds.
+            elsewhere = True
         newest = checkpoint.latest(out / "checkpoints") if run.resume else None
         saved = checkpoint.load(newest, verified=True).position if newest is not None else None
     if ask:  # What a stage before this one makes is not there yet.
@@ -121,7 +145,8 @@ def check(
         screen.row(row)
     lm = begun.lm
     model = {"name": lm.name, "description": describe(lm)}
-    return Checked(begun.prepared, model, begun.plan, begun.memory, shown)
+    warned = tuple(screen.warned)
+    return Checked(begun.prepared, model, begun.plan, begun.memory, shown, warned, elsewhere)
 
 
 def plan_line(plan: Plan) -> str:

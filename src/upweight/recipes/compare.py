@@ -17,11 +17,12 @@ from upweight.evidence import comparison as scored
 from upweight.evidence.report.markup import duration
 from upweight.recipes.alike import require_finished_unchanged, require_judged, require_same_start
 from upweight.recipes.chosen import best_of
+from upweight.recipes.look import named
 from upweight.recipes.measured import Measured, measured, told
 from upweight.recipes.resume import Beginning
 from upweight.recipes.rewarding import require_rewards
 from upweight.recipes.screen import Screen, Silent, counted
-from upweight.recipes.stages import is_finished, named
+from upweight.recipes.stages import is_finished
 from upweight.recipes.train import train_model
 from upweight.training.records import finite
 from upweight.training.rundir import write_atomic
@@ -57,7 +58,7 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> C
     judge = require_judged(runs)
     for method in comparison.methods:
         with named("method", method.name):
-            method.require_read(runs[method.name].run)
+            method.require_read(runs[method.name])
             require_rewards(runs[method.name].run, later=method.judge is not None)
     require_finished_unchanged(comparison, runs)
     folder.mkdir(parents=True, exist_ok=True)

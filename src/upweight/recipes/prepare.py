@@ -11,15 +11,8 @@ import torch
 from upweight.config import Run, write
 from upweight.data.account import Account, percentiles, require_used
 from upweight.data.render import Renderer
-from upweight.data.stream import (
-    grow,
-    load_examples,
-    load_prompts,
-    prompt_key,
-    split_account,
-    split_by_prompt,
-)
-from upweight.data.supervised import each_turn, learned, opening_key, plant
+from upweight.data.stream import grow, load_prompts
+from upweight.data.supervised import plant
 from upweight.data.trees import ended
 from upweight.errors import Refusal
 from upweight.models.load import LanguageModel, fingerprint, load
@@ -30,6 +23,7 @@ from upweight.recipes.apart import nearly_apart, require_apart
 from upweight.recipes.kinds import KINDS, PROMPTS
 from upweight.recipes.rendering import renderer_for, require_rows_read
 from upweight.recipes.screen import Screen, counted
+from upweight.recipes.sets import Sets, read_sets, reads_margins
 from upweight.stats import Interval
 from upweight.training.memory import enough_tokens
 from upweight.training.records import finite
@@ -98,88 +92,41 @@ def _loaded(read: Callable[..., LanguageModel], run: Run) -> LanguageModel:
     )
 
 
-def prepare(run: Run, lm: LanguageModel) -> Prepared:
-    """Reads, splits, renders and tokenizes every row; each is in an account.
+def prepare(run: Run, lm: LanguageModel, sets: Sets | None = None) -> Prepared:
+    """Renders and tokenizes every row of `sets`, or of those that it reads; each is in an account.
 
     Raises DataError when a set has nothing to use, Refusal UW209 when a prompt is on both sides.
     """
     renderer = renderer_for(run, lm)
-
-    kind = KINDS[run.objective]
-
-    def examples(paths: Sequence[str], limit: int | None) -> tuple[list[Example], Account]:
-        if kind.draws:
-            return load_prompts(paths, limit)
-        return load_examples(
-            paths,
-            layout=run.data.format,
-            pairing=run.data.pairing,
-            min_gap=run.data.min_score_gap,
-            limit=limit,
-            require_preferences=kind.rows == "preferences",
-            passing_over=_unread_columns(run),
-        )
-
-    every_turn = run.data.turns == "all"
-
-    def taken(found: list[Example], account: Account) -> list[Example]:
-        if every_turn:
-            found = each_turn(found, account)
-        if kind.rows != "responses":
-            return found
-        return learned(found, account, everything=run.data.learn == "all")
+    sets = sets or read_sets(run)
+    (train, account), held = sets.train, sets.held
 
     def grown(rows: Sequence[Example], account: Account) -> list[Tree]:
-        if kind.draws:
+        if KINDS[run.objective].draws:
             return plant(rows, renderer, account)
         return grow(rows, renderer, account)
 
-    train, account = examples(run.data.path, run.data.limit)
-    require_used(account, f"data {', '.join(run.data.path)}")
-    loaded = [(train, account)]
-    sets: dict[str, tuple[list[Example], Account]] = {}
-    key = opening_key if every_turn else prompt_key
-    train, heldout = split_by_prompt(train, run.evaluation.fraction, run.seed, key)
-    split = None
-    if heldout:
-        held, kept = ({key(row) for row in rows} for rows in (heldout, train))
-        split = (
-            f"{len(held):,} of {counted(len(held) + len(kept), 'prompt')} held out "
-            f"(evaluation.fraction {run.evaluation.fraction:g}: each prompt as a whole, and by a "
-            "draw of its own)"
-        )
-        account, held_account = split_account(account, len(heldout))
-        sets["heldout"] = (taken(heldout, held_account), held_account)
-    train = taken(train, account)
-    for name, paths in run.evaluation.sets.items():
-        rows, its_account = examples(paths, None)
-        sets[name] = (taken(rows, its_account), its_account)
-        loaded.append((rows, its_account))
-        require_apart(name, train, sets[name][0])
-    if not kind.draws:
-        _require_scores(run, loaded)
-        _require_turns(run, loaded)
-    for rows in (train, *(held for held, _ in sets.values())):
+    for rows in (train, *(rows for rows, _ in held.values())):
         require_rows_read(rows, renderer)
     trees, accounts = {"train": grown(train, account)}, {"train": account}
     repeats = {"train": copies(train)}
     require_used(account, f"data {', '.join(run.data.path)}")
     _require_margins(run, trees["train"])
-    for name, (rows, its_account) in sets.items():
+    for name, (rows, its_account) in held.items():
         trees[name], accounts[name] = grown(rows, its_account), its_account
         repeats[name] = copies(rows)
         require_used(its_account, f"the evaluation set {name}")
     asked: list[Example] = []
-    if run.evaluation.prompt_files is not None:
-        trees[PROMPTS], asked, accounts[PROMPTS] = load_asked(run, renderer)
+    if sets.asked is not None:
+        trees[PROMPTS], asked, accounts[PROMPTS] = _asked(run, renderer, *sets.asked)
         require_apart(PROMPTS, train, asked)
     own = [row for row in train if row.template_options][:1]
     rows = (*own, *train[:: max(1, len(train) // RENDERED_AGAIN)][:RENDERED_AGAIN])
-    held = {name: rows for name, (rows, _) in sets.items()}
-    near = tuple(nearly_apart(train, {**held, PROMPTS: asked}))
-    texts = {"train": train, **held, **({PROMPTS: asked} if asked else {})}
+    texts = {name: rows for name, (rows, _) in held.items()}
+    near = tuple(nearly_apart(train, {**texts, PROMPTS: asked}))
+    texts = {"train": train, **texts, **({PROMPTS: asked} if asked else {})}
     return Prepared(
-        trees, accounts, renderer, repeats, near, rows=rows, examples=texts, split=split
+        trees, accounts, renderer, repeats, near, rows=rows, examples=texts, split=sets.split
     )
 
 
@@ -189,11 +136,16 @@ def load_asked(run: Run, renderer: Renderer) -> tuple[list[Tree], list[Example],
     Raises DataError when there is nothing to use, Refusal UW109 for template options of a row's
     own that nothing reads.
     """
-    files = run.evaluation.prompt_files or []
-    rows, account = load_prompts(files)
+    return _asked(run, renderer, *load_prompts(run.evaluation.prompt_files or []))
+
+
+def _asked(
+    run: Run, renderer: Renderer, rows: list[Example], account: Account
+) -> tuple[list[Tree], list[Example], Account]:
     require_rows_read(rows, renderer)
     trees = plant(rows, renderer, account)
-    require_used(account, f"evaluation.prompt_files {', '.join(files)}")
+    files = ", ".join(run.evaluation.prompt_files or [])
+    require_used(account, f"evaluation.prompt_files {files}")
     return trees, rows, account
 
 
@@ -207,57 +159,9 @@ def ended_answers(prepared: Prepared, lm: LanguageModel) -> Prepared:
     return replace(prepared, trees=trees)
 
 
-def _require_scores(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]]) -> None:
-    """Raises Refusal UW109 for a key about scores where none makes a preference: no row has any, or
-    all that have some state their preferences, which only a pairing of the scores passes over."""
-    asked = {"data.pairing": run.data.pairing, "data.min_score_gap": run.data.min_score_gap}
-    asked = {key: value for key, value in asked.items() if value not in ("auto", 0)}
-    rows = [example for examples, _ in loaded for example in examples]
-    scored = [row for row in rows if any(a.score is not None for a in row.responses)]
-    # Scores that make a preference differ; a row whose scores were too close is not among the rows
-    # any more.
-    made = any(p.margin for row in scored for p in row.preferences)
-    if not asked or made or any("no_preference" in account.dropped for _, account in loaded):
-        return
-    said = " and ".join(f"{key} is {write(value)}" for key, value in asked.items())
-    if not scored:
-        raise Refusal(
-            "UW109",
-            f"{said}, and no row has scores: their preferences are stated. Leave it out.",
-        )
-    raise Refusal(
-        "UW109",
-        f"{said}, and rows that have scores state their preferences too. Leave it out, or set "
-        "data.pairing to all, adjacent or extremes to go by the scores.",
-    )
-
-
-def _require_turns(run: Run, loaded: Sequence[tuple[Sequence[Example], Account]]) -> None:
-    """Raises Refusal UW109 for all turns of what is no conversation."""
-    rows = [example for examples, _ in loaded for example in examples]
-    if run.data.turns == "all" and all(isinstance(row.prompt, str) for row in rows):
-        raise Refusal(
-            "UW109",
-            "data.turns is all, and no row is a conversation: text has no earlier turns. Leave it "
-            "out.",
-        )
-
-
-def _reads_margins(run: Run) -> bool:
-    return run.objective == "reward" and run.loss.margin > 0
-
-
-def _unread_columns(run: Run) -> list[str]:
-    """Weights and probabilities are those of preferences, of which supervised fine-tuning makes
-    plain responses."""
-    labels = KINDS[run.objective].rows == "preferences"
-    read = {"margin": _reads_margins(run), "weight": labels, "probability": labels}
-    return [name for name, is_read in read.items() if not is_read]
-
-
 def _require_margins(run: Run, trees: Sequence[Tree]) -> None:
     """Raises Refusal UW109 for a share of margins where no row has any."""
-    if _reads_margins(run) and not any(p.margin for tree in trees for p in tree.preferences):
+    if reads_margins(run) and not any(p.margin for tree in trees for p in tree.preferences):
         raise Refusal(
             "UW109",
             f"loss.margin is {write(run.loss.margin)}, and no row has a margin, or scores that "

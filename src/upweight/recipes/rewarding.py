@@ -30,7 +30,7 @@ ASKED = 8
 """Rows that a reward is asked about before step 1: a column that it needs is missing in most."""
 
 NO_ANSWER = "a"
-"""What is scored in the place of a row's own answer."""
+"""What is scored where no row that is asked about has an answer."""
 
 
 def is_judge(spec: str | None) -> bool:
@@ -183,14 +183,15 @@ def ask_rewards(run: Run, prepared: Prepared, screen: Screen) -> None:
                 f"{key}, asked about a few rows before step 1: {error} Mend the rows or the reward."
             ) from None
         num_rows = len({_whole(item.id) for item, _ in found})
+        others = ", ".join(dict.fromkeys(other for _, other in found if other))
         range_of = " to ".join(dict.fromkeys(f"{end(rewards):.4g}" for end in (min, max)))
         screen.note(
             f"{key}: {spec} gives {range_of} to the answers of "
-            f'{counted(num_rows, "row")} ("{NO_ANSWER}" where a row has none)'
+            f"{counted(num_rows, 'row')}{f' ({others} where a row has none)' if others else ''}"
         )
-        own = [reward for reward, (_, has_one) in zip(rewards, found, strict=True) if has_one]
+        own = [reward for reward, (_, other) in zip(rewards, found, strict=True) if not other]
         if len(own) > 1 and min(own) == max(own):
-            screen.note(
+            screen.warn(
                 f"warning: {key}: {spec} gives {own[0]:.4g} to each of the {len(own)} answers that "
                 "rows have of their own. Where they are equally good, as correct solutions are, "
                 "that is right; else read it, and the columns that it compares with."
@@ -202,16 +203,25 @@ def _rows_of(trees: Sequence[Tree]) -> list[RowId]:
     return list(dict.fromkeys(tree.ids[0].row for tree in trees))
 
 
-def _in_rows(asked: Sequence[RowId], spec: str) -> list[tuple[Sampled, bool]]:
-    """The answer that stands in each row, and whether one does."""
+def _in_rows(asked: Sequence[RowId], spec: str) -> list[tuple[Sampled, str]]:
+    """The answer that stands in each row and "", or what is scored where none does and its name:
+    what the row's column `answer` says, the answer of another row, NO_ANSWER."""
     wanted = set(map(_whole, asked))
     in_files = _asked_in({row_id.source for row_id in wanted}, spec)
     rows = {row_id: there for row_id, there in in_files if row_id in wanted}
-    found: list[tuple[Sampled, bool]] = []
-    for where in asked:
-        answer = _answer_to(rows[_whole(where)], where)
-        text = NO_ANSWER if answer is None else _as_text(answer)
-        found.append((_sampled(rows, where, text), answer is not None))
+    answers = [_answer_to(rows[_whole(where)], where) for where in asked]
+    known = [_as_text(answer) for answer in answers if answer is not None]
+    spare = (known[0], "that of another row") if known else (NO_ANSWER, f'"{NO_ANSWER}"')
+    found: list[tuple[Sampled, str]] = []
+    for where, answer in zip(asked, answers, strict=True):
+        right = rows[_whole(where)][1].get("answer")
+        if answer is not None:
+            text, other = _as_text(answer), ""
+        elif right not in (None, ""):
+            text, other = str(right), "its column answer"
+        else:
+            text, other = spare
+        found.append((_sampled(rows, where, text), other))
     return found
 
 

@@ -31,6 +31,10 @@ class Screen(Protocol):
         """A table that stays; its first column names the lines, the others are numbers."""
         ...
 
+    def warn(self, text: str) -> None:
+        """A line that stays, of what may be wrong."""
+        ...
+
     def row(self, shown: Shown) -> None:
         """A row as it is scored."""
         ...
@@ -38,6 +42,26 @@ class Screen(Protocol):
     def record(self, record: Mapping[str, object], total_steps: int) -> None:
         """A logged training step or evaluation, as in metrics.jsonl."""
         ...
+
+
+class AtEnd:
+    """Another screen, which is warned of everything together, behind the rest."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.stage, self.progress, self.note = screen.stage, screen.progress, screen.note
+        self.table, self.row, self.record = screen.table, screen.row, screen.record
+        self._last = screen.warn
+        self.warned: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+    def __enter__(self) -> AtEnd:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for text in self.warned:
+            self._last(text)
 
 
 class Silent:
@@ -48,6 +72,8 @@ class Silent:
     def note(self, text: str) -> None: ...
 
     def table(self, head: Sequence[str], lines: Sequence[Sequence[str]]) -> None: ...
+
+    def warn(self, text: str) -> None: ...
 
     def row(self, shown: Shown) -> None: ...
 

@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from upweight.config import Resolved, require_read
-from upweight.errors import UpweightError
+from upweight.config import Resolved
 from upweight.recipes.beginnings import Beginnings
 from upweight.recipes.check import Checked, check
+from upweight.recipes.look import name_of, named
 from upweight.recipes.resume import as_begun, require_finished_as_asked, require_unchanged
 from upweight.recipes.screen import Screen, Silent
 from upweight.recipes.train import Result, train_model
-from upweight.training.rundir import require_run_dir
 
 
 def train_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Result:
     """Train each stage as train_model does; the result of the last, or of one that was stopped.
 
     With `resume` the stages that are finished are left as they are, if settings, models, rows and
-    rewards are still what they were made of, and the first that is not goes on, or begins. Settings
-    and folders of all stages are looked at before the first begins. Raises UpweightError children,
+    rewards are still what they were made of, and the first that is not goes on, or begins. `look`
+    says what is wrong with any of them before the first begins. Raises UpweightError children,
     whose messages name the stage.
     """
     if len(stages) == 1:
         return train_model(stages[0], screen)
     screen = screen or Silent()
     result: Result | None = None
-    for stage in stages:
-        with named("stage", _name(stage)):
-            require_read("train", stage.run)
-            if not stage.run.resume:
-                require_run_dir(_folder(stage), False)
     for number, stage in enumerate(stages, 1):
-        said = f"stage {number} of {len(stages)}, {_name(stage)}"
-        with named("stage", _name(stage)):
+        said = f"stage {number} of {len(stages)}, {name_of(stage)}"
+        with named("stage", name_of(stage)):
             if stage.run.resume and is_finished(_folder(stage)):
                 _require_unchanged(stage)
                 screen.note(f"{said}: finished before")
@@ -71,11 +64,11 @@ def check_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Ch
     screen = screen or Silent()
     found: list[Checked] = []
     for number, stage in enumerate(stages, 1):
-        screen.note(f"stage {number} of {len(stages)}, {_name(stage)}")
+        screen.note(f"stage {number} of {len(stages)}, {name_of(stage)}")
         ask = number == 1 or Path(stage.run.model).is_dir()
         if not ask:
             stage = stage.with_value("model", first.run.model, "the first stage's")
-        with named("stage", _name(stage)):
+        with named("stage", name_of(stage)):
             found.append(check(_going_on(stage, number == 1), screen, ask=ask))
         gc.collect()
     return replace(found[0], later=tuple(found[1:]))
@@ -116,17 +109,3 @@ def _going_on(stage: Resolved, first: bool) -> Resolved:
 def _folder(stage: Resolved) -> Path:
     assert stage.run.out is not None
     return Path(stage.run.out)
-
-
-def _name(stage: Resolved) -> str:
-    return stage.run.objective if stage.run.out is None else _folder(stage).name
-
-
-@contextlib.contextmanager
-def named(what: str, name: str) -> Generator[None]:
-    """Errors inside of the block say which stage, or method, they are of."""
-    try:
-        yield
-    except UpweightError as error:
-        error.args = (f"{what} {name}: {error}",)
-        raise

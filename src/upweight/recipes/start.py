@@ -51,6 +51,7 @@ from upweight.recipes.prepare import (
 from upweight.recipes.reference import require_same_tokens
 from upweight.recipes.resume import as_begun, require_same_settings
 from upweight.recipes.screen import Screen
+from upweight.recipes.sets import read_sets
 from upweight.recipes.unwatched import before_step_1, by_reference_answers, told
 from upweight.stats import Interval
 from upweight.training.loop import Plan
@@ -93,7 +94,7 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
 
     `saved` is where the run that is resumed was. Raises UpweightError children.
     """
-    require_read("train", resolved.run)
+    require_read("train", resolved.run, resolved.places)
     if saved is not None:
         resolved = as_begun(resolved)
     resolved = _with_rates(resolved)
@@ -102,6 +103,8 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     if resolved.run.lora is not None:
         require_quantizer(resolved.run.lora.quantize)
     _require_offload_has_effect(resolved.run)
+    screen.stage("rows")
+    sets = read_sets(resolved.run)
     screen.stage("model")
     lm = load_policy(resolved.run)
     require_start_as_exported(resolved.run, resolved.run.model, lm)
@@ -112,7 +115,8 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
         tokenizer = load_tokenizer(run.reference, trust_remote_code=trusted)
         require_same_tokens(run, lm, tokenizer)
     screen.stage("rows")
-    prepared = prepare(run, lm)
+    prepared = prepare(run, lm, sets)
+    del sets  # the texts are with what was prepared, and go with it
     if run.data.template == "auto":
         resolved = resolved.with_value("data.template", prepared.renderer.template, INHERITED)
     if run.data.date is None and prepared.renderer.date is not None:
@@ -122,7 +126,7 @@ def start(resolved: Resolved, screen: Screen, saved: Position | None = None) -> 
     for line in account_lines(prepared):
         screen.note(line)
     for finding in prepared.findings:
-        screen.note(str(finding))
+        screen.warn(str(finding))
     prepared = _noticed(prepared, _texts(run, prepared, lm), screen)
     prepared = _noticed(
         prepared, {e.name: examine(e) for e in examined_sets(run, prepared)}, screen
@@ -332,7 +336,7 @@ def _noticed(
     findings = [finding for _, warned in found.values() for finding in warned]
     for finding in findings:
         if not isinstance(finding, Refused):
-            screen.note(str(finding))
+            screen.warn(str(finding))
     return prepared.noticed(figures, findings)
 
 

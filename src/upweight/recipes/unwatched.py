@@ -134,5 +134,5 @@ def _are_cut(run: Run, ended: float, num: int, at_best: float = 1.0) -> bool:
 def told(prepared: Prepared, said: Sequence[str], screen: Screen) -> Prepared:
     """With what is not watched, as the screen says it too."""
     for line in said:
-        screen.note(f"not watched: {line}")
+        screen.warn(f"not watched: {line}")
     return replace(prepared, unwatched=(*prepared.unwatched, *said))

@@ -63,6 +63,10 @@ _ADVICE = {
 _logger = logging.getLogger(__name__)
 
 
+class HoldsRun(OutputError):
+    """There is a run in the folder, and none is resumed."""
+
+
 @dataclass(frozen=True)
 class RunDir:
     """An open run directory; a context manager that gives it back.
@@ -156,6 +160,18 @@ def require_run_dir(path: Path, resume: bool) -> None:
             raise PermissionError(errno.EACCES, "", str(path))
 
 
+def is_in_use(path: Path) -> bool:
+    """Whether a living process has this run directory."""
+    try:
+        with (path / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def require_file(path: Path, *, overwrite: bool = True) -> None:
     """Raises OutputError where `write_atomic` could not put a file at `path`, and without
     `overwrite` where one is that holds anything; for use before the work that ends there. The
@@ -207,7 +223,7 @@ def _require_startable(path: Path, resume: bool, ours: bool) -> tuple[str, ...]:
     if not ours or checkpoints or not entries.isdisjoint(FINISHED):
         choices = "Choose another out, or remove the folder if you do not need it."
         found = "Set resume: true to continue it." if resumable else "It has no checkpoint."
-        raise OutputError(f"{path} holds a run already. {found} {choices}")
+        raise HoldsRun(f"{path} holds a run already. {found} {choices}")
     return tuple(sorted(entries.intersection(RECORDS)))
 
 

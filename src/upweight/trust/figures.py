@@ -48,6 +48,10 @@ def as_markdown() -> str:
             "plan of steps and memory, what reward functions give the answers of a few rows, and "
             "what the model says of a few. `train` does the same first.",
             "",
+            "What may be wrong stands together at the end, and the last line is the verdict: "
+            "`ready to train`, or the error. An `out` that holds a run already is no error here: "
+            "the verdict says that `train` would need another one, or `resume=true`.",
+            "",
             "Status 0, also with warnings; 2 where training would be refused. A code is explained "
             "by `upweight explain CODE` and in [codes.md](codes.md).",
             "",

@@ -10,7 +10,7 @@ import numpy as np
 
 from upweight.models.load import LanguageModel
 from upweight.models.reference import Reference
-from upweight.models.sample import sample, sample_trees, tree_logps
+from upweight.models.sample import sample
 from upweight.stats import Interval, accuracy_interval, mean_interval
 from upweight.trust.finding import Finding
 from upweight.trust.preflight import Examined, Figures, Seen, longer, settle
@@ -25,18 +25,13 @@ nat, and data that are far from a model lie several below it."""
 def own_nats(
     reference: LanguageModel, trees: Sequence[Tree], stop_ids: Collection[int], seed: int
 ) -> Interval:
-    """What the model gives a token of its own text: the mean log-prob in nats, over its answers to
-    a few of the prompts at temperature 1."""
+    """What the model gives a token of its own text: the mean log-prob in nats, as it was drawn,
+    over its answers to a few of the prompts at temperature 1."""
     prompts = spread(list(dict.fromkeys(tree.prompt for tree in trees)), OWN_ANSWERS)
     drawn = sample(
         reference, prompts, max_new_tokens=OWN_TOKENS, seed=seed, stop_token_ids=stop_ids
     )
-    logps = tree_logps(reference, sample_trees(prompts, drawn))
-    means = [
-        logp / len(answer.tokens)
-        for answers, of in zip(drawn, logps, strict=True)
-        for answer, logp in zip(answers, of, strict=True)
-    ]
+    means = [sum(answer.logps) / len(answer.logps) for answers in drawn for answer in answers]
     return mean_interval(means, num_resamples=500)
 
 
@@ -101,7 +96,8 @@ def swapped(examined: Examined, asked: Sequence[Asked]) -> Seen:
         if found.high < limit:
             worst = sorted(asked, key=lambda one: one.chosen - one.rejected)
             said = "the reference finds the chosen response likelier by the token"
-            return Seen(figures, _swapped(examined, said, found, [one.row for one in worst]))
+            rows = [one.row for one in worst]
+            return Seen(figures, _swapped(examined, said, found, rows, _BY_REFERENCE))
     measured = longer(examined)
     if measured is None or agrees or not measured.high < limit:
         return Seen(figures)
@@ -111,15 +107,25 @@ def swapped(examined: Examined, asked: Sequence[Asked]) -> Seen:
     )
     rows = [str(tree.ids[p.chosen].row) for _, _, tree, p in by_length]
     said = "the longer response is the chosen one"
-    return Seen(figures, _swapped(examined, said, measured, rows))
+    return Seen(figures, _swapped(examined, said, measured, rows, _BY_LENGTH))
 
 
-def _swapped(examined: Examined, said: str, found: Interval, rows: Sequence[str]) -> Finding:
+_BY_REFERENCE = "What people chose may well be what this model would not write."
+_BY_LENGTH = (
+    "This is a guess from their lengths alone: people and judges mostly take the longer answer, "
+    "and where short ones were wanted it says nothing."
+)
+
+
+def _swapped(
+    examined: Examined, said: str, found: Interval, rows: Sequence[str], doubt: str
+) -> Finding:
     return Finding(
         "UW207",
         f"{examined.name}: {said} in only {found.value:.0%} of preferences [{found.low:.0%}, "
         f"{found.high:.0%}] (preflight.swapped is {examined.limits.swapped:.0%}): chosen and "
-        "rejected may be swapped. Read these.",
+        f"rejected may be swapped. {doubt} Read a few rows: if the rejected response is mostly the "
+        "better one, they are.",
         tuple(dict.fromkeys(rows))[:5],
     )
 

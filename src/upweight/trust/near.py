@@ -6,7 +6,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from upweight.types import Example, RowId, Text, Tree
+from upweight.rows import Example, RowId, Text, Tree
 
 Ids = tuple[int, ...]
 

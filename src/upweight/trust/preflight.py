@@ -137,9 +137,16 @@ def empty(examined: Examined) -> Seen:
     answers = account.responses + sum(account.left_out.values())
     if rows <= limit * account.read and left <= limit * answers:
         return Seen()
+    other = rows - sum(account.empty.values())
+    sides = account.empty | ({"": other} if other else {})
+    found = [
+        f"{num} of {account.read} rows have an empty {side} response".replace("  ", " ")
+        for side, num in sides.items()
+    ]
+    found += [f"{left} of {answers} responses are empty"] if left else []
     said = (
-        f"{examined.name}: {rows} of {account.read} rows and {left} of {answers} responses are not "
-        f"used because a response has no word (preflight.empty is {limit:.0%})."
+        f"{examined.name}: {' and '.join(found)}, without a word, and are not used "
+        f"(preflight.empty is {limit:.0%})."
     )
     named = tuple(row for row, _ in account.examples.get("empty_response", []))
     return Seen({}, Finding("UW210", said, named))

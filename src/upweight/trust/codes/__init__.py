@@ -46,8 +46,9 @@ CODES: dict[str, Page] = {found.code: found for family in FAMILIES for found in 
 
 
 def page(code: str) -> Page:
-    """The page of a code, in capitals or not. Raises UpweightError for an unknown one."""
-    found = CODES.get(code.strip().upper())
+    """The page of a code, in capitals or not, or of its number alone. Raises UpweightError for an
+    unknown one."""
+    found = CODES.get("UW" + code.strip().upper().removeprefix("UW"))
     if found is None:
         raise UpweightError(
             f"{code} is not a diagnosis code.{_guess(code)} The codes are: {', '.join(CODES)}."

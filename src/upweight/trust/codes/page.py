@@ -15,10 +15,11 @@ UNDETECTED = "upweight does not detect this yet; how to look for it by hand:"
 class Page:
     """What a code means and what to do about it. Names in backticks are real ones.
 
-    `found_by` says what is measured: by upweight where `detectors` names the functions
-    ("module:function") that raise or report the code, else by the reader. `guarded_by` is what
-    upweight does, without the code, so that it does not come about or leaves a count. `causes`
-    has the most likely first.
+    `severity` is what becomes of the run where the code is found, but for `warns_of`, the cases of
+    a code that refuses of which it only warns. `found_by` says what is measured: by
+    upweight where `detectors` names the functions ("module:function") that raise or report the
+    code, else by the reader. `guarded_by` is what upweight does, without the code, so that it does
+    not come about or leaves a count. `causes` has the most likely first.
     """
 
     code: str
@@ -31,6 +32,7 @@ class Page:
     source: str = ""
     guarded_by: str = ""
     detectors: tuple[str, ...] = ()
+    warns_of: str = ""
 
     @property
     def detected(self) -> bool:
@@ -49,12 +51,15 @@ class Family:
 
 def effect(page: Page) -> str:
     """What detecting the code does to a run."""
-    return "stops the run" if page.severity == "refuses" else "warns, and the run goes on"
+    if page.severity == "warns":
+        return "warns, and the run goes on"
+    return "stops the run, or warns" if page.warns_of else "stops the run"
 
 
 def _effect_line(page: Page) -> str:
-    said = effect(page)
-    return f"{said.capitalize()}." if page.detected else f"Once detected, it {said}."
+    said = "stops the run" if page.warns_of else effect(page)
+    more = f" Only warns of {page.warns_of}." if page.warns_of else ""
+    return f"{said.capitalize()}.{more}" if page.detected else f"Once detected, it {said}.{more}"
 
 
 def _parts(page: Page) -> Iterator[tuple[str, str | Sequence[str]]]:
@@ -72,7 +77,7 @@ def _parts(page: Page) -> Iterator[tuple[str, str | Sequence[str]]]:
 
 def as_text(page: Page, width: int = 80) -> str:
     """The page for a terminal: headings at the margin, what belongs to them indented by two."""
-    lines = [f"{page.code}  {page.title}", f"  {_effect_line(page)}"]
+    lines = [f"{page.code}  {page.title}", *_wrapped(_effect_line(page), width, "  ", "  ")]
     for heading, body in _parts(page):
         lines += ["", heading]
         if isinstance(body, str):
@@ -105,7 +110,7 @@ def list_as_text(families: Sequence[Family]) -> str:
 
 def as_markdown(page: Page) -> str:
     """The page as a section of a Markdown document."""
-    blocks = [f"### {page.code}", f"**{page.title}.** {_effect_line(page)}"]
+    blocks = [f"### {page.code}", f"**{page.title}.** {_linked(_effect_line(page))}"]
     for heading, body in _parts(page):
         if isinstance(body, str):
             blocks.append(f"*{heading}.* {_linked(body)}")

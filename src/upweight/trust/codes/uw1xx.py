@@ -9,6 +9,7 @@ PAGES: tuple[Page, ...] = (
         code="UW101",
         title="The reference is not the model that the policy starts from",
         severity="refuses",
+        warns_of="a `reference` that was named",
         meaning=(
             "The implicit reward is beta times the log of how much likelier a response is under "
             "the policy than under the reference. A policy that starts as its reference starts "
@@ -91,6 +92,7 @@ PAGES: tuple[Page, ...] = (
         code="UW103",
         title="Nothing is learned",
         severity="refuses",
+        warns_of="a plan whose learning rates are too small or too few, before step 1",
         meaning=(
             "The run finishes, and the model it writes answers as the one it began with. No "
             "gradient reached the trained weights, or the updates were too small to matter."
@@ -343,8 +345,8 @@ PAGES: tuple[Page, ...] = (
             "upweight.recipes.rendering:renderer_for",
             "upweight.recipes.rendering:_require_template_reads",
             "upweight.recipes.rendering:require_rows_read",
-            "upweight.recipes.prepare:_require_scores",
-            "upweight.recipes.prepare:_require_turns",
+            "upweight.recipes.sets:_require_scores",
+            "upweight.recipes.sets:_require_turns",
             "upweight.recipes.prepare:_require_margins",
             "upweight.recipes.score:score_file",
             "upweight.recipes.start:_require_offload_has_effect",

@@ -9,6 +9,7 @@ PAGES: tuple[Page, ...] = (
         code="UW201",
         title="Other tokens are scored than the response and its stop",
         severity="refuses",
+        warns_of="few rows, and of what is a guess",
         meaning=(
             "A response's log-prob must be the sum over its own tokens and one stop token. With "
             "tokens of the prompt in the sum, the reward is about the prompt; with the first or "
@@ -65,6 +66,7 @@ PAGES: tuple[Page, ...] = (
         code="UW202",
         title="The prompt's tokens are not its row's, or not how it begins with its response",
         severity="refuses",
+        warns_of="few rows, and of prompts that end in an answer",
         meaning=(
             "Serving gives the model the tokens of the prompt alone. If tokenizing prompt and "
             "response as one text gives other tokens at their boundary, or the chat template "
@@ -114,6 +116,7 @@ PAGES: tuple[Page, ...] = (
         code="UW203",
         title="The stop token is missing, doubled or not scored",
         severity="refuses",
+        warns_of="a stop token that the model does not know, and of many responses that were cut",
         meaning=(
             "A model that never sees its stop token scored learns nothing about ending, and "
             "training shifts its length by chance. A second stop token adds a term to every "
@@ -160,6 +163,7 @@ PAGES: tuple[Page, ...] = (
         code="UW204",
         title="Beginning-of-text is doubled, or a text was rendered before",
         severity="refuses",
+        warns_of="few rows, and of what other templates write",
         meaning=(
             "Models are trained with one beginning-of-text token, at the first position. A second "
             "one moves every log-prob, in policy and reference alike, and training then fits "

@@ -53,6 +53,7 @@ PAGES: tuple[Page, ...] = (
         code="UW208",
         title="Rows disappear without a word",
         severity="refuses",
+        warns_of="rows of which most prefer no response",
         meaning=(
             "A run on a fraction of the data looks like a run on all of it. If what is missing is "
             "not random, such as all long rows, the model learns from a biased rest."
@@ -98,6 +99,7 @@ PAGES: tuple[Page, ...] = (
         code="UW209",
         title="A prompt is in training and in evaluation",
         severity="refuses",
+        warns_of="prompts that are nearly the same",
         meaning=(
             "Accuracy on prompts that were trained on measures memory. It rises with every epoch "
             "and says nothing about new prompts."

@@ -197,7 +197,7 @@ PAGES: tuple[Page, ...] = (
             "upweight.trust.watch.answers:length_runs_away",
             "upweight.trust.watch.answers:repeats_itself",
             "upweight.trust.watch.answers:does_not_stop",
-            "upweight.trust.watch.rounds:answers_change",
+            "upweight.trust.watch.rounds:_changed",
         ),
     ),
     Page(

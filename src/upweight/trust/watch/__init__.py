@@ -30,7 +30,11 @@ from upweight.trust.watch.curves import (
     too_easy,
 )
 from upweight.trust.watch.orders import require_whole_step
-from upweight.trust.watch.rounds import answers_change
+from upweight.trust.watch.rounds import (
+    rounds_change_in_length,
+    rounds_do_not_stop,
+    rounds_repeat_themselves,
+)
 from upweight.trust.watch.seen import RECENT, Record, Seen, Told, some_weights
 from upweight.trust.watch.weights import (
     is_the_reference,
@@ -55,7 +59,9 @@ TRAINING: Sequence[Observer] = (
     saturated,
     flat,
     same_order,
-    answers_change,
+    rounds_change_in_length,
+    rounds_repeat_themselves,
+    rounds_do_not_stop,
     far_from_the_reference,
     kl_below_zero,
 )

@@ -1,0 +1,76 @@
+"""What can be refused before there is a model, or torch: it takes seconds to come. Whatever is not
+seen here, or only in the first rows, is found where it is used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+from upweight.config import Resolved, Run, require_read
+from upweight.data.account import require_used
+from upweight.data.stream import load_prompts
+from upweight.errors import UpweightError
+from upweight.models.place import placed
+from upweight.recipes.sets import read_rows_of
+from upweight.training.rundir import HoldsRun, is_in_use, require_run_dir
+
+FIRST = 100
+"""Rows of each file that are read ahead: most of what is wrong with a file is wrong from its first
+row on."""
+
+
+def look(command: str, stages: Sequence[Resolved]) -> None:
+    """Keys that nobody reads, an out that cannot be used, models that are not there, and the first
+    rows of each file. Raises what `command`, train or check, would raise for it."""
+    made = {str(Path(stage.run.out) / "model") for stage in stages if stage.run.out is not None}
+    for stage in stages:
+        with named("stage", name_of(stage)) if len(stages) > 1 else contextlib.nullcontext():
+            require_read(command, stage.run, stage.places)
+            if stage.run.out is not None and not stage.run.resume:
+                _require_out(command, Path(stage.run.out))
+            for name in (stage.run.model, stage.run.reference):
+                if name is not None and name not in made:
+                    placed(name)
+            _require_first_rows(stage.run)
+
+
+def _require_out(command: str, out: Path) -> None:
+    try:
+        require_run_dir(out, False)
+    except HoldsRun:
+        # Of a folder in use, train says so.
+        if command == "train" and not is_in_use(out):
+            raise
+
+
+def _require_first_rows(run: Run) -> None:
+    sets = {f"the evaluation set {name}": paths for name, paths in run.evaluation.sets.items()}
+    for what, paths in {f"data {', '.join(run.data.path)}": run.data.path, **sets}.items():
+        accounts = [read_rows_of(run, [path], FIRST)[1] for path in paths if _is_twice(path)]
+        # With fewer rows than were asked for, a file was read to its end.
+        if len(accounts) == len(paths) == 1 and accounts[0].read < FIRST:
+            require_used(accounts[0], what)
+    for path in run.evaluation.prompt_files or []:
+        if _is_twice(path):
+            load_prompts([path], FIRST)
+
+
+def _is_twice(path: str) -> bool:
+    """Whether what is read ahead can be read again: a pipe cannot."""
+    return Path(path).is_file() or not Path(path).exists()
+
+
+@contextlib.contextmanager
+def named(what: str, name: str) -> Generator[None]:
+    """Errors inside of the block say which stage, or method, they are of."""
+    try:
+        yield
+    except UpweightError as error:
+        error.args = (f"{what} {name}: {error}",)
+        raise
+
+
+def name_of(stage: Resolved) -> str:
+    """A stage by its folder."""
+    return stage.run.objective if stage.run.out is None else Path(stage.run.out).name
