@@ -72,3 +72,33 @@ def train(out: str, *more: str, command: str = "train") -> int:
     words += " float32" + ("" if "--data" in more else " --data pairs.jsonl")
     words += f" --fraction 0.2{sampled} --out"
     return main([command, *words.split(), out, *more])
+
+
+LETTERS = "def score(prompt, response, row):\n    return sum(map(str.islower, response)) / 8\n"
+
+
+def furnish_rewarded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts beside what `furnish` gives, and count.py, which rewards small letters."""
+    furnish(folder, monkeypatch)
+    Path("count.py").write_text(LETTERS)
+    write_rows("prompts.jsonl", [{"prompt": f"question {i}"} for i in range(12)])
+
+
+def records(run: str, kind: str) -> list[dict[str, Any]]:
+    return [r for r in rows_of(f"{run}/metrics.jsonl") if r["kind"] == kind]
+
+
+def online(out: str, objective: str, *more: str) -> int:
+    words = (
+        f"train --model model --objective {objective} --out {out} --dtype "
+        "float32 --learning-rate 3e-3 --reward count.py:score --prompts_per_round 4 --max_tokens 8 "
+        "--fraction 0.2 --samples 2 --max_new_tokens 8 --steps 4 --beta 0.05"
+    )
+    data = [] if "--data" in more else ["--data", "prompts.jsonl"]
+    return main([*words.split(), *data, *more])
+
+
+def judge(out: str, *more: str) -> int:
+    words = f"train --model model --data pairs.jsonl --objective reward --out {out} --dtype float32"
+    words += " --learning-rate 1e-3 --fraction 0.2 --pairs_per_step 4"
+    return main([*words.split(), *more])

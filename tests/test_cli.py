@@ -221,6 +221,7 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixt
         "run.yaml steps=2 --out o --data a.jsonl b.jsonl beta=0.3",
         "--data a.jsonl beta=0.3 --data b.jsonl steps=2 --out o run.yaml",
         "steps=2 --data a.jsonl --out o run.yaml --data.path b.jsonl beta=0.3",
+        "run.yaml --data a.jsonl b.jsonl beta=0.1 out=p --resume beta=0.3 --seed 1 out=o steps=2",
     ],
 )
 def test_words_that_change_keys_may_stand_anywhere_and_files_add_up(
@@ -239,7 +240,7 @@ def test_words_that_change_keys_may_stand_anywhere_and_files_add_up(
     ("words", "said"),
     [
         ("check --model m --data a.jsonl learning_rte=1", "learning_rte is not a key of a run"),
-        ("check --model m --data steps=3", "--data.path is given no value before steps=3"),
+        ("check --model m --data year=2024.jsonl", "year=2024.jsonl does not exist"),
         ("compare c.yaml steps=2", "steps=2 is no argument of upweight compare: write keys in"),
     ],
 )

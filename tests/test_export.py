@@ -91,13 +91,16 @@ def test_a_converted_start_is_written_beside_the_adapter_and_the_cache_is_not_na
 def test_a_base_that_runs_beside_each_other_have_is_one_file(tmp_path, monkeypatch):
     def exported(run, seed=0):
         (tmp_path / run).mkdir()
+        if run != "mine":
+            (tmp_path / run / "run.yaml").touch()
         lm = adapted(started(save_tiny(str(tmp_path / "cached"), seed=seed)))
         lm.name = "model.gguf"
         export(lm, tmp_path / run / "model")
         return (tmp_path / run / "base" / "model.safetensors").stat().st_ino
 
-    first = exported("1-dpo")
-    assert exported("2-ppo") == first != exported("3-other", seed=1)
+    # What is no run is somebody's own, and may be written into.
+    own, first = exported("mine"), exported("1-dpo")
+    assert exported("2-ppo") == first not in (own, exported("3-other", seed=1))
 
     def refuse(*names):
         raise OSError("no hard links here")
@@ -123,6 +126,15 @@ def test_a_run_that_was_moved_has_its_base_beside_the_adapter(tmp_path):
         caught.value
     )
     assert f"and there is no {moved}/base either: put it there, or write" in str(caught.value)
+
+
+def test_a_folder_beside_an_adapter_is_its_base_only_where_it_was_exported_there(tmp_path):
+    lm = adapted(started(save_tiny(str(tmp_path / "start"))))
+    (tmp_path / "run").mkdir()
+    export(lm, tmp_path / "run" / "model")
+    (tmp_path / "start").rename(tmp_path / "run" / "base")
+    with pytest.raises(ModelError, match="there is no folder .*/start. .* It is the base of"):
+        started(tmp_path / "run" / "model")
 
 
 def test_an_adapter_names_a_local_base_by_its_whole_path(tmp_path, monkeypatch):

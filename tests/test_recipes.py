@@ -374,7 +374,10 @@ def test_check_passes_over_a_run_in_out_and_ends_in_a_verdict(capsys: pytest.Cap
     capsys.readouterr()
     assert train("run", command="check") == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("ready to train with another out, or with resume=true: nothing refused")
+    verdict = "ready to train with another out, since this one holds a run: nothing refused"
+    assert last.startswith(verdict)
+    assert train("run", "--json", command="check") == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == last
     assert train("new", "--learning_rate", "1e-9", command="check") == 0
     said = capsys.readouterr().out.splitlines()
     codes = "UW103, UW207, UW211"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from upweight.config import (
     load_stages,
     values_from_flags,
 )
+from upweight.config.keys import candidates
 from upweight.config.sections import SECTIONS
 from upweight.errors import Refusal, UpweightError, nearest
 
@@ -48,15 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Rows hold letters that a terminal's encoding may lack.
             stream.reconfigure(errors="backslashreplace")
     parser = _parser()
+    words = list(sys.argv[1:] if argv is None else argv)
+    takes_keys = words[:1] in (["train"], ["check"])
+    words, overrides = _apart(words) if takes_keys else (words, [])
     try:
-        arguments, unknown = parser.parse_known_args(argv)
+        arguments, unknown = parser.parse_known_args(words)
         if arguments.command is None and not unknown:
             parser.print_help()
             return 0
-        if isinstance(words := getattr(arguments, "config", None), list):
-            # argparse gives up on words that flags stand between.
-            words += [word for word in unknown if not word.startswith("-")]
+        if takes_keys:
+            # argparse gives up on a file that stands behind flags.
+            files = [word for word in unknown if not word.startswith("-")]
             unknown = [word for word in unknown if word.startswith("-")]
+            arguments.config = [*arguments.config, *files, *overrides]
         _refuse(unknown, arguments.command)
         return arguments.run(arguments)
     except UpweightError as error:
@@ -223,18 +229,17 @@ def _add_config(parser: argparse.ArgumentParser, command: str, overrides: bool) 
         )
 
 
+def _stages(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> list[Resolved]:
+    """What train or check is asked for, looked at: a run, or the stages of a file that has some."""
+    from upweight.recipes.look import look
+
+    stages = _resolve(arguments, required)
+    look(arguments.command, stages)
+    return stages
+
+
 def _resolve(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> list[Resolved]:
-    """What is asked for: a run, or the stages of a file that has some."""
-    said: list[str] = list(getattr(arguments, "config", []))
-    for flag in flags():
-        words = getattr(arguments, flag.key, None)
-        if flag.many and words and hasattr(arguments, "config"):
-            # A list takes all words behind it, those that change keys too.
-            said += [word for word in words if _is_override(word)]
-            kept = [word for word in words if not _is_override(word)]
-            if not kept:
-                raise UpweightError(f"--{flag.key} is given no value before {words[0]}.")
-            setattr(arguments, flag.key, kept)
+    said: list[str] = getattr(arguments, "config", [])
     files = [word for word in said if _is_file(word)]
     if len(files) > 1:
         raise UpweightError(f"one RUN.yaml at a time; found: {', '.join(files)}")
@@ -254,19 +259,39 @@ def _is_file(word: str) -> bool:
     return "=" not in word or "/" in word.partition("=")[0] or os.path.isfile(word)
 
 
+def _apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line without its key=value words, and these, in their order: a list or a switch
+    that they stand behind would take them."""
+    takes_one = {
+        f"--{name}"
+        for flag in flags()
+        if not flag.many and not flag.switch
+        for n in flag.names
+        for name in (n.removeprefix("--"), n.removeprefix("--").replace("_", "-"))
+    }
+    others: list[str] = []
+    overrides: list[str] = []
+    for before, word in itertools.pairwise(["", *words]):
+        changes = before not in takes_one and _is_override(word)
+        (overrides if changes else others).append(word)
+    return others, overrides
+
+
 def _is_override(word: str) -> bool:
-    """Whether a word behind a flag that takes a list is key=value: no file, no text of another
-    kind."""
-    return (
-        not _is_file(word) and re.fullmatch(r"[A-Za-z][\w.-]*", word.partition("=")[0]) is not None
-    )
+    """Whether a word is key=value, with the name of a key here or elsewhere, or with one that is
+    no part of a data file's name."""
+    name = word.partition("=")[0]
+    if _is_file(word) or re.fullmatch(r"[A-Za-z][\w.-]*", name) is None:
+        return False
+    if candidates(name) or called_elsewhere(name) or name.partition(".")[0] in SECTIONS:
+        return True
+    from upweight.data.read import is_data_file
+
+    return not is_data_file(word)
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    stages = _resolve(arguments, required=("out",))
-    from upweight.recipes.look import look
-
-    look("train", stages)
+    stages = _stages(arguments, required=("out",))
     from upweight.recipes import train_stages
     from upweight.terminal import default_screen
 
@@ -284,10 +309,7 @@ def _check(arguments: argparse.Namespace) -> int:
         with default_screen(stderr=False) as screen:
             _check_model(arguments, screen)
         return 0
-    stages = _resolve(arguments)
-    from upweight.recipes.look import look
-
-    look("check", stages)
+    stages = _stages(arguments)
     from upweight.recipes import check_stages
     from upweight.terminal import default_screen
 
@@ -330,10 +352,7 @@ def _check_as_json(arguments: argparse.Namespace) -> int:
                 "doubt": found.doubt,
             }
         else:
-            stages = _resolve(arguments)
-            from upweight.recipes.look import look
-
-            look("check", stages)
+            stages = _stages(arguments)
             from upweight.recipes import check_stages
 
             record = check_stages(stages).to_json()

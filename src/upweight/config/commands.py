@@ -154,10 +154,9 @@ ALIKE = {
     "rollout.prompts_per_round": "batch.pairs_per_step",
     "batch.pairs_per_step": "rollout.prompts_per_round",
     "rollout.reward": "evaluation.true_reward",
-    "policy.value_learning_rate": "optimizer.learning_rate",
 }
 """Keys for the same thing in different places: the longest answer, how much is learned from at
-once, what scores answers, in training and in evaluations, and how fast is learned."""
+once, and what scores answers, in training and in evaluations."""
 
 
 def require_read(command: str, run: Run, places: Mapping[str, str] | None = None) -> None:
@@ -205,9 +204,11 @@ def _unread(command: str, run: Run, key: str) -> str | None:
 
 
 def _instead(command: str, run: Run, key: str) -> str:
-    """A trailing ' Here that is X.' where another key is for the same thing and is read."""
+    """A trailing ' Here that is X: ...' where another key is for the same thing and is read."""
     other = ALIKE.get(key)
-    return f" Here that is {other}." if other and not _unread(command, run, other) else ""
+    if not other or _unread(command, run, other):
+        return ""
+    return f" Here that is {other}: {keys()[other].description}"
 
 
 def _do(readers: Iterable[str]) -> str:

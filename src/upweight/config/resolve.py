@@ -256,7 +256,8 @@ def _contradictions(held: Mapping[str, Setting], problems: Problems) -> None:
         said = f"{setting.shown} has no place in {objective}: answers are drawn without dropout,"
         problems.at(setting, f"{said} and their ratio to what is trained would measure it.")
     asked = held.get("evaluation.temperature")
-    if asked is not None and asked.typed == "temperature" and draws(str(objective)):
+    written = asked is not None and asked.typed == "temperature" and asked.value != 1
+    if asked is not None and written and draws(str(objective)):
         said = f"{asked.shown} would be that of evaluations: {objective} learns from answers that "
         said += "the policy itself draws, at temperature 1. Write evaluation.temperature for those."
         problems.at(asked, said)

@@ -46,6 +46,11 @@ def read_rows(
                 )
 
 
+def is_data_file(name: str) -> bool:
+    """Whether a file of this name would be read, if it was there."""
+    return _kind(Path(name)) in READERS
+
+
 def reader_of(path: str) -> Callable[[str], Lines]:
     """The reader for a file's name. Raises DataError where there is no such file or no reader."""
     file = Path(path)

@@ -183,14 +183,17 @@ def _findable_base(lm: LanguageModel) -> str | None:
 
 
 def _share(base: Path) -> None:
-    """Weights that a run beside this one has in its base too are one file on the disk, where the
-    disk can."""
+    """Weights that another run beside this one has in its base too are one file on the disk, where
+    the disk can."""
     base = base.resolve()
     for file in base.glob("*.safetensors"):
         for other in base.parent.parent.glob(f"*/{base.name}/{file.name}"):
+            if not (other.parent.parent / "run.yaml").is_file():
+                continue  # Somebody's own, and theirs to write into.
             with contextlib.suppress(OSError):
                 if not other.samefile(file) and filecmp.cmp(other, file, shallow=False):
                     linked = file.with_name(f".{file.name}")
+                    linked.unlink(missing_ok=True)
                     os.link(other, linked)
                     linked.replace(file)
                     break

@@ -164,8 +164,10 @@ def _load_merged(
 
 def _found_again(base: str, adapter: Path) -> tuple[str, str]:
     """Where the base of an adapter is, and what is to be said of one that is gone: an adapter names
-    its base by its whole path, and an exported one stands beside it still when both were moved."""
-    if not Path(base).is_absolute() or Path(base).exists():
+    its base by its whole path, and one that was exported beside it stands there still when both
+    were moved."""
+    whole = Path(base)
+    if whole.name != BASE or not whole.is_absolute() or whole.exists():
         return base, ""
     beside = adapter.resolve().parent / BASE
     if beside.is_dir():

@@ -77,7 +77,7 @@ class Checked:
     @property
     def verdict(self) -> str:
         """The last line."""
-        where = " with another out, or with resume=true" if self.elsewhere else ""
+        where = " with another out, since this one holds a run" if self.elsewhere else ""
         num = len(self.warned) - len(self.prepared.unwatched)
         codes = ", ".join(sorted({finding.code for finding in self.findings}))
         said = counted(num, "warning") if num else "no warnings"
@@ -93,6 +93,7 @@ class Checked:
             "plan": asdict(self.plan),
             "memory": {**asdict(self.memory), "needed": self.memory.needed},
             "rows": [asdict(shown) for shown in self.shown],
+            "verdict": self.verdict,
         }
         later = [stage.to_json() for stage in self.later]
         return {**record, "later_stages": later} if later else record
@@ -168,8 +169,8 @@ def check_model(run: Run, screen: Screen | None = None) -> Compared:
     screen = screen or Silent()
     if is_reward_model(Path(run.model).expanduser()):
         raise ModelError(
-            f"{run.model} is a reward model: it gives no log-probs to compare, and is exported "
-            f"without a {FILE}. {WHERE_REWARDS_GO}: upweight score --model {run.model} --data FILE "
+            f"{run.model} is a reward model: it gives no log-probs to compare. "
+            f"{WHERE_REWARDS_GO}: upweight score --model {run.model} --data FILE "
             "--out FILE shows how it ranks preferences."
         )
     file = probes_beside(run.model)

@@ -13,7 +13,7 @@ from upweight.data.stream import load_prompts
 from upweight.errors import UpweightError
 from upweight.models.place import placed
 from upweight.recipes.sets import read_rows_of
-from upweight.training.rundir import HoldsRun, is_in_use, require_run_dir
+from upweight.training.rundir import HoldsRun, require_free, require_run_dir
 
 FIRST = 100
 """Rows of each file that are read ahead: most of what is wrong with a file is wrong from its first
@@ -23,34 +23,51 @@ row on."""
 def look(command: str, stages: Sequence[Resolved]) -> None:
     """Keys that nobody reads, an out that cannot be used, models that are not there, and the first
     rows of each file. Raises what `command`, train or check, would raise for it."""
-    made = {str(Path(stage.run.out) / "model") for stage in stages if stage.run.out is not None}
+    made: list[Path] = []
     for stage in stages:
         with named("stage", name_of(stage)) if len(stages) > 1 else contextlib.nullcontext():
             require_read(command, stage.run, stage.places)
             if stage.run.out is not None and not stage.run.resume:
                 _require_out(command, Path(stage.run.out))
             for name in (stage.run.model, stage.run.reference):
-                if name is not None and name not in made:
+                if name is not None and not any(_lies_in(name, out) for out in made):
                     placed(name)
             _require_first_rows(stage.run)
+        if stage.run.out is not None:
+            made.append(Path(stage.run.out))
+
+
+def _lies_in(name: str, folder: Path) -> bool:
+    """Whether a model's name may be that of what a run leaves in its folder."""
+    try:
+        return Path(name).expanduser().resolve().is_relative_to(folder.expanduser().resolve())
+    except (OSError, RuntimeError):
+        return False
 
 
 def _require_out(command: str, out: Path) -> None:
+    if command == "train":
+        require_free(out)
     try:
         require_run_dir(out, False)
     except HoldsRun:
-        # Of a folder in use, train says so.
-        if command == "train" and not is_in_use(out):
+        if command == "train":
             raise
 
 
 def _require_first_rows(run: Run) -> None:
-    sets = {f"the evaluation set {name}": paths for name, paths in run.evaluation.sets.items()}
-    for what, paths in {f"data {', '.join(run.data.path)}": run.data.path, **sets}.items():
-        accounts = [read_rows_of(run, [path], FIRST)[1] for path in paths if _is_twice(path)]
+    sets = [(f"the evaluation set {name}", paths) for name, paths in run.evaluation.sets.items()]
+    limit = run.data.limit
+    for what, paths in [(f"data {', '.join(run.data.path)}", run.data.path), *sets]:
+        if not all(map(_is_twice, paths)):
+            continue
+        # Behind a limit no row is read, and no file.
+        each = [[path] for path in paths] if limit is None else [paths]
+        accounts = [read_rows_of(run, files, min(FIRST, limit or FIRST))[1] for files in each]
         # With fewer rows than were asked for, a file was read to its end.
-        if len(accounts) == len(paths) == 1 and accounts[0].read < FIRST:
+        if len(accounts) == 1 and accounts[0].read < FIRST:
             require_used(accounts[0], what)
+        limit = None
     for path in run.evaluation.prompt_files or []:
         if _is_twice(path):
             load_prompts([path], FIRST)
@@ -58,7 +75,10 @@ def _require_first_rows(run: Run) -> None:
 
 def _is_twice(path: str) -> bool:
     """Whether what is read ahead can be read again: a pipe cannot."""
-    return Path(path).is_file() or not Path(path).exists()
+    try:
+        return Path(path).is_file() or not Path(path).exists()
+    except OSError:
+        return True
 
 
 @contextlib.contextmanager

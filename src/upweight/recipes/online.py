@@ -50,7 +50,7 @@ from upweight.training.rollout import (
     ranked,
     texts_of,
 )
-from upweight.training.round import Round, Spent, read_round, round_file, write_round
+from upweight.training.round import Round, Spent, read_round, write_round
 from upweight.training.rundir import replacing
 from upweight.types import Forest, Tree
 
@@ -384,8 +384,10 @@ class Session:
 
     def go_back(self, where: Mapping[str, Any]) -> None:
         self.rollouts.go_back(where)
-        if where["round"] and round_file(self.rollouts.folder, 1).is_file():
-            self.look(read_round(self.rollouts.folder, 1))
+        if where["round"]:
+            # A first round that cannot be read any more is missed by this sentence alone.
+            with contextlib.suppress(OutputError):
+                self.look(read_round(self.rollouts.folder, 1))
         self.reference.go_back(where["renewed"], where["drew"])
 
     def tidy(self, kept: Sequence[Mapping[str, Any]]) -> None:

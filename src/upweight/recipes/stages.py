@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from upweight.config import Resolved
+from upweight.errors import OutputError
 from upweight.recipes.beginnings import Beginnings
 from upweight.recipes.check import Checked, check
 from upweight.recipes.look import name_of, named
@@ -35,8 +36,8 @@ def train_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Re
             if stage.run.resume and is_finished(_folder(stage)):
                 _require_unchanged(stage)
                 screen.note(f"{said}: finished before")
-                result = _finished(_folder(stage))
                 if number == len(stages):
+                    result = _finished(_folder(stage))
                     screen.note(f"model:  {result.model}")
                     screen.note(f"report: {result.report}")
                 continue
@@ -85,7 +86,13 @@ def is_finished(folder: Path) -> bool:
 
 def _finished(out: Path) -> Result:
     """What the run in this folder returned when it came to its end."""
-    records = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    file = out / "metrics.jsonl"
+    try:
+        records = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise OutputError(
+            f"{file} cannot be read: {error.strerror}. Put it back, or give the stages another out."
+        ) from error
     steps = [r["step"] for r in map(json.loads, records) if r["kind"] == "train"]
     return Result(out, out / "model", out / "report.html", True, steps[-1])
 

@@ -160,16 +160,14 @@ def require_run_dir(path: Path, resume: bool) -> None:
             raise PermissionError(errno.EACCES, "", str(path))
 
 
-def is_in_use(path: Path) -> bool:
-    """Whether a living process has this run directory."""
-    try:
-        with (path / _LOCK).open() as lock:
+def require_free(path: Path) -> None:
+    """Raises OutputError where a living process has this run directory."""
+    # What cannot be asked is said when the lock is taken.
+    with suppress(OSError), (path / _LOCK).open() as lock:
+        try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+        except BlockingIOError:
+            raise _in_use(path, lock) from None
 
 
 def require_file(path: Path, *, overwrite: bool = True) -> None:
@@ -249,11 +247,9 @@ def _lock(folder: Path) -> TextIOWrapper:
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()
     except BlockingIOError:
-        holder = lock.read() or "another process"
+        error = _in_use(folder, lock)
         lock.close()
-        raise OutputError(
-            f"{folder} is in use by {holder}. Wait until it ends, stop it, or choose another out."
-        ) from None
+        raise error from None
     except OSError as error:
         if error.errno not in _LOCKS_UNSUPPORTED:
             lock.close()
@@ -266,6 +262,13 @@ def _lock(folder: Path) -> TextIOWrapper:
         lock.close()
         raise OutputError(f"{folder} was in use until this moment. Run the same command again.")
     return lock
+
+
+def _in_use(folder: Path, lock: TextIOWrapper) -> OutputError:
+    return OutputError(
+        f"{folder} is in use by {lock.read() or 'another process'}. Wait until it ends, stop it, "
+        "or choose another out."
+    )
 
 
 @contextmanager

@@ -32,6 +32,7 @@ FIELDS: dict[str, str] = {
     "memory": "bytes of weights, gradients and moments, tokens of a bin, what is needed and free",
     "rows": "the first three training rows as they are scored: row, prompt, prompt_tokens, and for "
     "each response its role, scored text, stop token (null where it was cut off) and tokens",
+    "verdict": "one sentence: what training would need, and how many warnings there are, by code",
     "later_stages": "of a run.yaml with stages: the same object for each stage after the first",
 }
 """The object that `upweight check --json` prints with status 0."""
@@ -50,7 +51,7 @@ def as_markdown() -> str:
             "",
             "What may be wrong stands together at the end, and the last line is the verdict: "
             "`ready to train`, or the error. An `out` that holds a run already is no error here: "
-            "the verdict says that `train` would need another one, or `resume=true`.",
+            "the verdict says that `train` would need another one.",
             "",
             "Status 0, also with warnings; 2 where training would be refused. A code is explained "
             "by `upweight explain CODE` and in [codes.md](codes.md).",
