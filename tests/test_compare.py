@@ -466,8 +466,9 @@ def test_what_was_reported_while_a_method_trained_is_on_the_page(
         (
             SHARED + DPO + "  b: {objective: best_of_n, reward: vader, rollout.responses: 32, "
             "learning_rate: 1}\n",
-            "error[UW109]: method b: rollout.responses is 32, and best_of_n does not read it: ppo, "
-            "grpo, rloo and online_dpo do.\noptimizer.learning_rate is 1, and best_of_n does not",
+            "error[UW109]: method b: compare.yaml:15: rollout.responses is 32, and best_of_n does "
+            "not read it: ppo, grpo, rloo and online_dpo do.\ncompare.yaml:15: optimizer.learning_"
+            "rate is 1, and best_of_n does not",
         ),
         *(
             (SHARED + methods, "a comparison needs a method that is trained and answers prompts: w")

@@ -11,6 +11,7 @@ from upweight.config import Resolved, Run, require_read
 from upweight.data.account import require_used
 from upweight.data.stream import load_prompts
 from upweight.errors import UpweightError
+from upweight.evidence.track import clients
 from upweight.models.place import placed
 from upweight.recipes.sets import read_rows_of
 from upweight.training.rundir import HoldsRun, require_free, require_run_dir
@@ -21,12 +22,14 @@ row on."""
 
 
 def look(command: str, stages: Sequence[Resolved]) -> None:
-    """Keys that nobody reads, an out that cannot be used, models that are not there, and the first
-    rows of each file. Raises what `command`, train or check, would raise for it."""
+    """Keys that nobody reads, trackers that are not installed, an out that cannot be used, models
+    that are not there, and the first rows of each file. Raises what `command`, train or check,
+    would raise for it."""
     made: list[Path] = []
     for stage in stages:
         with named("stage", name_of(stage)) if len(stages) > 1 else contextlib.nullcontext():
             require_read(command, stage.run, stage.places)
+            clients(stage.run.track)
             if stage.run.out is not None and not stage.run.resume:
                 _require_out(command, Path(stage.run.out))
             for name in (stage.run.model, stage.run.reference):
