@@ -241,12 +241,19 @@ def test_words_that_change_keys_may_stand_anywhere_and_files_add_up(
     [
         ("check --model m --data a.jsonl learning_rte=1", "learning_rte is not a key of a run"),
         ("check --model m --data year=2024.jsonl", "year=2024.jsonl does not exist"),
+        (
+            "sample --model m --prompts p --data p --out o",
+            "upweight sample. Here that is --prompts.",
+        ),
+        ("compare none.yaml", "none.yaml cannot be read: No such file or directory."),
+        ("report .", "has a run.yaml and none of account.json, environment.json, metrics.jsonl"),
         ("compare c.yaml steps=2", "steps=2 is no argument of upweight compare: write keys in"),
     ],
 )
 def test_words_that_cannot_be_meant_are_told_why(
     words: str, said: str, capsys: pytest.CaptureFixture[str]
 ):
+    Path("run.yaml").touch()
     assert main(words.split()) == 2
     assert said in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from runs import furnish, rows_of, write_rows
+from test_recipes import after_step
 from tiny import save_tiny
 from upweight.cli import main
 from upweight.errors import ConfigError
@@ -71,6 +73,17 @@ def test_each_method_is_judged_on_the_same_prompts_from_the_same_start():
     assert all(methods[name]["tokens"] > 0 for name in ("dpo", "ppo", "best of 3"))
     page = Path("out/comparison.html").read_text()
     assert "Small letters" in page and "best of 3" in page
+
+
+def test_no_method_begins_after_one_that_was_asked_to_stop_in_its_last_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    Path("compare.yaml").write_text(SHARED + DPO + JUDGE)
+    with monkeypatch.context() as patched:
+        after_step(2, lambda: signal.raise_signal(signal.SIGINT), patched)
+        assert main(["compare", "compare.yaml", "--out", "out"]) == 130
+    assert "stopped; the same command goes on here" in capsys.readouterr().err
+    assert Path("out/dpo/model").is_dir() and not Path("out/judge").exists()
 
 
 def test_of_a_few_prompts_no_interval_is_known_and_nothing_is_claimed(

@@ -66,6 +66,14 @@ def test_without_an_interval_chance_is_not_excluded():
     assert (said.tone, said.label) == ("unclear", "No interval")
 
 
+@pytest.mark.parametrize(("num", "tone"), [(5, "unclear"), (6, "good")])
+def test_of_fewer_than_six_prompts_nothing_is_claimed(num: int, tone: str):
+    said = verdict(evaluated(eval_line(0), right(1.0, 0.57, 1.0), ledger=ledger(num)))
+    assert said.tone == tone and ("of fewer than 6 nothing is claimed" in said.headline) == (
+        num < 6
+    )
+
+
 def test_an_interval_that_was_not_logged_comes_from_the_ledger():
     records = evaluated(right(0.8, None, None), ledger=ledger(30))
     found = accuracy(records, "heldout")

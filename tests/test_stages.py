@@ -169,6 +169,20 @@ def test_python_takes_stages_as_a_keyword():
     assert [environment(f"run/{name}")["model"] for name in ("1-reward", "2-sft")] == ["model"] * 2
 
 
+def test_no_stage_begins_after_one_that_was_asked_to_stop_in_its_last_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    file = written(SHARED + "steps: 2\nstages: [{{objective: sft}}, {{objective: dpo}}]\n")
+    with monkeypatch.context() as patched:
+        after_step(2, lambda: signal.raise_signal(signal.SIGINT), patched)
+        assert main(["train", file]) == 130
+    said = " ".join(capsys.readouterr().err.split())
+    assert "The stages after it: the command that began them, with resume=true" in said
+    assert Path("run/1-sft/model").is_dir() and not Path("run/2-dpo").exists()
+    assert main(["train", file, "resume=true"]) == 0
+    assert "1-sft: finished before" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("stage", "step"), [("1-sft", 2), ("2-dpo", 3)])
 def test_stages_that_are_stopped_and_resumed_end_bit_identically(
     stage: str, step: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

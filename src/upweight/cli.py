@@ -87,6 +87,8 @@ def _refuse(unknown: Sequence[str], command: str | None) -> None:
     known = [n for flag in flags() if flag.key in READS.get(str(command), ()) for n in flag.names]
     where = f"upweight {command}" if command else "upweight"
     guess = called_elsewhere(word.removeprefix("--")) or nearest(word, known)
+    if word in known:  # data.path, which sample calls by another name
+        guess = " Here that is --prompts."
     raise UpweightError(
         f"{unknown[0]} is no argument of {where}.{guess} All of them: {where} --help"
     )

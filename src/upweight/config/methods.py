@@ -133,8 +133,10 @@ def load_comparison(file: Path, given: Mapping[str, Any]) -> Comparison:
     """
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}.") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text (byte {error.start + 1}).") from None
     parsed = parse(text, str(file))
     problems = Problems(
         Problem(0, line, f"{file}:{line}: {said}") for line, said in parsed.problems

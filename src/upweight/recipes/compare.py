@@ -72,7 +72,7 @@ def compare(comparison: Comparison, out: str, screen: Screen | None = None) -> C
         try:
             found = _found(comparison, method, folder, screen)
         except _Stopped:
-            screen.note("stopped; the same command goes on with this method")
+            screen.note("stopped; the same command goes on here")
             return Compared(None)
         if found.began is not None:
             found, first = _beside(first, found)
@@ -170,6 +170,6 @@ def _trained(comparison: Comparison, method: Method, folder: Path, screen: Scree
     if not is_finished(out):
         resume = any((out / "checkpoints").glob("step-*"))
         result = train_model(comparison.run_of(method, folder, resume=resume), screen)
-        if not result.finished:
+        if result.stopping:
             raise _Stopped
     return measured(method, comparison.run_of(method, folder).run, out)

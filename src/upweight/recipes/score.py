@@ -30,6 +30,7 @@ from upweight.recipes.prepare import (
 from upweight.recipes.reference import reference_model, require_same_tokens
 from upweight.recipes.rendering import renderer_for, require_rows_read
 from upweight.recipes.screen import Screen, Silent, counted
+from upweight.recipes.sets import read_sets
 from upweight.training.rundir import require_file, write_atomic
 from upweight.types import Example
 
@@ -54,13 +55,14 @@ def score_file(
             f"reference is {run.reference}, and {run.model} is a reward model: its scores are not "
             "measured against another model. Leave it out.",
         )
+    sets = read_sets(run)
     screen.stage("model")
     lm = load_scorer(run) if judges else load_policy(run)
     if run.reference is not None:
         trusted = run.compute.trust_remote_code
         require_same_tokens(run, lm, load_tokenizer(run.reference, trust_remote_code=trusted))
     screen.stage("rows")
-    prepared = prepare(run, lm)
+    prepared = prepare(run, lm, sets)
     if judges:
         prepared = ended_answers(prepared, lm)
     for line in account_lines(prepared):
@@ -105,10 +107,10 @@ def sample_file(
         raise ConfigError(f"top_p is {top_p}; it must be a number > 0 and <= 1 (1: off).")
     require_read("sample", run)
     _require_out(run, overwrite)
+    examples, account = load_prompts(run.data.path, run.data.limit)
     screen.stage("model")
     lm = load_policy(run)
     renderer = renderer_for(run, lm)
-    examples, account = load_prompts(run.data.path, run.data.limit)
     require_rows_read(examples, renderer)
     rows_of = {example.row: example for example in examples}
     trees = plant(examples, renderer, account)

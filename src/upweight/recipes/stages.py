@@ -43,12 +43,14 @@ def train_stages(stages: Sequence[Resolved], screen: Screen | None = None) -> Re
                 continue
             screen.note(said)
             result = train_model(_going_on(stage, number == 1), screen)
-        if not result.finished:
+        if result.stopping:
             if number < len(stages):
+                alone = "" if result.finished else "That is this stage alone. It and the"
                 screen.note(
-                    "That is this stage alone. It and the stages after it:  the command that began "
-                    "them, with resume=true"
+                    f"{alone or 'The'} stages after it:  the command that began them, with "
+                    "resume=true"
                 )
+                return replace(result, finished=False)
             break
         gc.collect()  # the model of one stage is gone before that of the next is there
     assert result is not None

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,9 @@ from upweight.config import Resolved, dump, leaf_values
 from upweight.data.pack import bins_of_step, collate, num_tokens
 from upweight.data.stream import plan_epoch, planned
 from upweight.errors import OutputError, Refusal
+from upweight.evidence.records import read_records
 from upweight.evidence.report import write_report
+from upweight.evidence.report.verdict import verdict
 from upweight.evidence.track import Target, Tracking, clients, tracking
 from upweight.models.export import export, export_reward_model, probed
 from upweight.models.nf4 import FILE as QUANTIZATION
@@ -86,13 +88,15 @@ PROBES = 4
 
 @dataclass(frozen=True)
 class Result:
-    """Where a run's results are. `finished` is False when it was asked to stop."""
+    """Where a run's results are. `finished` is False when it was asked to stop before its last step
+    was done, and `stopping` is True when it was asked to stop at all: nothing begins after it."""
 
     out: Path
     model: Path | None
     report: Path | None
     finished: bool
     steps: int
+    stopping: bool = False
 
 
 def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
@@ -143,13 +147,14 @@ def train_model(resolved: Resolved, screen: Screen | None = None) -> Result:
         if not finished:
             screen.note(f"stopped after step {progress.step}; checkpoint saved.")
             screen.note(f"Go on with:  {resume_command(rundir.path)}")
-            return Result(rundir.path, None, None, False, progress.step)
+            return Result(rundir.path, None, None, False, progress.step, stopping=True)
         if progress.step < begun.plan.total_steps:
             screen.note(
                 f"every prompt was asked as often as epochs say after step {progress.step} of "
                 f"{begun.plan.total_steps}: rounds ended early"
             )
-        return _finish(state, progress)
+        result = _finish(state, progress)
+        return replace(result, stopping=stop.is_set())
 
 
 @contextlib.contextmanager
@@ -358,6 +363,7 @@ def _finish(state: State, progress: Progress) -> Result:
     if KINDS[state.run.objective].by_reference:
         write_suspects(state)
     report = write_report(state.rundir.path)
+    state.screen.note(" ".join(verdict(read_records(state.rundir.path)).headline.split()))
     state.screen.note(f"model:  {written[0]}")
     if (written[0] / QUANTIZATION).is_file():
         state.screen.note(
@@ -398,4 +404,10 @@ def rebuild_report(folder: Path) -> Path:
     """report.html again, from the run directory's records. Raises OutputError for other folders."""
     if not os.path.isfile(folder / "run.yaml"):
         raise OutputError(f"{folder} is not a run directory: it has no run.yaml.")
+    written = ("account.json", "environment.json", "metrics.jsonl")
+    if not any(os.path.isfile(folder / name) for name in written):
+        raise OutputError(
+            f"{folder} has a run.yaml and none of {', '.join(written)}: no run was made there. "
+            "Name the folder of one, its out."
+        )
     return write_report(folder)

@@ -173,6 +173,11 @@ def prompt_of(row: LedgerRow) -> str:
     return row.row if row.prompt_text is None else row.prompt_text
 
 
+def num_prompts(records: Records, set_name: str) -> int | None:
+    """How many prompts those preferences have; None where no row of them is recorded."""
+    return len({prompt_of(r) for r in records.ledger if r.set == set_name}) or None
+
+
 def length_rule(rows: Sequence[LedgerRow]) -> LengthRule | None:
     """The better of the two length rules on these preferences; None without preferences."""
     if not rows:

@@ -17,6 +17,7 @@ from upweight.evidence.report.findings import (
     judge,
     latest,
     num_preferences,
+    num_prompts,
     num_sampled,
     watch_limit,
 )
@@ -29,6 +30,7 @@ from upweight.evidence.report.markup import (
     plural,
     signed,
 )
+from upweight.stats import FEWEST
 
 CHANCE = 0.5
 
@@ -73,6 +75,12 @@ def _of_accuracy(
     if found.low is None or found.high is None:
         headline = f"The {who} {claim}; no interval is recorded, so chance is not excluded."
         return Judgement("unclear", "No interval", headline, aside)
+    if (num := num_prompts(records, set_name)) is not None and num < FEWEST:
+        headline = (
+            f"It is not shown that the {who} learned the preferences: it {claim}, of "
+            f"{plural(num, 'prompt')}, and of fewer than {FEWEST} nothing is claimed."
+        )
+        return Judgement("unclear", "Too few to tell", headline, aside)
     if found.low > CHANCE:
         headline = f"The {who} {claim}{f'; {then}' if then else ''}."
         label, doubt = _no_better(records, set_name, who, found, before)
