@@ -246,6 +246,7 @@ def test_words_that_change_keys_may_stand_anywhere_and_files_add_up(
             "upweight sample. Here that is --prompts.",
         ),
         ("compare none.yaml", "none.yaml cannot be read: No such file or directory."),
+        ("check --model ./modell", "model: there is no folder ./modell. Did you mean"),
         ("report .", "has a run.yaml and none of account.json, environment.json, metrics.jsonl"),
         ("compare c.yaml steps=2", "steps=2 is no argument of upweight compare: write keys in"),
     ],

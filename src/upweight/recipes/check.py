@@ -13,6 +13,7 @@ from upweight.data.account import Account
 from upweight.data.trees import Shown, show
 from upweight.errors import DataError, ModelError
 from upweight.evidence.track import clients
+from upweight.models.place import placed
 from upweight.models.probes import FILE, read_probes
 from upweight.models.scalar import is_reward_model
 from upweight.models.weights import WHERE_REWARDS_GO
@@ -167,6 +168,7 @@ def check_model(run: Run, screen: Screen | None = None) -> Compared:
     other tokens, UW401 where it gives other log-probs.
     """
     screen = screen or Silent()
+    placed(run.model)
     if is_reward_model(Path(run.model).expanduser()):
         raise ModelError(
             f"{run.model} is a reward model: it gives no log-probs to compare. "
