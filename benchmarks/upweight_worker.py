@@ -24,7 +24,7 @@ from upweight.data.stream import plan_epoch, planned
 from upweight.evidence.evaluate import score_trees
 from upweight.losses import PAIR_LOSSES
 from upweight.models import head
-from upweight.recipes import start, train_model
+from upweight.recipes import start
 from upweight.recipes.prepare import (
     describe,
     fill_reference,
@@ -33,6 +33,7 @@ from upweight.recipes.prepare import (
     tokens_read_at_once,
 )
 from upweight.recipes.screen import Silent
+from upweight.recipes.train import train_model
 from upweight.training.loop import Hooks, Plan, Progress, fit
 from upweight.training.objectives import Objective, pair, sft
 from upweight.training.optimizer import make_optimizer

@@ -22,7 +22,7 @@ from upweight.config import load_run
 from upweight.config.keys import keys
 from upweight.errors import UpweightError
 from upweight.models.sample import Sample
-from upweight.recipes import train_model
+from upweight.recipes.train import train_model
 from upweight.training import checkpoint
 from upweight.trust.watch import seen
 from upweight.trust.watch.seen import Seen

@@ -28,9 +28,9 @@ from upweight.evidence import evaluate
 from upweight.models import reference
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
-from upweight.recipes import train_model
 from upweight.recipes.best import metrics
 from upweight.recipes.screen import Silent
+from upweight.recipes.train import train_model
 from upweight.stats import wilson_interval
 from upweight.training import objectives
 from upweight.training.checkpoint import load as load_checkpoint

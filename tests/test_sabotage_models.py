@@ -27,10 +27,10 @@ from upweight.errors import Refusal
 from upweight.models.load import fingerprint
 from upweight.models.probes import require_same_rendering
 from upweight.models.reference import SCHEMA
-from upweight.recipes import train_model
 from upweight.recipes.prepare import load_policy, prepare
 from upweight.recipes.screen import Silent
 from upweight.recipes.start import trained
+from upweight.recipes.train import train_model
 from upweight.types import Example, RowId
 
 TOOLS = ({"type": "function", "function": {"name": "look_up"}},)

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from upweight.data.trees import Shown, ShownResponse
 from upweight.demo.run import Outcome, final_accuracy
-from upweight.recipes import Result
 from upweight.recipes.kinds import KINDS
+from upweight.recipes.train import Result
 from upweight.terminal import Terminal, show_outcome
 
 TRAIN = {"kind": "train", "loss": 0.69, "rewards/margins": 0.1, "rewards/accuracies": 0.5}

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from upweight.config import load_run, load_stages
-from upweight.recipes import Result, check_stages, sample_file, score_file, train_stages
 from upweight.recipes.check import Checked
 from upweight.recipes.look import look
+from upweight.recipes.score import sample_file, score_file
+from upweight.recipes.stages import check_stages, train_stages
+from upweight.recipes.train import Result
 from upweight.terminal import default_screen
 
 __all__ = ["check", "sample", "score", "train"]

@@ -294,7 +294,7 @@ def _is_override(word: str) -> bool:
 
 def _train(arguments: argparse.Namespace) -> int:
     stages = _stages(arguments, required=("out",))
-    from upweight.recipes import train_stages
+    from upweight.recipes.stages import train_stages
     from upweight.terminal import default_screen
 
     with default_screen() as screen:
@@ -312,7 +312,7 @@ def _check(arguments: argparse.Namespace) -> int:
             _check_model(arguments, screen)
         return 0
     stages = _stages(arguments)
-    from upweight.recipes import check_stages
+    from upweight.recipes.stages import check_stages
     from upweight.terminal import default_screen
 
     with default_screen(stderr=False) as screen:
@@ -355,7 +355,7 @@ def _check_as_json(arguments: argparse.Namespace) -> int:
             }
         else:
             stages = _stages(arguments)
-            from upweight.recipes import check_stages
+            from upweight.recipes.stages import check_stages
 
             record = check_stages(stages).to_json()
         print(json.dumps(record, ensure_ascii=False, indent=1))
@@ -369,7 +369,7 @@ def _check_as_json(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace) -> int:
     (resolved,) = _resolve(arguments, required=("out",))
-    from upweight.recipes import score_file
+    from upweight.recipes.score import score_file
     from upweight.terminal import default_screen
 
     with default_screen() as screen:
@@ -379,7 +379,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
 def _sample(arguments: argparse.Namespace) -> int:
     (resolved,) = _resolve(arguments, required=("out",))
-    from upweight.recipes import sample_file
+    from upweight.recipes.score import sample_file
     from upweight.terminal import default_screen
 
     with default_screen() as screen:

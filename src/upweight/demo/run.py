@@ -21,10 +21,10 @@ from upweight.evidence.report import write_report
 from upweight.models.load import LanguageModel
 from upweight.models.named import demo_model_path
 from upweight.models.sample import Sample, sample
-from upweight.recipes import Result, train_model
 from upweight.recipes.prepare import load_policy
 from upweight.recipes.rendering import renderer_for
 from upweight.recipes.screen import Screen
+from upweight.recipes.train import Result, train_model
 from upweight.stats import Interval, mean_interval
 from upweight.training.rundir import write_atomic
 from upweight.types import Dropped
