@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 import upweight.losses.pair as pair_losses
 from tiny import save_tiny
@@ -114,3 +115,10 @@ def test_no_file_names_a_folder_of_the_machine_it_was_written_on() -> None:
     files = [ROOT / name for name in listed.split("\0") if name]
     texts = {f: f.read_text(encoding="utf-8", errors="ignore") for f in files if f.is_file()}
     assert [str(f) for f, text in texts.items() if FOREIGN_PATH.search(text)] == []
+
+
+def test_a_tensor_of_another_shape_or_type_than_its_name_says_is_an_error_in_tests() -> None:
+    assert pair_losses.probably_flipped(0.1, torch.zeros(3)) is not None
+    for wrong in (torch.zeros(3, 2), torch.zeros(3, dtype=torch.long)):
+        with pytest.raises(TypeCheckError, match="flipped"):
+            pair_losses.probably_flipped(0.1, wrong)
