@@ -49,6 +49,7 @@ SAMPLE = "sample --model model --prompts pairs.jsonl --out o.jsonl --max_new_tok
         (f"{TRAIN} --out '\"a\\0b\"'", "--out must be text or null, found"),
         (f"{TRAIN} --out o --sharing false --attention dense", "has no effect with"),
         (f"{TRAIN} --out {'x' * 300}", "cannot be written: File name too long"),
+        (f"{TRAIN} --out o --objective grpo --temperature 0.7", "--temperature would be that of e"),
         ("report empty", "no run.yaml"),
         (f"report {'x' * 300}", "is not a run directory"),
         (f"{SCORE} bad.jsonl/x.jsonl", "bad.jsonl/x.jsonl cannot be written"),
@@ -63,8 +64,8 @@ SAMPLE = "sample --model model --prompts pairs.jsonl --out o.jsonl --max_new_tok
         (f"{SAMPLE} --top-p 0", "top_p is 0.0; it must be a number > 0 and <= 1"),
         (f"{SAMPLE} --top-p -3", "top_p is -3.0"),
         (f"{SAMPLE} --top-p nan", "top_p is nan"),
-        (f"{SAMPLE} --temperature -1", "evaluation.temperature must be a number >= 0"),
-        (f"{SAMPLE} --max_new_tokens 0", "evaluation.max_new_tokens must be a whole number >= 1"),
+        (f"{SAMPLE} --temperature -1", "--temperature must be a number >= 0"),
+        (f"{SAMPLE} --max_new_tokens 0", "--max_new_tokens must be a whole number >= 1"),
     ],
 )
 def test_a_users_mistake_is_one_message_and_exit_2(

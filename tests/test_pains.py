@@ -89,7 +89,7 @@ PAINS = {
         "--checkpoint.best accuracy",
         "checkpoint.best is accuracy, which no evaluation of this run records.",
     ),
-    "beta of 0": ("--beta 0", "--loss.beta must be above 0 for dpo"),
+    "beta of 0": ("--beta 0", "--beta must be above 0 for dpo"),
     "labels that are all noise": ("--label_smoothing 0.5", "must be a number >= 0 and < 0.5"),
     "a variant that is no objective": (
         "--objective ddpo",

@@ -190,6 +190,23 @@ class _Help(argparse.HelpFormatter):
         return f"{', '.join(names)} {action.metavar or ''}".strip()
 
 
+class _Typed(argparse.Action):
+    """Keeps words under their key, those of a list together, and the flag as it was typed, which
+    errors name and which may be short of the key."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest) or [] if self.nargs == "+" else None
+        setattr(namespace, self.dest, values if before is None else [*before, *values])
+        typed = {self.dest: _underscored(option_string or self.dest)}
+        namespace.typed = getattr(namespace, "typed", {}) | typed
+
+
 def _underscored(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
@@ -221,7 +238,7 @@ def _add_config(parser: argparse.ArgumentParser, command: str, overrides: bool) 
         names += [n.replace("_", "-") for n in names if "_" in n]
         groups.get(flag.section, parser).add_argument(
             *names,
-            action="extend" if flag.many else "store",
+            action=_Typed,
             dest=flag.key,
             default=None,
             nargs="+" if flag.many else "?" if flag.switch else None,
@@ -246,7 +263,8 @@ def _resolve(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> l
     if len(files) > 1:
         raise UpweightError(f"one RUN.yaml at a time; found: {', '.join(files)}")
     known = {flag.key for flag in flags()}
-    texts = {key: value for key, value in vars(arguments).items() if key in known}
+    typed: dict[str, str] = getattr(arguments, "typed", {})
+    texts = {typed.get(key, key): value for key, value in vars(arguments).items() if key in known}
     return load_stages(
         files[0] if files else None,
         [word for word in said if not _is_file(word)],
