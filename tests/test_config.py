@@ -172,15 +172,15 @@ def test_a_later_layer_chooses_between_steps_and_epochs(tmp_path: Path) -> None:
 
 def test_contradictions_in_one_breath_are_refused(tmp_path: Path) -> None:
     assert error_in(tmp_path, "steps: 3\nepochs: 2\n") == (
-        "run.yaml:4: epochs and steps in line 3 contradict each other. Keep one of them."
+        "run.yaml:4: epochs=2 and steps=3 in line 3 contradict each other. Keep one of them."
     )
     assert error_of("epochs=2", steps=3) == (
-        "epochs and steps contradict each other. Keep one of them."
+        "epochs=2 and steps=3 contradict each other. Keep one of them."
     )
     assert error_in(tmp_path, "lora: false\nrank: 8\n") == (
-        "run.yaml:4: rank and lora in line 3 contradict each other. Keep one of them."
+        "run.yaml:4: rank=8 and lora=false in line 3 contradict each other. Keep one of them."
     )
-    assert "lora and lora.rank contradict" in error_of("lora.rank=3", "lora=false")
+    assert "lora=false and lora.rank=3 contradict" in error_of("lora.rank=3", "lora=false")
 
 
 def test_one_key_under_two_names_in_one_place_is_refused(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ PAINS = {
         "--per-device-train-batch-size 8",
         "Here that is batch.pairs_per_step: Preferences per optimizer step.",
     ),
-    "steps and epochs": ("steps=5 epochs=1", "epochs and steps contradict each other."),
+    "steps and epochs": ("steps=5 epochs=1", "epochs=1 and steps=5 contradict each other."),
     "a merge of what is one matrix with the head": (
         "--model tied --lora.targets [lm_head]",
         "lm_head is one matrix with the model's other end",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import re
 import signal
 import sys
@@ -19,12 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upweight as uw
 import upweight.recipes.state as run_state
-from runs import PAIRS, furnish, plain_rows, rows_of, train, write_rows
+from runs import PAIRS, furnish, plain_rows, rows_of, sentence, train, write_rows
 from tiny import CHATML, byte_tokenizer, save_tiny
 from upweight.cli import main
 from upweight.config import load_run
 from upweight.data.stream import load_prompts
 from upweight.evidence import evaluate
+from upweight.evidence.records import read_records
+from upweight.evidence.report.verdict import verdict
 from upweight.models import reference
 from upweight.models.load import LanguageModel
 from upweight.models.logprobs import token_logps
@@ -385,6 +388,22 @@ def test_check_passes_over_a_run_in_out_and_ends_in_a_verdict(capsys: pytest.Cap
     begins = [line.partition("[")[0].partition(":")[0] for line in said]
     assert sorted(begins[-5:-1]) == ["not watched", "warning", "warning", "warning"]
     assert not {"warning", "not watched"} & set(begins[:-5])
+
+
+def test_a_run_ends_in_what_its_report_says_at_the_top_with_its_doubts(
+    capsys: pytest.CaptureFixture[str],
+):
+    draw = random.Random(0)
+    longer = [
+        {"prompt": f"q {i}", "chosen": sentence(draw, 8), "rejected": sentence(draw, 4)}
+        for i in range(60)
+    ]
+    write_rows("pairs.jsonl", longer)
+    assert train("run", "--steps", "2", "--samples", "0") == 0
+    said = verdict(read_records(Path("run")))
+    assert any("not shown to know more than length" in doubt for doubt in said.cautions)
+    ends = capsys.readouterr().err.splitlines()[-3 - len(said.cautions) :]
+    assert ends[:-2] == [" ".join(line.split()) for line in (said.headline, *said.cautions)]
 
 
 def test_lora_exports_an_adapter_and_on_request_the_merged_model():

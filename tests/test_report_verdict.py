@@ -150,8 +150,8 @@ CAUTIONS: dict[str, Callable[[], Records]] = {
     "Sampled answers are 50\u202f% shorter than the reference's.": lambda: evaluated(
         eval_line(20, length=22.0, **ratio(0.5, 0.3, 0.8))
     ),
-    "10\u202f% of the training rows were not used: see Rows.": lambda: evaluated(
-        eval_line(20), accounts={"train": set_account(used=90, dropped={"empty": 10})}
+    "10\u202f% of the training rows were not used: the report says why under Rows.": lambda: (
+        evaluated(eval_line(20), accounts={"train": set_account(used=90, dropped={"empty": 10})})
     ),
     "always taking the longer answer is right on 100\u202f%": lambda: evaluated(
         eval_line(20), ledger=ledger(30, tokens_chosen=50)

@@ -126,7 +126,7 @@ def test_mistakes_name_the_line_and_the_stage():
     assert "run.yaml: stage 1-sft: data.path is missing" in said(
         TWO.replace("data: pairs.jsonl\n", "")
     )
-    with pytest.raises(ConfigError, match="stages stands in a run.yaml, or among the keywords"):
+    with pytest.raises(ConfigError, match="stages is a list of runs in a run.yaml, or among"):
         load_stages(None, ["stages=[]"], {"model": "model", "data": "pairs.jsonl"})
 
 

@@ -260,7 +260,11 @@ def _stages(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> li
 def _resolve(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> list[Resolved]:
     said: list[str] = getattr(arguments, "config", [])
     files = [word for word in said if _is_file(word)]
-    if len(files) > 1:
+    many = len(files) > 1
+    apart = [word for word in said if word.startswith("=") or (many and word.endswith("="))]
+    if apart:
+        raise UpweightError(f'"{apart[0]}" stands alone; write key=value without spaces.')
+    if many:
         raise UpweightError(f"one RUN.yaml at a time; found: {', '.join(files)}")
     known = {flag.key for flag in flags()}
     typed: dict[str, str] = getattr(arguments, "typed", {})

@@ -249,7 +249,10 @@ def unknown_key(typed: str, objective: str, unread: Collection[str] = ()) -> str
     that is among the `unread` keys of this objective."""
     section, _, name = typed.rpartition(".")
     if typed == STAGES:
-        return "stages stands in a run.yaml, or among the keywords of uw.train and uw.check."
+        return (
+            "stages is a list of runs in a run.yaml, or among the keywords of uw.train and "
+            "uw.check, and no word of a command: all of them run, and a finished one is left alone."
+        )
     if section not in SECTIONS:
         words = [*keys(), *SECTIONS, STAGES, *(key.name for key in keys().values())]
         guess = called_elsewhere(typed) or nearest(typed, words)

@@ -163,12 +163,17 @@ def _overlay(settings: Iterable[Setting], problems: Problems) -> dict[str, Setti
             problems.at(setting, f"{said} Keep one of them.")
         for other in _opposites(setting, held):
             if setting.layer.in_one_breath_with(other.layer):
-                said = f"{setting.shown} and {other.shown}{_in(other)} contradict each other."
+                both = f"{_equals(setting)} and {_equals(other)}{_in(other)}"
+                said = f"{both} contradict each other."
                 problems.at(setting, f"{said} Keep one of them.")
             else:
                 del held[other.leaf]
         held[setting.leaf] = setting
     return held
+
+
+def _equals(setting: Setting) -> str:
+    return f"{setting.shown}={show(setting.value)}"
 
 
 def _in(setting: Setting) -> str:
@@ -210,6 +215,9 @@ def _wrong(setting: Setting) -> str:
     guess = nearest(found, key.choices) if isinstance(found, str) else ""
     if setting.leaf == "objective":
         guess = CALLED_ELSEWHERE.get(str(found).lower(), guess)
+    if not isinstance(found, bool) and isinstance(found, int | float) and 1 <= found <= 100:
+        share = key.kind.endswith(("< 1", "<= 1"))
+        guess = f" It is a share: {found:g} % is {found / 100:g}." if share else guess
     if "\\x00" in repr(found):
         guess = " Take the NUL character out."
     return f"{setting.shown} must be {key.kind}, found {show(setting.value)}.{guess}"

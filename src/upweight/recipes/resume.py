@@ -92,8 +92,7 @@ def require_same_settings(saved: Position, run: Run, prepared: Prepared) -> None
         raise ConfigError(
             f"resume: the run in {run.out} was started with other settings"
             f"{_changed(run, Path(run.out))}. Go on with its own:  "
-            f"{resume_command(Path(run.out))}  (free to change: "
-            f"{', '.join(sorted(FREE_TO_CHANGE - {'resume', 'out'}))})."
+            f"{resume_command(Path(run.out))}  (free to change: {_free_to_change()})."
         )
     for name, digest in data_digests(prepared).items():
         if saved.data_digests[name] != digest:
@@ -102,6 +101,12 @@ def require_same_settings(saved: Position, run: Run, prepared: Prepared) -> None
                 f"with: their tokens or preferences differ. Put {', '.join(_files_of(run, name))} "
                 "back as it was, or start a new run with another out."
             )
+
+
+def _free_to_change() -> str:
+    """Of the two sections that are free as a whole their names."""
+    alone = [key for key in FREE_TO_CHANGE if not key.startswith(("preflight.", "watch."))]
+    return f"{', '.join(sorted({*alone} - {'resume', 'out'}))}, and all of preflight and watch"
 
 
 def _files_of(run: Run, name: str) -> Sequence[str]:

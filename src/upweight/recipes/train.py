@@ -363,7 +363,9 @@ def _finish(state: State, progress: Progress) -> Result:
     if KINDS[state.run.objective].by_reference:
         write_suspects(state)
     report = write_report(state.rundir.path)
-    state.screen.note(" ".join(verdict(read_records(state.rundir.path)).headline.split()))
+    said = verdict(read_records(state.rundir.path))
+    for line in (said.headline, *said.cautions):
+        state.screen.note(" ".join(line.split()))
     state.screen.note(f"model:  {written[0]}")
     if (written[0] / QUANTIZATION).is_file():
         state.screen.note(

@@ -284,45 +284,40 @@ def longer(examined: Examined) -> Interval | None:
     return accuracy_interval(margins, examined.prompts()) if margins else None
 
 
-def by_length(examined: Examined) -> Seen:
-    """Taking the longer response, or the shorter one, is nearly always right."""
-    measured = longer(examined)
-    if measured is None:
-        return Seen()
-    found, which = measured, "longer"
-    if measured.value < 0.5:
-        found, which = Interval(*(1 - x for x in (found.value, found.high, found.low))), "shorter"
-    finding = _shortcut(examined, f"the {which} response is the chosen one", found)
-    return Seen({"longer": measured}, finding)
-
-
-def by_words(examined: Examined) -> Seen:
-    """The words alone, whatever the prompt, tell chosen from rejected.
-
-    A naive Bayes classifier over tokens, asked about prompts that it has not counted.
-    """
+def shortcuts(examined: Examined) -> Seen:
+    """Rules that know no prompt and are nearly always right: taking the longer response, or the
+    shorter one, and a naive Bayes classifier over tokens, asked about prompts that it has not
+    counted."""
+    figures: Figures = {}
+    rules: list[tuple[str, Interval]] = []
+    if (measured := longer(examined)) is not None:
+        figures["longer"] = measured
+        found, which = measured, "longer"
+        if measured.value < 0.5:
+            found = Interval(*(1 - x for x in (found.value, found.high, found.low)))
+            which = "shorter"
+        rules.append((f"the {which} response is the chosen one", found))
     compared = [
         Compared(tree.prompt, tree.responses[p.chosen], tree.responses[p.rejected])
         for tree, p in examined.preferences()
     ]
-    words = count_words(compared)
-    if words is None:
-        return Seen()
-    found = accuracy_interval(words.margins(compared).tolist(), examined.prompts())
-    rule = "a count of words that knows no prompt finds the chosen one"
-    return Seen({"words": found}, _shortcut(examined, rule, found))
-
-
-def _shortcut(examined: Examined, rule: str, found: Interval) -> Finding | None:
+    if (words := count_words(compared)) is not None:
+        found = accuracy_interval(words.margins(compared).tolist(), examined.prompts())
+        figures["words"] = found
+        rules.append(("a count of words that knows no prompt finds the chosen one", found))
     limit = examined.limits.shortcut
-    if not found.low > limit:
-        return None
-    return Finding(
-        "UW211",
-        f"{examined.name}: {rule} in {found.value:.0%} of preferences [{found.low:.0%}, "
-        f"{found.high:.0%}] (preflight.shortcut is {limit:.0%}): accuracy will not show that more "
-        "than that was learned.",
+    solved = [
+        f"{rule} in {found.value:.0%} of preferences [{found.low:.0%}, {found.high:.0%}]"
+        for rule, found in rules
+        if found.low > limit
+    ]
+    if not solved:
+        return Seen(figures)
+    said = (
+        f"{examined.name}: {', and '.join(solved)} (preflight.shortcut is {limit:.0%}): accuracy "
+        "will not show that more than that was learned."
     )
+    return Seen(figures, Finding("UW211", said))
 
 
 @dataclass(frozen=True)
@@ -376,8 +371,7 @@ EXAMINATIONS: tuple[Callable[[Examined], Seen], ...] = (
     undecided,
     repeated,
     similar,
-    by_length,
-    by_words,
+    shortcuts,
 )
 
 

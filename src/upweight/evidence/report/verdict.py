@@ -210,7 +210,7 @@ def _cautions(records: Records, set_name: str | None) -> Iterator[str]:
     train = records.accounts.get("train")
     if train and train.read and train.read - train.used > _NOTEWORTHY_DROPS * train.read:
         share = percent((train.read - train.used) / train.read)
-        yield f"{share} of the training rows were not used: see Rows."
+        yield f"{share} of the training rows were not used: the report says why under Rows."
     yield from records.notes
 
 
