@@ -76,6 +76,7 @@ OTHER: dict[str, Any] = {
     "rollout.passes": 2,
     "rollout.minibatches": 2,
     "rollout.renew_reference": 5,
+    "rollout.server": "http://localhost:8000",
     "policy.clip_low": 0.1,
     "policy.clip_high": 0.28,
     "policy.kl_estimator": "k3",
@@ -135,6 +136,7 @@ OTHER: dict[str, Any] = {
 EVALUATED = {"evaluation.fraction": 0.2}
 CONTEXT: dict[str, dict[str, Any]] = {
     "checkpoint.best": EVALUATED,
+    "rollout.server": {"lora": True},
     "evaluation.every": EVALUATED,
     "evaluation.samples": EVALUATED,
     "evaluation.max_new_tokens": EVALUATED,

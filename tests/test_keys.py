@@ -125,6 +125,9 @@ CASES: dict[str, Case] = {
     "rollout.passes": Case(1, "records", PPO),
     "rollout.minibatches": Case(2, "records", PPO),
     "rollout.renew_reference": Case(1, "records", PPO),
+    "rollout.server": Case(
+        "http://127.0.0.1:1", "records", {**GRPO, **LORA}, refused="cannot be reached"
+    ),
     "policy.clip_low": Case(1e-4, "records", PPO),
     "policy.clip_high": Case(1e-4, "records", PPO),
     "policy.kl_estimator": Case("k2", "records", PPO),

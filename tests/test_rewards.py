@@ -1,11 +1,10 @@
 """Rewards: the table, a user's own file, an endpoint; and what is said when there is none."""
 
-import http.server
 import json
 import math
 import sys
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from addresses import serving
 from upweight.errors import RewardError
 from upweight.training.rewards import (
     REWARDS,
@@ -256,27 +256,12 @@ def endpoint(answer):
     """A server that answers POST with answer(items) -> (status, bytes); gives (url, bodies)."""
     bodies = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            status, body = answer(bodies[-1]["items"])
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            with suppress(ConnectionError):  # Who did not wait has hung up.
-                self.end_headers()
-                self.wfile.write(body)
+    def of_items(path, document):
+        bodies.append(document)
+        return answer(document["items"])
 
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/score", bodies
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(of_items) as url:
+        yield f"{url}/score", bodies
 
 
 @pytest.fixture(autouse=True)
@@ -335,10 +320,10 @@ def test_an_endpoint_that_answers_otherwise_is_quoted(status, body, said):
 def test_an_endpoint_that_is_not_there_or_hangs_up_is_named():
     with endpoint(lengths) as (url, _):
         pass
-    with pytest.raises(RewardError, match=f"{url} cannot be asked for rewards: .*refused"):
+    with pytest.raises(RewardError, match=f"{url}, .* cannot be reached: .*refused"):
         score_responses(url, [sampled("a")])
     for no_url in ("http://a..b/", "http://127.0.0.1:port/"):
-        with pytest.raises(RewardError, match="cannot be asked for rewards"):
+        with pytest.raises(RewardError, match="cannot be reached"):
             score_responses(no_url, [sampled("a")])
 
 
@@ -351,7 +336,7 @@ def test_an_endpoint_that_does_not_answer_in_time_is_named():
 
     with endpoint(wait) as (url, _):
         try:
-            with pytest.raises(RewardError, match=r"no answer to 1 responses within 0.05 seconds"):
+            with pytest.raises(RewardError, match=r"of 1 responses, gave no answer within 0.05 seconds"):
                 open_reward(url, timeout_seconds=0.05)([sampled("a")])
         finally:
             done.set()

@@ -199,6 +199,7 @@ ELSEWHERE = {
     "rollout.max_tokens": ("max_completion_length", "response_length"),
     "rollout.reward": ("reward_funcs", "reward_model", "reward_model_path"),
     "rollout.responses": ("num_generations",),
+    "rollout.server": ("vllm_server_base_url", "vllm_server_host"),
     "rollout.passes": ("num_iterations", "num_ppo_epochs"),
     "checkpoint.every": ("save_steps",),
     "checkpoint.keep": ("save_total_limit",),
@@ -209,7 +210,8 @@ ELSEWHERE = {
 NOT_HERE = {
     "rpo_alpha": "The likelihood of the chosen response is no term of a loss here.",
     "scale_rewards": "Here policy.advantages says what a group's advantages are divided by.",
-    "use_vllm": "Answers are drawn by this process: generation by vLLM is not built.",
+    "use_vllm": "Here rollout.server is the address of a vLLM server; without it this process "
+    "draws.",
     "precompute_ref_log_probs": "Here that is always so: leave it out.",
     "reference_free": "Here log-probs are always held against a reference.",
 }

@@ -36,6 +36,7 @@ from upweight.config.settings import (
 )
 from upweight.config.written import write
 from upweight.errors import nearest
+from upweight.web import names_host
 
 EITHER = {"steps": "epochs", "epochs": "steps"}
 """Two ways to say one thing: in one breath they contradict, otherwise the later one replaces."""
@@ -275,6 +276,16 @@ def _contradictions(held: Mapping[str, Setting], problems: Problems) -> None:
         setting = held["rollout.minibatches"]
         said = f"{setting.shown} is {parts}, and rollout.prompts_per_round is {prompts}: a step "
         problems.at(setting, said + "needs a prompt. Make them equal, or have fewer minibatches.")
+    if (server := given("rollout.server")) is not None:
+        setting = held["rollout.server"]
+        if isinstance(server, str) and not names_host(server):
+            said = (
+                f"{setting.shown} is {show(server)}, which names no host; write http://host:port."
+            )
+            problems.at(setting, said)
+        if not any(keys()[leaf].section == SWITCHED for leaf in held) or given(SWITCHED) is False:
+            said = f"{setting.shown} needs lora: the server is given the adapter of each round."
+            problems.at(setting, said)
     attention = given("compute.attention")
     if given("compute.sharing") is False and attention not in (None, "auto"):
         setting = held["compute.attention"]

@@ -37,6 +37,11 @@ class Rollout(Section):
         default=None,
         description="Rounds after which the policy becomes the reference; null: it stays.",
     )
+    server: Text | None = Field(
+        default=None,
+        description="Address of a vLLM server that draws the answers and is given the adapter "
+        "(lora), as http://localhost:8000; null: this process draws them.",
+    )
 
 
 class Policy(Section):

@@ -79,8 +79,7 @@ def sample(
     no room for a response or holds a token that the model has no embedding for.
     """
     _require_options(num, max_new_tokens, temperature, top_p)
-    longest = lm.max_length if max_length is None else min(max_length, lm.max_length or max_length)
-    _require_prompts(lm, prompts, longest)
+    limits = room_for_responses(lm, prompts, max_new_tokens, max_length)
     stop = frozenset(lm.stop_token_ids if stop_token_ids is None else stop_token_ids)
     heat = 0.0 if temperature < LOWEST_TEMPERATURE else float(temperature)
     draw = _Draw(max_new_tokens, heat, float(top_p), stop)
@@ -100,7 +99,7 @@ def sample(
         native_attention(lm.causal),
         lm.compute(),
     ):
-        for group, limit in _batches(prompts, max_new_tokens, longest, size):
+        for group, limit in _batches(prompts, limits, size):
             upto = replace(draw, max_new_tokens=limit)
 
             def answer(numbers: list[int], upto: _Draw = upto) -> list[Drawn]:
@@ -128,9 +127,14 @@ def _require_options(
             raise ConfigError(f"sample: {name} is {value}; allowed: {allowed}.")
 
 
-def _require_prompts(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], longest: int | None
-) -> None:
+def room_for_responses(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    max_length: int | None,
+) -> list[int]:
+    """The tokens that a response to each prompt may have. Raises ModelError as `sample` does."""
+    longest = lm.max_length if max_length is None else min(max_length, lm.max_length or max_length)
     for number, prompt in enumerate(prompts, 1):
         where = f"sample: prompt {number} of {len(prompts)}"
         if not prompt:
@@ -146,15 +150,15 @@ def _require_prompts(
                 f"model has embeddings for the ids 0 to {lm.vocab_size - 1}. Use the model's own "
                 "tokenizer, or leave the prompt out."
             )
+    room = math.inf if longest is None else longest
+    return [int(min(max_new_tokens, room - len(prompt))) for prompt in prompts]
 
 
 def _batches(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, longest: int | None, size: int
+    prompts: Sequence[Sequence[int]], limits: Sequence[int], size: int
 ) -> Iterator[tuple[list[int], int]]:
     """Prompts of about equal length, by their index, and how long their responses may be. Where
-    `longest` cuts responses short, a batch is of one length: all its rows end at once."""
-    room = math.inf if longest is None else longest
-    limits = [int(min(max_new_tokens, room - len(prompt))) for prompt in prompts]
+    the limits differ, a batch is of one length: all its rows end at once."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for limit, same in groupby(order, key=limits.__getitem__):
         group = list(same)

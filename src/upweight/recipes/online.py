@@ -24,11 +24,13 @@ from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import scored_hidden, token_logps
 from upweight.models.offload import offloaded
 from upweight.models.reference import TOLERANCE_NATS
+from upweight.models.sample import Sample, sample
 from upweight.models.scalar import (
     score_head,
     state_values,
     with_scalar_head,
 )
+from upweight.models.served import Server, sample_by
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.losses import pair_loss
 from upweight.recipes.plan import rollout_sizes
@@ -217,7 +219,7 @@ def _draw(
     """One round: answers, rewards, log-probs then and of the reference, values, advantages."""
     run, lm = state.run, state.lm
     stop_ids = sorted(state.begun.prepared.renderer.stop_ids)
-    trees, said = draw_answers(lm, prompts, number, rollout_sizes(run), stop_ids)
+    trees, said = draw_answers(lm, prompts, number, rollout_sizes(run), stop_ids, _sampler(state))
     scores = {
         i: value
         for tree, values in zip(trees, score(trees), strict=True)
@@ -229,7 +231,9 @@ def _draw(
         found = by_response(read, trees, state.tokens_per_bin, smaller)
     logps = {i: both[:, 0] for i, both in found.items()}
     values = None if state.values is None else {i: both[:, 1] for i, both in found.items()}
-    _require_same_policy(held_against(logps, said, TOLERANCE_NATS[lm.compute_dtype]))
+    _require_same_policy(
+        held_against(logps, said, TOLERANCE_NATS[lm.compute_dtype]), run.rollout.server
+    )
     with start.in_round(lm, number) as reference:
         read = finite(token_logps, reference)
         known = by_response(read, trees, state.tokens_per_bin, smaller)
@@ -284,13 +288,22 @@ def _both(state: State, forest: Forest) -> Float[Tensor, "scored 2"]:
     return torch.stack([logps, torch.zeros_like(logps) if values is None else values], dim=1)
 
 
-def _require_same_policy(compared: Sequence[Beside]) -> None:
+def _sampler(state: State) -> Callable[..., list[list[Sample]]]:
+    url = state.run.rollout.server
+    if url is None:
+        return sample
+    return functools.partial(sample_by, Server(url, state.rundir.file("rollouts")))
+
+
+def _require_same_policy(compared: Sequence[Beside], server: str | None) -> None:
     """What drew the answers must be what is trained: raises Refusal UW101 otherwise."""
     worst = max(compared, key=lambda beside: beside.beyond)
     if not worst.agrees:
+        who = "the sampler" if server is None else f"what draws at {server}"
+        what = "" if server is None else " It has to hold the same model, in compute.dtype."
         raise Refusal(
             "UW101",
-            f"the sampler is not the policy: {worst.said} (rounding: {worst.allowed:.2g}).",
+            f"{who} is not the policy: {worst.said} (rounding: {worst.allowed:.2g}).{what}",
         )
 
 

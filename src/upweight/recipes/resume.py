@@ -31,6 +31,7 @@ from upweight.types import RowId, Tree
 
 FREE_TO_CHANGE = {
     *("resume", "out", "log_every", "track", "compute.threads", "checkpoint.keep"),
+    "rollout.server",
     *(f"preflight.{name}" for name in Preflight.model_fields),
     *(f"watch.{name}" for name in Watch.model_fields),
 }

@@ -18,10 +18,11 @@ from upweight.recipes.kinds import KINDS
 from upweight.recipes.prepare import Prepared, tokens_read_at_once
 from upweight.recipes.reference import answered_sets, sampled_trees
 from upweight.recipes.screen import Screen, counted
-from upweight.training.rewards import ADDRESSES, COLUMNS, REWARDS, Sampled, in_folder, open_reward
+from upweight.training.rewards import COLUMNS, REWARDS, Sampled, in_folder, open_reward
 from upweight.training.rollout import texts_of
 from upweight.trust.likely import spread
 from upweight.types import Example, RowId, Text, Tree
+from upweight.web import ADDRESSES
 
 Scorer = Callable[[Sequence[Tree]], list[list[float]]]
 """Trees -> the reward of each of their responses."""

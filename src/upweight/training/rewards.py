@@ -6,7 +6,6 @@ reward is a finite number or the run ends: a response without a reward is never 
 
 from __future__ import annotations
 
-import http.client
 import importlib.util
 import inspect
 import json
@@ -14,18 +13,16 @@ import math
 import re
 import sys
 import traceback
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from upweight.errors import RewardError, nearest
 from upweight.types import RowId
+from upweight.web import ADDRESSES, NoAnswer, names_host, post
 
 Row = Mapping[str, Any]
 Reward = Callable[[str, str, Row], float]
@@ -45,8 +42,6 @@ class Sampled:
 
 
 Scorer = Callable[[Sequence[Sampled]], list[float]]
-
-ADDRESSES = ("http://", "https://")
 
 
 def in_folder(spec: str) -> bool:
@@ -72,11 +67,7 @@ def open_reward(spec: str, *, timeout_seconds: float = 60.0, batch_size: int = 6
     if spec in REWARDS:
         return partial(_score_each, spec, REWARDS[spec])
     if spec.startswith(ADDRESSES):
-        try:
-            host = urlsplit(spec).hostname
-        except ValueError:
-            host = None
-        if not host:
+        if not names_host(spec):
             raise RewardError(f'the reward "{spec}" names no host. Write http://host:port/path.')
         return partial(_score_remotely, spec, timeout_seconds, batch_size)
     file, colon, function = spec.rpartition(":")
@@ -180,29 +171,10 @@ def _score_remotely(
 
 def _posted(url: str, timeout_seconds: float, batch: Sequence[Sampled]) -> list[object]:
     items = [{"prompt": i.prompt, "response": i.response, "row": i.row} for i in batch]
-    request = urllib.request.Request(
-        url,
-        data=json.dumps({"items": _as_json(items)}, allow_nan=False).encode(),
-        headers={"Content-Type": "application/json"},
-        method="POST",
-    )
     try:
-        with urllib.request.urlopen(request, timeout=timeout_seconds) as answer:
-            body = answer.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            said = error.read(2000)
-        raise RewardError(
-            f"{url} answered {error.code} {error.reason}: {_shown(said, 200)}."
-        ) from None
-    except TimeoutError:
-        raise RewardError(
-            f"{url} gave no answer to {len(batch)} responses within {timeout_seconds:g} seconds."
-        ) from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        # ValueError: a host name or port that is none.
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise RewardError(f"{url} cannot be asked for rewards: {_shown(reason, 200)}.") from None
+        body = post(url, {"items": _as_json(items)}, timeout_seconds)
+    except NoAnswer as error:
+        raise RewardError(f"{url}, asked for rewards of {len(batch)} responses, {error}.") from None
     try:
         rewards = json.loads(body)["rewards"]
     except (ValueError, TypeError, KeyError):

@@ -101,13 +101,14 @@ def draw_answers(
     number: int,
     sizes: Sizes,
     stop_ids: Sequence[int],
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    sampler: Callable[..., list[list[Sample]]] = sample,
 ) -> tuple[list[Tree], dict[ResponseId, tuple[float, ...]]]:
     """K answers to each prompt at temperature 1, as trees, and the sampler's own log-probs.
 
     At temperature 1 and from the whole distribution: what is drawn otherwise is not the policy's.
+    `sampler` is `sample`, or takes what is given to it here.
     """
-    drawn = sample(
+    drawn = sampler(
         lm,
         [tree.prompt for tree in prompts],
         num=sizes.responses,
@@ -115,7 +116,6 @@ def draw_answers(
         seed=sizes.seed * 1_000_003 + number,
         stop_token_ids=stop_ids,
         max_length=sizes.max_length,
-        on_progress=on_progress,
     )
     trees = [
         # A row may be drawn twice in a round: its answers are numbered on.

@@ -1,0 +1,58 @@
+"""JSON to an address and what it answers: a reward behind HTTP, a server that draws answers."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+ADDRESSES = ("http://", "https://")
+
+LONGEST_SHOWN = 200
+
+
+class NoAnswer(Exception):
+    """Why there is none, as it follows the address in a sentence."""
+
+
+def names_host(url: str) -> bool:
+    try:
+        return url.startswith(ADDRESSES) and bool(urlsplit(url).hostname)
+    except ValueError:
+        return False
+
+
+def post(
+    url: str,
+    document: object,
+    timeout_seconds: float,
+    headers: Mapping[str, str] | None = None,
+) -> bytes:
+    """What the address answers to a document that JSON has a form for. Raises NoAnswer."""
+    request = urllib.request.Request(
+        url,
+        data=json.dumps(document, allow_nan=False).encode(),
+        headers={"Content-Type": "application/json", **(headers or {})},
+        method="POST",
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_seconds) as answer:
+            return answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            said = error.read(2000)
+        raise NoAnswer(f"answered {error.code} {error.reason}: {shown(said)}") from None
+    except TimeoutError:
+        raise NoAnswer(f"gave no answer within {timeout_seconds:g} seconds") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        # ValueError: a host name or port that is none.
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise NoAnswer(f"cannot be reached: {shown(reason)}") from None
+
+
+def shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
