@@ -24,7 +24,7 @@ def serving(answer: Callable[[str, Any], tuple[int, bytes]]) -> Generator[str]:
                 self.end_headers()
                 self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:

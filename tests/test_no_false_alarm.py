@@ -48,7 +48,7 @@ def test_a_run_on_real_rows_that_is_watched_raises_nothing(
         "data.limit": 60 if file == DEMO else 36, "batch.pairs_per_step": 2, "steps": 10,
         "lora": True,
         "evaluation.fraction": 0.3, "evaluation.samples": 6, "evaluation.max_new_tokens": 40,
-        "evaluation.every": 5,
+        "evaluation.every": 10,
     }  # fmt: skip
     uw.train(model=model, data=require(file), out=str(out), learning_rate=2e-4, **values)
     records = rows_of(out / "metrics.jsonl")
