@@ -336,7 +336,7 @@ def test_an_endpoint_that_does_not_answer_in_time_is_named():
 
     with endpoint(wait) as (url, _):
         try:
-            with pytest.raises(RewardError, match=r"of 1 responses, gave no answer within 0.05 seconds"):
+            with pytest.raises(RewardError, match=r"of 1 responses, gave no answer within 0.05 s"):
                 open_reward(url, timeout_seconds=0.05)([sampled("a")])
         finally:
             done.set()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from addresses import serving
 from runs import furnish_rewarded, online, records
-from upweight.errors import ModelError
+from upweight.errors import ModelError, OutputError
 from upweight.models.load import LanguageModel, load
 from upweight.models.sample import sample
 from upweight.models.served import Server, read_answers, sample_by
@@ -156,8 +156,8 @@ def test_an_answer_that_is_none_is_refused(choices: list[dict[str, Any]], said: 
         asked(url)
 
 
-def asked(url: str) -> object:
-    server, lm = Server(url, Path("rollouts")), _float32("model")
+def asked(url: str, lm: LanguageModel | None = None) -> object:
+    server, lm = Server(url, Path("rollouts")), lm or _float32("model")
     return sample_by(server, lm, [[65, 66]], num=2, max_new_tokens=8, seed=0, stop_token_ids=[2])
 
 
@@ -168,6 +168,18 @@ def test_what_a_killed_run_left_is_cleared_away():
     with serving(answers(*whole)) as url:
         asked(url)
     assert [file.name for file in Path("rollouts").iterdir()] == ["round-000001.parquet"]
+
+
+def test_a_disk_without_room_for_the_adapter_is_named():
+    def full(folder: Path) -> None:
+        Path(folder).mkdir()
+        raise OSError(28, "No space left on device")
+
+    lm = _float32("model")
+    lm.model.save_pretrained = full  # pyright: ignore
+    with pytest.raises(OutputError, match="adapter could not be written to .*No space left"):
+        asked("http://127.0.0.1:1", lm)
+    assert list(Path("rollouts").iterdir()) == []
 
 
 def test_a_key_of_the_server_is_sent(monkeypatch: pytest.MonkeyPatch):

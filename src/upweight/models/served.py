@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
 
-from upweight.errors import ModelError
+from upweight.errors import ModelError, OutputError
 from upweight.models.attention import native_attention
 from upweight.models.load import LanguageModel
 from upweight.models.sample import Sample, room_for_responses
@@ -141,10 +142,13 @@ def _handed_over(server: Server, lm: LanguageModel) -> Generator[str]:
     name = f"upweight-{uuid.uuid4().hex}"
     folder = server.folder / name
     try:
-        with native_attention(lm.causal), quiet_peft():
-            lm.model.save_pretrained(folder)  # pyright: ignore
-        # The server may run as somebody else.
-        folder.chmod(0o755)
+        try:
+            with native_attention(lm.causal), quiet_peft():
+                lm.model.save_pretrained(folder)  # pyright: ignore
+            # The server may run as somebody else.
+            folder.chmod(0o755)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"the adapter could not be written to {folder}: {error}.") from error
         said = {"lora_name": name, "lora_path": str(folder.resolve())}
         server.ask("/v1/load_lora_adapter", said)
         try:

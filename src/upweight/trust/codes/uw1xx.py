@@ -42,10 +42,12 @@ PAGES: tuple[Page, ...] = (
             "`reference` names the base model, and `model` a fine-tuned one.",
             "`reference` and `model` name two checkpoints of one training run.",
             "One of the two is a quantized copy of the other, such as a .gguf file.",
+            "The server of `rollout.server` holds another model, or serves in another dtype.",
         ),
         do=(
             "Leave `reference` out: the model as it starts is then the reference.",
             "Give the fine-tuned model or its adapter folder as `model`.",
+            "Of a server: `vllm serve` what `model` names, with `--dtype` as `compute.dtype` is.",
             "If another reference is what you want, expect a first loss other than ln 2, and "
             "compare rewards only with runs that have the same reference.",
         ),
