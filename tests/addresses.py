@@ -12,7 +12,8 @@ from typing import Any
 
 @contextmanager
 def serving(answer: Callable[[str, Any], tuple[int, bytes]]) -> Generator[str]:
-    """Its address; `answer(path, document)` is what is asked of it: status and body."""
+    """Its address; `answer(path, document)` is what is asked of it: status and body,
+    the latter where to go for 302."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -20,6 +21,8 @@ def serving(answer: Callable[[str, Any], tuple[int, bytes]]) -> Generator[str]:
             status, body = answer(self.path, document)
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
+            if status == 302:
+                self.send_header("Location", body.decode())
             with suppress(ConnectionError):  # Who did not wait has hung up.
                 self.end_headers()
                 self.wfile.write(body)

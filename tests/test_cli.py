@@ -52,6 +52,7 @@ SAMPLE = "sample --model model --prompts pairs.jsonl --out o.jsonl --max_new_tok
         (f"{TRAIN} --out o --objective grpo --temperature 0.7", "--temperature would be that of e"),
         (f"{TRAIN} --out o beta = 0.2", '"=" stands alone; write key=value without spaces.'),
         (f"{TRAIN} --out o beta =0.2", '"=0.2" stands alone'),
+        (f"{TRAIN} --out o beta= 0.2", '"beta=" stands alone'),
         ("report empty", "no run.yaml"),
         (f"report {'x' * 300}", "is not a run directory"),
         (f"{SCORE} bad.jsonl/x.jsonl", "bad.jsonl/x.jsonl cannot be written"),

@@ -61,8 +61,10 @@ WRONG = {
     "seed=1_000": 'seed must be a whole number >= 0 and <= 4294967295, found "1_000".',
     "resume=yes": 'resume must be true or false, found "yes".',
     "fraction=30": (
-        "fraction must be a number >= 0 and < 1, found 30. It is a share: 30 % is 0.3."
+        "fraction must be a number >= 0 and < 1, found 30. It is a share of the prompts: 30 % is "
+        "0.3."
     ),
+    "warmup=100": "warmup must be a number >= 0 and < 1, found 100.",
     "fraction=-1": "fraction must be a number >= 0 and < 1, found -1.",
     "resume=1": "resume must be true or false, found 1.",
     "model=true": "model must be text, found true.",

@@ -260,11 +260,15 @@ def _stages(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> li
 def _resolve(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> list[Resolved]:
     said: list[str] = getattr(arguments, "config", [])
     files = [word for word in said if _is_file(word)]
-    many = len(files) > 1
-    apart = [word for word in said if word.startswith("=") or (many and word.endswith("="))]
+    apart = [
+        word
+        for word, after in itertools.pairwise([*said, ""])
+        if word.startswith("=")
+        or (word.endswith("=") and after and "=" not in after and not os.path.isfile(after))
+    ]
     if apart:
         raise UpweightError(f'"{apart[0]}" stands alone; write key=value without spaces.')
-    if many:
+    if len(files) > 1:
         raise UpweightError(f"one RUN.yaml at a time; found: {', '.join(files)}")
     known = {flag.key for flag in flags()}
     typed: dict[str, str] = getattr(arguments, "typed", {})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 ADDRESSES = ("http://", "https://")
@@ -18,9 +20,22 @@ class NoAnswer(Exception):
     """Why there is none, as it follows the address in a sentence."""
 
 
+class _Stays(urllib.request.HTTPRedirectHandler):
+    """Another address would be asked without the document, and be told the key."""
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any
+    ) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_Stays)
+
+
 def names_host(url: str) -> bool:
     try:
-        return url.startswith(ADDRESSES) and bool(urlsplit(url).hostname)
+        parts = urlsplit(url)
+        return url.startswith(ADDRESSES) and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
 
@@ -39,10 +54,11 @@ def post(
         method="POST",
     )
     try:
-        with urllib.request.urlopen(request, timeout=timeout_seconds) as answer:
+        with _OPENER.open(request, timeout=timeout_seconds) as answer:
             return answer.read()
     except urllib.error.HTTPError as error:
-        with error:
+        said = b""
+        with error, contextlib.suppress(OSError, http.client.HTTPException):
             said = error.read(2000)
         raise NoAnswer(f"answered {error.code} {error.reason}: {shown(said)}") from None
     except TimeoutError:

@@ -210,15 +210,22 @@ def _unnamed(setting: Setting, objective: object) -> str:
     return wrong
 
 
+SHARES = {
+    "optimizer.warmup": " of the steps",
+    "evaluation.fraction": " of the prompts",
+    "lora.dropout": "",
+}
+"""Keys that are a percentage elsewhere, or may be taken for one, and what they are a share of."""
+
+
 def _wrong(setting: Setting) -> str:
     key = keys()[setting.leaf]
     found = setting.settled
     guess = nearest(found, key.choices) if isinstance(found, str) else ""
     if setting.leaf == "objective":
         guess = CALLED_ELSEWHERE.get(str(found).lower(), guess)
-    if not isinstance(found, bool) and isinstance(found, int | float) and 1 <= found <= 100:
-        share = key.kind.endswith(("< 1", "<= 1"))
-        guess = f" It is a share: {found:g} % is {found / 100:g}." if share else guess
+    if setting.leaf in SHARES and isinstance(found, int | float) and 1 < found < 100:
+        guess = f" It is a share{SHARES[setting.leaf]}: {found:g} % is {found / 100:g}."
     if "\\x00" in repr(found):
         guess = " Take the NUL character out."
     return f"{setting.shown} must be {key.kind}, found {show(setting.value)}.{guess}"
@@ -278,14 +285,20 @@ def _contradictions(held: Mapping[str, Setting], problems: Problems) -> None:
         problems.at(setting, said + "needs a prompt. Make them equal, or have fewer minibatches.")
     if (server := given("rollout.server")) is not None:
         setting = held["rollout.server"]
-        if isinstance(server, str) and not names_host(server):
+        if isinstance(server, str) and server.rstrip("/").endswith("/v1"):
+            problems.at(setting, f"{setting.shown} is written without /v1, as http://host:port.")
+        elif isinstance(server, str) and not names_host(server):
             said = (
                 f"{setting.shown} is {show(server)}, which names no host; write http://host:port."
             )
             problems.at(setting, said)
-        if not any(keys()[leaf].section == SWITCHED for leaf in held) or given(SWITCHED) is False:
+        options = any(keys()[leaf].section == SWITCHED for leaf in held)
+        if not (given(SWITCHED) if SWITCHED in held else options):
             said = f"{setting.shown} needs lora: the server is given the adapter of each round."
             problems.at(setting, said)
+        if given("lora.quantize") is not None:
+            said = f"{setting.shown} has no place beside lora.quantize: the model of the server is "
+            problems.at(setting, said + "not rounded as that is. Leave one of them out.")
     attention = given("compute.attention")
     if given("compute.sharing") is False and attention not in (None, "auto"):
         setting = held["compute.attention"]

@@ -96,7 +96,7 @@ def export(
 
     if not lm.has_adapter:
         return [_write(folder, lm, lm.model, same)]
-    base = _findable_base(lm)
+    base = findable_base(lm)
     beside: list[Path] = []
     if base is None:
         whole = load_weights(lm.name, lm.folder, lm.trust_remote_code)
@@ -174,7 +174,7 @@ def merge_adapters(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), own, layer.get_base_layer())
 
 
-def _findable_base(lm: LanguageModel) -> str | None:
+def findable_base(lm: LanguageModel) -> str | None:
     """What an adapter may call its base wherever it is read from: a hub id or a whole path."""
     folder = Path(lm.folder)
     if Path(lm.name).suffix == ".gguf" or (folder / "adapter_config.json").is_file():

@@ -16,21 +16,20 @@ from torch import Tensor, nn
 
 from upweight.config import Run
 from upweight.data.trees import text_after
-from upweight.errors import DataError, OutputError, Refusal
+from upweight.errors import DataError, OutputError
 from upweight.models.finite import finite
 from upweight.models.frozen import Frozen
 from upweight.models.head import head_logps
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import scored_hidden, token_logps
 from upweight.models.offload import offloaded
-from upweight.models.reference import TOLERANCE_NATS
-from upweight.models.sample import Sample, sample
 from upweight.models.scalar import (
     score_head,
     state_values,
     with_scalar_head,
 )
-from upweight.models.served import Server, sample_by
+from upweight.models.served import Server
+from upweight.recipes.drawing import require_same_policy, server_of
 from upweight.recipes.kinds import KINDS
 from upweight.recipes.losses import pair_loss
 from upweight.recipes.plan import rollout_sizes
@@ -40,7 +39,6 @@ from upweight.recipes.rewarding import Scorer, is_judge, make_scorer, reward_mod
 from upweight.recipes.start import trained
 from upweight.recipes.state import State, Values, Work, smaller_bins, write_account
 from upweight.recipes.unwatched import by_first_round, told
-from upweight.training.agreement import Beside, held_against
 from upweight.training.loop import Record
 from upweight.training.objectives import Surrogate, of_round, pair, policy_gradient
 from upweight.training.rollout import (
@@ -108,7 +106,7 @@ def online(state: State) -> Work:
         prompts=state.begun.prepared.trees["train"],
         sizes=rollout_sizes(run),
         folder=state.rundir.file("rollouts"),
-        make=functools.partial(_round, state, score, start),
+        make=functools.partial(_round, state, score, start, server_of(state)),
         beta=run.loss.beta,
         kl_target=run.policy.kl_target,
         kl_stop=run.policy.kl_stop,
@@ -188,13 +186,19 @@ def _read(state: State, lm: LanguageModel, forest: Forest) -> tuple[Tensor, Tens
 
 
 def _round(
-    state: State, score: Scorer, start: Reference, asked: Asked, number: int, beta: float
+    state: State,
+    score: Scorer,
+    start: Reference,
+    server: Server | None,
+    asked: Asked,
+    number: int,
+    beta: float,
 ) -> Round:
     """A round with something to learn from: one without a preference is followed by the next."""
     spent = Spent()
     start.drew = False
     for at in range(number, number + TRIES):
-        made = _draw(state, score, start, asked(at), at, beta)
+        made = _draw(state, score, start, server, asked(at), at, beta)
         spent = spent.plus(made.spent)
         if made.trees:
             return replace(made, spent=spent)
@@ -212,6 +216,7 @@ def _draw(
     state: State,
     score: Scorer,
     start: Reference,
+    server: Server | None,
     prompts: Sequence[Tree],
     number: int,
     beta: float,
@@ -219,7 +224,7 @@ def _draw(
     """One round: answers, rewards, log-probs then and of the reference, values, advantages."""
     run, lm = state.run, state.lm
     stop_ids = sorted(state.begun.prepared.renderer.stop_ids)
-    trees, said = draw_answers(lm, prompts, number, rollout_sizes(run), stop_ids, _sampler(state))
+    trees, said = draw_answers(lm, prompts, number, rollout_sizes(run), stop_ids, server)
     scores = {
         i: value
         for tree, values in zip(trees, score(trees), strict=True)
@@ -231,9 +236,7 @@ def _draw(
         found = by_response(read, trees, state.tokens_per_bin, smaller)
     logps = {i: both[:, 0] for i, both in found.items()}
     values = None if state.values is None else {i: both[:, 1] for i, both in found.items()}
-    _require_same_policy(
-        held_against(logps, said, TOLERANCE_NATS[lm.compute_dtype]), run.rollout.server
-    )
+    require_same_policy(logps, said, lm, run)
     with start.in_round(lm, number) as reference:
         read = finite(token_logps, reference)
         known = by_response(read, trees, state.tokens_per_bin, smaller)
@@ -286,25 +289,6 @@ def _both(state: State, forest: Forest) -> Float[Tensor, "scored 2"]:
     """Log-prob and value of each token, the latter 0 where there is no value model."""
     logps, values = _read(state, state.lm, forest.to(state.lm.device))
     return torch.stack([logps, torch.zeros_like(logps) if values is None else values], dim=1)
-
-
-def _sampler(state: State) -> Callable[..., list[list[Sample]]]:
-    url = state.run.rollout.server
-    if url is None:
-        return sample
-    return functools.partial(sample_by, Server(url, state.rundir.file("rollouts")))
-
-
-def _require_same_policy(compared: Sequence[Beside], server: str | None) -> None:
-    """What drew the answers must be what is trained: raises Refusal UW101 otherwise."""
-    worst = max(compared, key=lambda beside: beside.beyond)
-    if not worst.agrees:
-        who = "the sampler" if server is None else f"what draws at {server}"
-        what = "" if server is None else " It has to hold the same model, in compute.dtype."
-        raise Refusal(
-            "UW101",
-            f"{who} is not the policy: {worst.said} (rounding: {worst.allowed:.2g}).{what}",
-        )
 
 
 @dataclass

@@ -7,6 +7,7 @@ person can read what was said and what it was worth.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from upweight.losses.policy import KL_ESTIMATORS
 from upweight.models.load import LanguageModel
 from upweight.models.reading import read_trees
 from upweight.models.sample import Sample, sample, sample_trees
+from upweight.models.served import Server, sample_by
 from upweight.training.round import ByResponse, Round, read_round, write_round
 from upweight.types import Forest, Preference, ResponseId, Tree
 
@@ -101,19 +103,22 @@ def draw_answers(
     number: int,
     sizes: Sizes,
     stop_ids: Sequence[int],
-    sampler: Callable[..., list[list[Sample]]] = sample,
+    server: Server | None = None,
 ) -> tuple[list[Tree], dict[ResponseId, tuple[float, ...]]]:
     """K answers to each prompt at temperature 1, as trees, and the sampler's own log-probs.
 
     At temperature 1 and from the whole distribution: what is drawn otherwise is not the policy's.
-    `sampler` is `sample`, or takes what is given to it here.
+    Those of a server are drawn by random numbers of its own.
     """
-    drawn = sampler(
-        lm,
+    draw = (
+        functools.partial(sample, lm, seed=sizes.seed * 1_000_003 + number)
+        if server is None
+        else functools.partial(sample_by, server, lm)
+    )
+    drawn = draw(
         [tree.prompt for tree in prompts],
         num=sizes.responses,
         max_new_tokens=sizes.max_tokens,
-        seed=sizes.seed * 1_000_003 + number,
         stop_token_ids=stop_ids,
         max_length=sizes.max_length,
     )

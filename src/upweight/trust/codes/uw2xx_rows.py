@@ -209,7 +209,7 @@ PAGES: tuple[Page, ...] = (
         source=(
             "Singhal et al. 2023 (arXiv:2310.03716); for DPO: Park et al. 2024 (arXiv:2403.19159)"
         ),
-        detectors=("upweight.trust.preflight:_shortcut",),
+        detectors=("upweight.trust.preflight:shortcuts",),
     ),
     Page(
         code="UW212",
