@@ -15,6 +15,7 @@ from runs import furnish, write_rows
 from upweight.cli import main
 from upweight.errors import Refusal
 from upweight.models.sample import sample
+from upweight.recipes.drawing import require_same_policy
 from upweight.training.agreement import FEWEST, held_against
 from upweight.types import ResponseId, RowId
 
@@ -104,10 +105,10 @@ def test_a_stop_token_that_is_drawn_otherwise_is_not_lost_in_a_long_answers_mean
 def test_a_gap_that_rounding_does_not_explain_is_refused(num: int, gap: float):
     name = ResponseId(RowId("rows.jsonl", 1), 0)
     found = {name: torch.linspace(-5.0, -1.0, num, dtype=torch.float64)}
-    online._require_same_policy(held_against(found, {name: tuple(found[name].tolist())}, BF16))
+    require_same_policy(held_against(found, {name: tuple(found[name].tolist())}, BF16))
     other = tuple((found[name] + gap).tolist())
     with pytest.raises(Refusal, match="the sampler is not the policy"):
-        online._require_same_policy(held_against(found, {name: other}, BF16))
+        require_same_policy(held_against(found, {name: other}, BF16))
 
 
 # Through a run

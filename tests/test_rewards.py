@@ -322,9 +322,10 @@ def test_an_endpoint_that_is_not_there_or_hangs_up_is_named():
         pass
     with pytest.raises(RewardError, match=f"{url}, .* cannot be reached: .*refused"):
         score_responses(url, [sampled("a")])
-    for no_url in ("http://a..b/", "http://127.0.0.1:port/"):
-        with pytest.raises(RewardError, match="cannot be reached"):
-            score_responses(no_url, [sampled("a")])
+    with pytest.raises(RewardError, match="cannot be reached"):
+        score_responses("http://a..b/", [sampled("a")])
+    with pytest.raises(RewardError, match="names no host"):
+        score_responses("http://127.0.0.1:port/", [sampled("a")])
 
 
 def test_an_endpoint_that_does_not_answer_in_time_is_named():

@@ -260,12 +260,9 @@ def _stages(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> li
 def _resolve(arguments: argparse.Namespace, required: tuple[str, ...] = ()) -> list[Resolved]:
     said: list[str] = getattr(arguments, "config", [])
     files = [word for word in said if _is_file(word)]
-    apart = [
-        word
-        for word, after in itertools.pairwise([*said, ""])
-        if word.startswith("=")
-        or (word.endswith("=") and after and "=" not in after and not os.path.isfile(after))
-    ]
+    # A value that stands behind its key looks like a file, which is not there.
+    behind = any(not os.path.exists(file) for file in files)
+    apart = [word for word in said if word.startswith("=") or (behind and word.endswith("="))]
     if apart:
         raise UpweightError(f'"{apart[0]}" stands alone; write key=value without spaces.')
     if len(files) > 1:

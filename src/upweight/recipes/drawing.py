@@ -8,11 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from upweight.config import Run
 from upweight.errors import ConfigError, ModelError, Refusal
 from upweight.models.export import findable_base
 from upweight.models.finite import finite
-from upweight.models.load import LanguageModel, evaluation_mode
+from upweight.models.load import evaluation_mode
 from upweight.models.logprobs import token_logps
 from upweight.models.reference import TOLERANCE_NATS
 from upweight.models.served import Server, handed_over, require_processed
@@ -21,7 +20,7 @@ from upweight.recipes.state import State, smaller_bins
 from upweight.training.agreement import Beside, held_against
 from upweight.training.rollout import by_response, draw_answers
 from upweight.training.round import ByResponse
-from upweight.types import ResponseId, Tree
+from upweight.types import Tree
 
 PROMPTS = 4
 """How many a server is asked before step 1."""
@@ -58,7 +57,8 @@ def server_of(state: State) -> Server | None:
         with handed_over(server, lm) as adapter:
             require_processed(server, adapter, prompts[0].prompt)
         trees, said = draw_answers(lm, prompts, 0, sizes, stop_ids, server)
-        require_same_policy(_logps(state, trees), said, lm, run)
+        compared = held_against(_logps(state, trees), said, TOLERANCE_NATS[lm.compute_dtype])
+        require_same_policy(compared, server.url)
     state.screen.note(f"rollout.server: {server.url} draws from the adapter that it is handed")
     return server
 
@@ -105,18 +105,11 @@ def _logps(state: State, trees: Sequence[Tree]) -> ByResponse:
         return by_response(read, trees, state.tokens_per_bin, smaller)
 
 
-def require_same_policy(
-    found: ByResponse,
-    said: dict[ResponseId, tuple[float, ...]],
-    lm: LanguageModel,
-    run: Run,
-) -> None:
+def require_same_policy(compared: Sequence[Beside], server: str | None = None) -> None:
     """What drew the answers must be what is trained: raises Refusal UW101 otherwise."""
-    compared = held_against(found, said, TOLERANCE_NATS[lm.compute_dtype])
-    worst: Beside = max(compared, key=lambda beside: beside.beyond)
+    worst = max(compared, key=lambda beside: beside.beyond)
     if worst.agrees:
         return
-    server = run.rollout.server
     who = "the sampler" if server is None else f"what draws at {server}"
     what = "" if server is None else " It has to hold the same model, in compute.dtype."
     raise Refusal(

@@ -23,6 +23,7 @@ from upweight.models.head import head_logps
 from upweight.models.load import LanguageModel, evaluation_mode
 from upweight.models.logprobs import scored_hidden, token_logps
 from upweight.models.offload import offloaded
+from upweight.models.reference import TOLERANCE_NATS
 from upweight.models.scalar import (
     score_head,
     state_values,
@@ -39,6 +40,7 @@ from upweight.recipes.rewarding import Scorer, is_judge, make_scorer, reward_mod
 from upweight.recipes.start import trained
 from upweight.recipes.state import State, Values, Work, smaller_bins, write_account
 from upweight.recipes.unwatched import by_first_round, told
+from upweight.training.agreement import held_against
 from upweight.training.loop import Record
 from upweight.training.objectives import Surrogate, of_round, pair, policy_gradient
 from upweight.training.rollout import (
@@ -236,7 +238,9 @@ def _draw(
         found = by_response(read, trees, state.tokens_per_bin, smaller)
     logps = {i: both[:, 0] for i, both in found.items()}
     values = None if state.values is None else {i: both[:, 1] for i, both in found.items()}
-    require_same_policy(logps, said, lm, run)
+    require_same_policy(
+        held_against(logps, said, TOLERANCE_NATS[lm.compute_dtype]), run.rollout.server
+    )
     with start.in_round(lm, number) as reference:
         read = finite(token_logps, reference)
         known = by_response(read, trees, state.tokens_per_bin, smaller)

@@ -47,14 +47,14 @@ PAGES: tuple[Page, ...] = (
         do=(
             "Leave `reference` out: the model as it starts is then the reference.",
             "Give the fine-tuned model or its adapter folder as `model`.",
-            "Of a server: `vllm serve` what `model` names, with `--dtype` as `compute.dtype` is.",
+            "Of a server: serve what `model` names, in the dtype that `compute.dtype` is.",
             "If another reference is what you want, expect a first loss other than ln 2, and "
             "compare rewards only with runs that have the same reference.",
         ),
         source="Rafailov et al. 2023, section 4 (arXiv:2305.18290)",
         detectors=(
             "upweight.trust.identity:starts_elsewhere",
-            "upweight.recipes.online:_require_same_policy",
+            "upweight.recipes.drawing:require_same_policy",
         ),
     ),
     Page(
