@@ -420,6 +420,7 @@ def test_a_run_is_the_same_run_when_nothing_changes() -> None:
         assert run_with(BASE | beside) == first and "error" not in first
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_furnished")
 @pytest.mark.parametrize("key", CASES)
 def test_another_value_is_another_run_or_an_error(key: str) -> None:
