@@ -94,6 +94,20 @@ def test_a_rule_by_length_is_found(longer: str, word: str):
     assert f"the {word} response is the chosen one in 100% of preferences" in found["UW211"]
 
 
+def test_a_rule_by_length_is_told_by_the_lower_end_of_its_interval():
+    draw = random.Random(2)
+    rows = [
+        {
+            "prompt": f"q {i}",
+            "chosen": sentence(draw, 4 if i % 8 else 8),
+            "rejected": sentence(draw, 6),
+        }
+        for i in range(40)
+    ]
+    assert "UW211" not in dict(findings(rows)), "7 of 8 of 40 is 0.875, and above 0.74 for sure"
+    assert "UW211" in dict(findings(rows, **{"preflight.shortcut": 0.6}))
+
+
 def test_a_rule_by_words_is_found_where_length_says_nothing():
     draw = random.Random(3)
     rows = [
