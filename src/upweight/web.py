@@ -35,6 +35,7 @@ _OPENER = urllib.request.build_opener(_Stays)
 def names_host(url: str) -> bool:
     try:
         parts = urlsplit(url)
+        # A port that is none is a ValueError only when it is asked for.
         return url.startswith(ADDRESSES) and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
